@@ -1,0 +1,1 @@
+"""The broker: registry of compnodes, link matrix, job life cycle, durable store."""

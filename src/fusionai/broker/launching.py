@@ -1,0 +1,224 @@
+"""From a submitted job to machines that hold their shares of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Mapping
+
+from fusionai.broker.assigning import assignments
+from fusionai.broker.codec import ASSIGNMENT
+from fusionai.broker.lifecycle import Lifecycle
+from fusionai.broker.messages import Assign, Connect, Launched, Release, Submit
+from fusionai.broker.parcels import ParcelInbox, pack
+from fusionai.broker.pool import PoolState
+from fusionai.broker.prober import Prober
+from fusionai.broker.records import JobRecord, MemberRecord
+from fusionai.broker.tasks import all_of
+from fusionai.errors import FusionError, GraphError, JobError, NetworkError, PeerTimeout, PlacementError
+from fusionai.graph.cuts import cut
+from fusionai.graph.encoding import content_hash, decode
+from fusionai.graph.model import OpDag
+from fusionai.network.identity import PeerId
+from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.planner import plan_training
+from fusionai.scheduling.profile import Member, Pool
+from fusionai.training.messages import Assignment, JobId
+
+log = logging.getLogger(__name__)
+
+GRAPH_TIMEOUT_S = 120.0
+"""How long after the request an OP-DAG may still be on its way."""
+PROBES_TIMEOUT_S = 10.0
+"""How long a submission waits for link probes under way: a plan on unmeasured links may be a bad one."""
+ASSIGN_TIMEOUT_S = 120.0
+"""How long a machine may take to receive its sub-DAGs and make its program."""
+CONNECT_TIMEOUT_S = 60.0
+MOST_GRAPHS = 8
+"""OP-DAGs waiting for their request, of all owners."""
+
+
+class Launcher:
+    """Plans and launches jobs, one plan at a time."""
+
+    def __init__(self, state: PoolState, prober: Prober, lifecycle: Lifecycle) -> None:
+        self.graphs = ParcelInbox(most=MOST_GRAPHS)
+        self._state = state
+        self._prober = prober
+        self._lifecycle = lifecycle
+        self._planning = asyncio.Lock()
+
+    async def submit(self, owner: MemberRecord, message: Submit) -> Launched:
+        """Plan and launch a job; when this returns, its machines hold their shares and are linked.
+
+        Raises:
+            GraphError: the OP-DAG breaks a rule, or is not the one announced.
+            PlacementError: no plan fits, or nobody is there.
+            FusionError: what a machine answered, with its name. Nobody holds anything of the job then.
+        """
+        data = await self.graphs.take(owner.peer, message.graph_hash, timeout_s=GRAPH_TIMEOUT_S)
+        graph = await asyncio.to_thread(_decoded, data, message)
+        del data
+        if self._state.jobs.of_owner(owner.peer):
+            raise JobError(f"{owner.name} has a job on this pool already; wait for its end, or run a second owner")
+        job = JobId(secrets.token_hex(6))
+        async with self._planning:
+            plan, members = await self._plan(owner, message, graph)
+            compnodes = {peer: record.name for peer, record in members.items() if peer != owner.peer}
+            self._state.jobs.put(
+                JobRecord(
+                    job=job,
+                    name=message.job_name,
+                    owner=owner.peer,
+                    owner_name=owner.name,
+                    state="launching",
+                    compnodes=compnodes,
+                    config=message.config,
+                    plan=plan,
+                    submitted_s=self._state.now_s(),
+                )
+            )
+            for peer in compnodes:
+                self._state.registry.lease(peer, job)
+        try:
+            await self._hand_out(job, message, graph, plan, members, owner.peer)
+            await self._run(job)
+        except BaseException as error:
+            self._give_up(job, owner, error)
+            raise
+        return Launched(
+            job=job,
+            plan=plan,
+            names={peer: record.name for peer, record in members.items()},
+            lab=any(record.lab for record in members.values()),
+        )
+
+    def _give_up(self, job: JobId, owner: MemberRecord, error: BaseException) -> None:
+        record = self._state.jobs.get(job)
+        if record is None or record.state not in ("launching", "running"):
+            return
+        cancelled = isinstance(error, asyncio.CancelledError)
+        reason = "the owner went while the job was launched" if cancelled else str(error)
+        self._lifecycle.finish(job, "failed", reason, tell_owner=False)
+        self._state.tell(owner.peer, Release(job, reason))
+
+    async def _plan(
+        self, owner: MemberRecord, message: Submit, graph: OpDag
+    ) -> tuple[Plan, Mapping[PeerId, MemberRecord]]:
+        idle = self._state.registry.idle()
+        if not idle:
+            working = len(self._state.registry.present("compnode"))
+            raise PlacementError(
+                f"no compnode is free: all {working} of the pool work for other jobs; wait, or run `fusionai join "
+                "TOKEN` on another machine"
+                if working
+                else "the pool has no compnodes: run `fusionai join TOKEN` on each machine that is to take part"
+            )
+        peers = [owner.peer, *(each.peer for each in idle)]
+        await self._prober.settle(peers, timeout_s=PROBES_TIMEOUT_S)
+        idle = [each for each in self._state.registry.idle() if each.peer in peers]
+        records = {each.peer: each for each in (owner, *idle)}
+        pool = Pool(
+            members=tuple(_member(each) for each in idle),
+            links=self._state.links.matrix(records),
+        )
+        plan = await asyncio.to_thread(
+            plan_training,
+            graph,
+            graph_hash=message.graph_hash,
+            sizes=message.sizes,
+            microbatches=message.microbatches,
+            optimizer_states=len(message.options.optimizer.states),
+            precision=message.options.precision,
+            pool=pool,
+            owner=_member(owner),
+            privacy=message.privacy,
+            front=message.front,
+            back=message.back,
+            compnodes=message.compnodes,
+            cuts=message.cuts,
+        )
+        chosen = {PeerId(stage.peer) for stage in plan.stages} | {owner.peer}
+        lost = [records[peer].name for peer in chosen if self._state.endpoint.link(peer) is None]
+        if lost:
+            raise PlacementError(f"{', '.join(sorted(lost))} went while the job was planned; submit it again")
+        return plan, {peer: records[peer] for peer in sorted(chosen)}
+
+    async def _hand_out(
+        self,
+        job: JobId,
+        message: Submit,
+        graph: OpDag,
+        plan: Plan,
+        members: Mapping[PeerId, MemberRecord],
+        owner: PeerId,
+    ) -> None:
+        subdags = await asyncio.to_thread(cut, graph, plan.cuts)
+        shares = assignments(job, plan, subdags, members, owner, self._state.links, message.options)
+        async with self._prober.undisturbed(members):
+            await all_of(self._assign(members[peer], share) for peer, share in shares.items())
+            # Only now does every machine know whom to admit.
+            await all_of(self._connect(members[peer], job) for peer in shares)
+
+    async def _assign(self, member: MemberRecord, share: Assignment) -> None:
+        packed = await asyncio.to_thread(pack, share)
+        try:
+            async with asyncio.timeout(ASSIGN_TIMEOUT_S):
+                link = self._state.link(member.peer)
+                await link.send_bulk(ASSIGNMENT, share.job.encode(), packed)
+                await self._state.order(member.peer, Assign(share.job), timeout_s=ASSIGN_TIMEOUT_S)
+        except TimeoutError:
+            raise PeerTimeout(
+                f"{_who(member)} did not take its share of the job within {ASSIGN_TIMEOUT_S:.0f} s"
+            ) from None
+        except FusionError as error:
+            raise _named(error, f"{_who(member)} cannot take its share of the job") from error
+
+    async def _connect(self, member: MemberRecord, job: JobId) -> None:
+        try:
+            await self._state.order(member.peer, Connect(job), timeout_s=CONNECT_TIMEOUT_S)
+        except FusionError as error:
+            raise _named(error, f"{_who(member)} cannot link to its neighbours") from error
+
+    async def _run(self, job: JobId) -> None:
+        record = self._state.jobs.get(job)
+        if record is None or record.state != "launching":
+            raise JobError(record.reason if record is not None else f"the job {job} is gone")
+        self._state.jobs.change(job, state="running")
+        await self._state.journal.flush()
+
+
+def _decoded(data: bytes, message: Submit) -> OpDag:
+    graph = decode(data)
+    found = content_hash(graph)
+    if found != message.graph_hash:
+        raise GraphError(
+            f"the OP-DAG that came has the content hash {found[:16]}, but {message.graph_hash[:16]} was announced; "
+            "submit the graph that was hashed"
+        )
+    if message.back > len(graph.nodes):
+        raise GraphError(f"back is {message.back}, but the OP-DAG has {len(graph.nodes)} operators")
+    return graph
+
+
+def _member(record: MemberRecord) -> Member:
+    assert record.device is not None
+    return Member(
+        peer=record.peer,
+        name=record.name,
+        device=record.device,
+        addresses=record.addresses,
+        dialable=bool(record.addresses),
+    )
+
+
+def _who(member: MemberRecord) -> str:
+    return f"{member.role} {member.name}"
+
+
+def _named(error: FusionError, what: str) -> FusionError:
+    """Return the error with a machine's name in front; a broken connection gets no class of its own."""
+    if isinstance(error, NetworkError) and not isinstance(error, PeerTimeout):
+        return JobError(f"{what}: {error}")
+    return type(error)(f"{what}: {error}")

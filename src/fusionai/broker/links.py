@@ -1,0 +1,107 @@
+"""The link matrix: what probes found between pairs of members."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable
+
+from fusionai.broker.messages import LinkStatus
+from fusionai.broker.records import LinkRecord, MemberRecord
+from fusionai.network.identity import PeerId
+from fusionai.scheduling.profile import LinkProfile
+
+Pair = tuple[PeerId, PeerId]
+
+UNREACHABLE = LinkProfile(rtt_s=60.0, bandwidth_bytes_per_s=1.0)
+"""What the planner reckons with where neither side can dial: no plan that has a choice uses such a link."""
+
+
+def pair(one: PeerId, other: PeerId) -> Pair:
+    """Return the two in the order under which a pair is kept."""
+    return (one, other) if one < other else (other, one)
+
+
+class LinkBook:
+    """Measured pairs, each once. Every new measure is handed to `keep`."""
+
+    def __init__(self, keep: Callable[[LinkRecord], None]) -> None:
+        self._keep = keep
+        self._links: dict[Pair, LinkRecord] = {}
+        self._of: dict[PeerId, set[Pair]] = {}
+
+    def restore(self, records: Iterable[LinkRecord]) -> None:
+        """Take measures from before a restart."""
+        for record in sorted(records, key=lambda each: each.measured_s):
+            self._put(record)
+
+    def measured(self, record: LinkRecord) -> None:
+        """Note a measure; it replaces the pair's earlier one."""
+        self._put(record)
+        self._keep(record)
+
+    def forget(self, peer: PeerId) -> None:
+        """Drop a member's links: it came back, perhaps from elsewhere."""
+        for key in self._of.pop(peer, set()):
+            self._links.pop(key, None)
+            self._of.get(key[0] if key[1] == peer else key[1], set()).discard(key)
+
+    def get(self, one: PeerId, other: PeerId) -> LinkRecord | None:
+        """Return a pair's measure."""
+        return self._links.get(pair(one, other))
+
+    def reachable(self, one: PeerId, other: PeerId) -> bool:
+        """False when a probe found that neither side can dial the other."""
+        record = self.get(one, other)
+        return record is None or record.there is not None
+
+    def matrix(self, peers: Iterable[PeerId]) -> dict[str, LinkProfile]:
+        """Return the links among `peers` as `fusionai.scheduling.profile.Pool` wants them."""
+        wanted = set(peers)
+        found: dict[str, LinkProfile] = {}
+        for peer in wanted:
+            for key in self._of.get(peer, set()):
+                record = self._links[key]
+                if record.source in wanted and record.target in wanted:
+                    found[f"{record.source}>{record.target}"] = record.there or UNREACHABLE
+                    found[f"{record.target}>{record.source}"] = record.back or UNREACHABLE
+        return found
+
+    def dials(self, one: MemberRecord, other: MemberRecord) -> bool:
+        """Whether `one` is to dial `other`, rather than the other way round. Of the two, exactly one is told so."""
+        record = self.get(one.peer, other.peer)
+        if record is not None and record.there is not None:
+            return record.source == one.peer
+        if bool(one.addresses) != bool(other.addresses):
+            return bool(other.addresses)
+        return one.peer < other.peer
+
+    def status(
+        self,
+        present: Container[PeerId],
+        name: Callable[[PeerId], str],
+        bytes_sent: Callable[[PeerId, PeerId], int],
+    ) -> tuple[LinkStatus, ...]:
+        """Return both directions of every measured pair whose two sides are `present`, by names."""
+        lines = []
+        for record in self._links.values():
+            if record.source not in present or record.target not in present:
+                continue
+            for source, target, profile in (
+                (record.source, record.target, record.there),
+                (record.target, record.source, record.back),
+            ):
+                lines.append(
+                    LinkStatus(
+                        source=name(source),
+                        target=name(target),
+                        profile=profile,
+                        bytes_sent=bytes_sent(source, target),
+                        reachable=profile is not None,
+                    )
+                )
+        return tuple(sorted(lines, key=lambda each: (each.source, each.target)))
+
+    def _put(self, record: LinkRecord) -> None:
+        key = pair(record.source, record.target)
+        self._links[key] = record
+        for peer in key:
+            self._of.setdefault(peer, set()).add(key)

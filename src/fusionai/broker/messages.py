@@ -1,0 +1,249 @@
+"""What members (compnodes and owners) and the broker say to each other.
+
+All are requests or notices with msgspec payloads; the kind on the wire is the tag. The OP-DAG of a job and the
+sub-DAGs of an assignment may be large, so they travel as bulk ("broker.graph", "broker.assignment") ahead of
+the request that names them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from fusionai.execution.plane import ProgramOptions
+from fusionai.graph.model import Sizes
+from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.profile import DeviceProfile, LinkProfile
+from fusionai.training.messages import Assignment, JobId
+
+# --- members to broker ------------------------------------------------------------------------------------
+
+
+class Register(msgspec.Struct, frozen=True, tag="broker.register"):
+    """Request: be a member. Answer: `Registered`."""
+
+    name: str
+    role: Literal["compnode", "owner", "observer"]
+    device: DeviceProfile | None
+    """Measured profile; None for an observer."""
+    addresses: tuple[str, ...]
+    """Where others may dial this member; empty when it does not listen."""
+    lab: bool = False
+    """Whether this member emulates its speed or its links."""
+
+
+class Registered(msgspec.Struct, frozen=True, tag="broker.registered"):
+    """The broker's answer to `Register`."""
+
+    name: str
+    """The member's name, made unique by the broker."""
+    heartbeat_s: float
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="broker.heartbeat"):
+    """Notice: a compnode lives, and what it does."""
+
+    busy: float
+    """Fraction of the time since the last heartbeat spent computing."""
+    memory_bytes: int
+    holds: dict[str, str]
+    """Job to a line for people, such as "stage 1: layers 0-5"."""
+    bytes_sent: dict[str, int]
+    """Tensor bytes since joining, by receiving peer."""
+
+
+class Leave(msgspec.Struct, frozen=True, tag="broker.leave"):
+    """Request: go; the broker gives this member no further work."""
+
+    reason: str
+
+
+class Submit(msgspec.Struct, frozen=True, tag="broker.submit"):
+    """Request: plan and launch a job whose OP-DAG came as "broker.graph" bulk. Answer: `Launched`.
+
+    When it returns, every compnode of the plan has its assignment and waits for links and weights.
+    """
+
+    job_name: str
+    config: str
+    """The job as run, as TOML, for the record and `status`. Holds no data of the owner."""
+    graph_hash: str
+    """Content hash of the OP-DAG *as arranged for the privacy asked for*: the very graph that is cut."""
+    front: int
+    back: int
+    """Nodes [0, front) and [back, N) stay with the owner; (0, N) when nothing is pinned."""
+    sizes: Sizes
+    microbatches: int
+    privacy: Literal["private", "open"]
+    options: ProgramOptions
+    compnodes: int
+    """How many compnodes to use; 0: as many as serve the job best."""
+    cuts: tuple[int, ...] | None = None
+    """Cut positions chosen by the owner instead of the planner."""
+
+
+class Launched(msgspec.Struct, frozen=True, tag="broker.launched"):
+    """The broker's answer to `Submit`."""
+
+    job: JobId
+    plan: Plan
+    names: dict[str, str]
+    """Names of the plan's peers, for people."""
+    lab: bool
+    """Whether any machine of the plan emulates its speed or its links."""
+
+
+class JobProgress(msgspec.Struct, frozen=True, tag="broker.progress"):
+    """Notice by the owner, at most one a second."""
+
+    job: JobId
+    step: int
+    steps: int
+    loss: float
+    tokens_per_s: float
+
+
+class JobEnded(msgspec.Struct, frozen=True, tag="broker.ended"):
+    """Request by the owner: the job is over; the broker frees its compnodes."""
+
+    job: JobId
+    state: Literal["finished", "failed", "cancelled"]
+    reason: str
+
+
+class StatusQuery(msgspec.Struct, frozen=True, tag="broker.status"):
+    """Request: answer with `Status`."""
+
+
+class Measure(msgspec.Struct, frozen=True, tag="broker.measure"):
+    """Request: measure all links between idle compnodes again, then answer with `Status`."""
+
+
+class MemberStatus(msgspec.Struct, frozen=True):
+    """One member, as `fusionai status` shows it."""
+
+    peer: str
+    name: str
+    role: str
+    state: Literal["idle", "working", "left", "lost", "unreachable"]
+    device: DeviceProfile | None
+    busy: float
+    memory_bytes: int
+    holds: dict[str, str]
+    last_seen_s: float
+    """Seconds since the broker heard from it."""
+    lab: bool
+
+
+class LinkStatus(msgspec.Struct, frozen=True):
+    """One measured link."""
+
+    source: str
+    target: str
+    profile: LinkProfile | None
+    """None: not measured, or neither side can dial the other."""
+    bytes_sent: int
+    reachable: bool = True
+
+
+class JobStatus(msgspec.Struct, frozen=True):
+    """One job."""
+
+    job: JobId
+    name: str
+    owner: str
+    state: Literal["launching", "running", "finished", "failed", "cancelled"]
+    reason: str
+    step: int
+    steps: int
+    loss: float | None
+    tokens_per_s: float
+    compnodes: tuple[str, ...]
+
+
+class Status(msgspec.Struct, frozen=True, tag="broker.status_reply"):
+    """The pool as the broker knows it."""
+
+    broker: str
+    compnodes: tuple[MemberStatus, ...]
+    links: tuple[LinkStatus, ...]
+    jobs: tuple[JobStatus, ...]
+
+
+# --- broker to members ------------------------------------------------------------------------------------
+
+
+class Assign(msgspec.Struct, frozen=True, tag="broker.assign"):
+    """Request to a compnode: hold a share of a job; its `Assignment` came as "broker.assignment" bulk.
+
+    The answer comes when the program is made, without weights. The owner gets its own share the same way.
+    """
+
+    job: JobId
+
+
+class Release(msgspec.Struct, frozen=True, tag="broker.release"):
+    """Notice to a compnode or owner: the job is over for you."""
+
+    job: JobId
+    reason: str
+
+
+class JobLost(msgspec.Struct, frozen=True, tag="broker.job_lost"):
+    """Notice to the owner: the job cannot go on; `reason` names the compnode."""
+
+    job: JobId
+    reason: str
+
+
+class Connect(msgspec.Struct, frozen=True, tag="broker.connect"):
+    """Request to a member that holds an assignment: link to its neighbours. Answered when all links are up."""
+
+    job: JobId
+
+
+class Expect(msgspec.Struct, frozen=True, tag="broker.expect"):
+    """Request: admit a link from this peer for a while; it will probe."""
+
+    peer: str
+
+
+class Probe(msgspec.Struct, frozen=True, tag="broker.probe"):
+    """Request: dial a peer, measure the link, close it if it was not there before. Answer: `Probed`."""
+
+    peer: str
+    addresses: tuple[str, ...]
+
+
+class Probed(msgspec.Struct, frozen=True, tag="broker.probed"):
+    """The answer to `Probe`: the link to the peer and back."""
+
+    there: LinkProfile
+    back: LinkProfile
+
+
+__all__ = [
+    "Assign",
+    "Assignment",
+    "Connect",
+    "Expect",
+    "Heartbeat",
+    "JobEnded",
+    "JobLost",
+    "JobProgress",
+    "JobStatus",
+    "Launched",
+    "Leave",
+    "LinkStatus",
+    "Measure",
+    "MemberStatus",
+    "Probe",
+    "Probed",
+    "Register",
+    "Registered",
+    "Release",
+    "Status",
+    "StatusQuery",
+    "Submit",
+]

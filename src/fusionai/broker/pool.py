@@ -1,0 +1,75 @@
+"""What all parts of the broker share: the books, and words with members."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TypeVar
+
+import msgspec
+
+from fusionai.broker.codec import decode, encode, kind_of
+from fusionai.broker.jobs import JobBook
+from fusionai.broker.journal import Journal
+from fusionai.broker.links import LinkBook
+from fusionai.broker.registry import Registry
+from fusionai.broker.tasks import Tasks
+from fusionai.errors import NetworkError, PeerLost
+from fusionai.network.endpoint import Endpoint
+from fusionai.network.identity import PeerId
+from fusionai.network.link import Link
+
+log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer", bound=msgspec.Struct)
+
+_TELL_TIMEOUT_S = 10.0
+
+
+class PoolState:
+    """The broker's books and its way to speak to members."""
+
+    def __init__(self, endpoint: Endpoint, journal: Journal) -> None:
+        self.endpoint = endpoint
+        self.journal = journal
+        self.registry = Registry(journal.keep, journal.drop)
+        self.jobs = JobBook(journal.keep)
+        self.links = LinkBook(journal.keep)
+        self.tasks = Tasks()
+
+    @staticmethod
+    def now_s() -> float:
+        """Return the Unix time."""
+        return time.time()
+
+    def name(self, peer: PeerId) -> str:
+        """Return the name of a member, or of the broker itself."""
+        return "broker" if peer == self.endpoint.peer_id else self.registry.name(peer)
+
+    def link(self, peer: PeerId) -> Link:
+        """Return the link to a member. Raises PeerLost when there is none."""
+        link = self.endpoint.link(peer)
+        if link is None:
+            raise PeerLost(f"{self.registry.name(peer)} has no connection with the broker")
+        return link
+
+    async def ask(self, peer: PeerId, message: msgspec.Struct, answer: type[_Answer], *, timeout_s: float) -> _Answer:
+        """Send a request to a member, and return its answer."""
+        payload = await self.link(peer).request(kind_of(message), encode(message), timeout_s=timeout_s)
+        return decode(answer, payload)
+
+    async def order(self, peer: PeerId, message: msgspec.Struct, *, timeout_s: float) -> None:
+        """Send a request to a member, and wait until it has obeyed."""
+        await self.link(peer).request(kind_of(message), encode(message), timeout_s=timeout_s)
+
+    def tell(self, peer: PeerId, message: msgspec.Struct) -> None:
+        """Send a notice in the background; a member that is gone misses it."""
+        self.tasks.start(self._tell(peer, message), f"tell {kind_of(message)}")
+
+    async def _tell(self, peer: PeerId, message: msgspec.Struct) -> None:
+        try:
+            async with asyncio.timeout(_TELL_TIMEOUT_S):
+                await self.link(peer).notify(kind_of(message), encode(message))
+        except (NetworkError, TimeoutError) as error:
+            log.info("%s could not be told %s: %s", self.registry.name(peer), kind_of(message), error)

@@ -1,0 +1,183 @@
+"""Measures links: between the broker and members, and between pairs of members, in the background.
+
+At most one probe at a time touches a member, so that probes do not slow each other, and none touches one that
+works for a job. In a pool of up to `ALL_PAIRS` compnodes every pair is measured; in a larger one each newcomer is
+measured with `SAMPLE` others, so that the probes of a joining member do not grow with the pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from fusionai.broker.links import Pair, pair
+from fusionai.broker.messages import Expect, Probe, Probed
+from fusionai.broker.pool import PoolState
+from fusionai.broker.records import PRESENT, LinkRecord, MemberRecord
+from fusionai.broker.tasks import Tasks
+from fusionai.errors import FusionError, NetworkError
+from fusionai.network.identity import PeerId
+from fusionai.network.probe import probe_link
+from fusionai.scheduling.profile import LinkProfile
+
+log = logging.getLogger(__name__)
+
+ALL_PAIRS = 16
+SAMPLE = 8
+CONCURRENT = 4
+"""Probes at once in the whole pool: each may fill the link of two homes for a second."""
+
+_EXPECT_TIMEOUT_S = 10.0
+_PROBE_TIMEOUT_S = 60.0
+"""Dialling, and on a very slow link a burst of 64 KiB each way."""
+
+
+class Prober:
+    """Keeps the link book up to date."""
+
+    def __init__(self, state: PoolState, *, seconds: float) -> None:
+        self._state = state
+        self._seconds = seconds
+        self._tasks = Tasks()
+        self._slots = asyncio.Semaphore(CONCURRENT)
+        self._locks: dict[PeerId, asyncio.Lock] = {}
+        self._wanted: dict[Pair, asyncio.Event] = {}
+        self._random = random.Random(0)
+
+    def consider(self, peer: PeerId) -> None:
+        """Measure what is not measured yet of a member that has come, come back, or become idle."""
+        record = self._state.registry.get(peer)
+        if record is None or record.role == "observer" or record.state not in PRESENT:
+            return
+        self._want(pair(self._state.endpoint.peer_id, peer), again=False)
+        others = [each for each in self._state.registry.idle() if each.peer != peer]
+        if len(others) >= ALL_PAIRS:
+            others = self._random.sample(others, SAMPLE)
+        for other in others:
+            self._want(pair(peer, other.peer), again=False)
+
+    def measure_again(self) -> None:
+        """Measure the links of idle compnodes anew, even those known."""
+        idle = self._state.registry.idle()
+        for record in idle:
+            self._want(pair(self._state.endpoint.peer_id, record.peer), again=True)
+        for index, record in enumerate(idle):
+            others = idle[index + 1 :]
+            if len(idle) > ALL_PAIRS:
+                others = self._random.sample(others, min(SAMPLE // 2, len(others)))
+            for other in others:
+                self._want(pair(record.peer, other.peer), again=True)
+
+    async def settle(self, peers: Iterable[PeerId], *, timeout_s: float) -> None:
+        """Wait until the probes under way among `peers` are done, but no longer than `timeout_s`."""
+        wanted = set(peers)
+        waiting = [done.wait() for key, done in self._wanted.items() if wanted.issuperset(key)]
+        if waiting:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await asyncio.gather(*waiting)
+            except TimeoutError:
+                log.info("planning before all links are measured")
+
+    @asynccontextmanager
+    async def undisturbed(self, peers: Iterable[PeerId]) -> AsyncIterator[None]:
+        """Keep probes away from `peers`, after those under way have ended."""
+        async with AsyncExitStack() as stack:
+            for peer in sorted(set(peers)):
+                await stack.enter_async_context(self._lock(peer))
+            yield
+
+    def forget(self, peer: PeerId) -> None:
+        """A member is gone for good."""
+        lock = self._locks.get(peer)
+        if lock is not None and not lock.locked():
+            del self._locks[peer]
+
+    async def close(self) -> None:
+        """Stop all probes."""
+        await self._tasks.close()
+
+    # --- inside ---------------------------------------------------------------------------------------------
+
+    def _want(self, key: Pair, *, again: bool) -> None:
+        if key in self._wanted or (not again and self._state.links.get(*key) is not None):
+            return
+        done = self._wanted[key] = asyncio.Event()
+        if self._tasks.start(self._measure(key, done), "probe") is None:
+            del self._wanted[key]
+            done.set()
+
+    def _lock(self, peer: PeerId) -> asyncio.Lock:
+        return self._locks.setdefault(peer, asyncio.Lock())
+
+    async def _measure(self, key: Pair, done: asyncio.Event) -> None:
+        me = self._state.endpoint.peer_id
+        try:
+            async with AsyncExitStack() as stack:
+                # Always in the order of ids, so two probes never wait for each other. The broker is in no one's way.
+                for peer in key:
+                    if peer != me:
+                        await stack.enter_async_context(self._lock(peer))
+                await stack.enter_async_context(self._slots)
+                if me in key:
+                    record = await self._measure_own(key[0] if key[1] == me else key[1])
+                else:
+                    record = await self._measure_pair(*key)
+            if record is not None:
+                self._state.links.measured(record)
+        except FusionError as error:
+            log.info("measuring the link of %s failed: %s", " and ".join(map(self._state.name, key)), error)
+        finally:
+            del self._wanted[key]
+            done.set()
+
+    async def _measure_own(self, peer: PeerId) -> LinkRecord | None:
+        if not self._free(peer):
+            return None
+        found = await probe_link(self._state.link(peer), seconds=self._seconds)
+        return LinkRecord(
+            source=self._state.endpoint.peer_id,
+            target=peer,
+            there=LinkProfile(found.rtt_s, found.up_bytes_per_s),
+            back=LinkProfile(found.rtt_s, found.down_bytes_per_s),
+            measured_s=self._state.now_s(),
+        )
+
+    async def _measure_pair(self, one: PeerId, other: PeerId) -> LinkRecord | None:
+        members = [self._free(one), self._free(other)]
+        errors = []
+        for source, target in (members, members[::-1]):
+            if source is None or target is None:
+                return None
+            if not target.addresses:
+                errors.append(f"{target.name} does not listen")
+                continue
+            try:
+                await self._state.order(target.peer, Expect(source.peer), timeout_s=_EXPECT_TIMEOUT_S)
+                probe = Probe(target.peer, target.addresses)
+                found = await self._state.ask(source.peer, probe, Probed, timeout_s=_PROBE_TIMEOUT_S)
+                return LinkRecord(
+                    source=source.peer,
+                    target=target.peer,
+                    there=found.there,
+                    back=found.back,
+                    measured_s=self._state.now_s(),
+                )
+            except NetworkError as error:
+                errors.append(str(error))
+        if not (self._free(one) and self._free(other)):
+            return None
+        log.warning(
+            "%s and %s cannot reach each other: %s", self._state.name(one), self._state.name(other), "; ".join(errors)
+        )
+        return LinkRecord(source=one, target=other, there=None, back=None, measured_s=self._state.now_s())
+
+    def _free(self, peer: PeerId) -> MemberRecord | None:
+        """Return a member's record if it is there and no job has it."""
+        record = self._state.registry.get(peer)
+        if record is None or record.state != "idle" or self._state.endpoint.link(peer) is None:
+            return None
+        return record

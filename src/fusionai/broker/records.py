@@ -1,0 +1,70 @@
+"""What the broker remembers, as frozen data: it is kept in memory and, as JSON, in the store."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from fusionai.network.identity import PeerId
+from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.profile import DeviceProfile, LinkProfile
+from fusionai.training.messages import JobId
+
+Role = Literal["compnode", "owner", "observer"]
+MemberState = Literal["idle", "working", "left", "lost", "unreachable"]
+JobState = Literal["launching", "running", "finished", "failed", "cancelled"]
+
+PRESENT: frozenset[str] = frozenset({"idle", "working"})
+"""States of a member that has a link with the broker."""
+OVER: frozenset[str] = frozenset({"finished", "failed", "cancelled"})
+"""States of a job that is over."""
+
+
+class MemberRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A compnode or an owner."""
+
+    peer: PeerId
+    name: str
+    """Unique in the pool."""
+    role: Role
+    state: MemberState
+    device: DeviceProfile | None
+    addresses: tuple[str, ...]
+    lab: bool
+    seen_s: float
+    """Unix time when the broker last heard from it."""
+
+
+class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A job, from its launch on."""
+
+    job: JobId
+    name: str
+    owner: PeerId
+    owner_name: str
+    state: JobState
+    reason: str = ""
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    tokens_per_s: float = 0.0
+    compnodes: dict[PeerId, str] = {}
+    """Names by peer, the owner apart."""
+    config: str = ""
+    plan: Plan | None = None
+    submitted_s: float
+    """Unix time."""
+
+
+class LinkRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a probe found of a pair; `there` is from `source` to `target`."""
+
+    source: PeerId
+    """The side that dialled."""
+    target: PeerId
+    there: LinkProfile | None
+    """None: neither side can dial the other."""
+    back: LinkProfile | None
+    measured_s: float
+    """Unix time."""

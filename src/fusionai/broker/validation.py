@@ -1,0 +1,106 @@
+"""Bounds on what members say; msgspec has checked the types already."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from fusionai.broker.messages import Heartbeat, JobProgress, Register, Submit
+from fusionai.errors import ConfigError, ProtocolError
+from fusionai.network.address import split_address
+from fusionai.scheduling.profile import DeviceProfile, LinkProfile
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_MOST_ADDRESSES = 8
+_MOST_TEXT = 1000
+_MOST_CONFIG = 256 << 10
+_MOST_ENTRIES = 1024
+_MOST_MICROBATCHES = 65_536
+_MOST_SIZE = 1 << 40
+
+
+def check_name(name: str) -> None:
+    """Check a machine's name.
+
+    Raises:
+        ConfigError: it is not 1 to 63 letters, digits, dots, dashes and underscores, beginning with a letter or digit.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"the name {name[:80]!r} must have 1 to 63 letters, digits, dots, dashes and underscores, and begin with "
+            "a letter or digit"
+        )
+
+
+def check_register(message: Register) -> None:
+    """Raises ConfigError for a bad name, ProtocolError for anything else out of bounds."""
+    check_name(message.name)
+    _require(len(message.addresses) <= _MOST_ADDRESSES, f"at most {_MOST_ADDRESSES} addresses are allowed")
+    for address in message.addresses:
+        _require(len(address) <= 300, "an address is too long")
+        split_address(address)
+    if message.device is None:
+        _require(message.role == "observer", f"a {message.role} must register with its device's profile")
+    else:
+        _check_device(message.device)
+
+
+def _check_device(device: DeviceProfile) -> None:
+    texts = (device.name, device.device, device.plane, device.plane_version)
+    _require(all(len(text) <= 200 for text in texts), "a text in the device's profile is too long")
+    _require(len(device.flops_per_s) <= 32, "too many op classes in the device's profile")
+    _require(all(len(name) <= 50 for name in device.flops_per_s), "an op class's name is too long")
+    figures = (device.memory_bytes_per_s, *device.flops_per_s.values())
+    _require(all(_positive(each) for each in figures), "a speed in the device's profile is not above 0")
+    _require(0 <= device.overhead_s < 60, "the device's overhead is not between 0 and 60 s")
+    _require(0 <= device.memory_bytes < _MOST_SIZE << 10, "the device's memory is out of range")
+    _require(1 <= device.threads <= 65_536, "the device's number of threads is out of range")
+
+
+def check_link(profile: LinkProfile) -> None:
+    """Raises ProtocolError unless a measured link is plausible."""
+    _require(_positive(profile.bandwidth_bytes_per_s), "a measured bandwidth is not above 0")
+    _require(0 <= profile.rtt_s < 3600, "a measured round trip is out of range")
+
+
+def check_heartbeat(message: Heartbeat) -> None:
+    """Raises ProtocolError."""
+    _require(0 <= message.busy < 1e6 and 0 <= message.memory_bytes < _MOST_SIZE << 10, "a figure is out of range")
+    _require(len(message.holds) <= 64, "a heartbeat names too many jobs")
+    _require(
+        all(len(job) <= 64 and len(line) <= _MOST_TEXT for job, line in message.holds.items()),
+        "a heartbeat's text is too long",
+    )
+    _require(len(message.bytes_sent) <= _MOST_ENTRIES, "a heartbeat names too many peers")
+    _require(all(len(peer) == 64 and count >= 0 for peer, count in message.bytes_sent.items()), "a count is wrong")
+
+
+def check_progress(message: JobProgress) -> None:
+    """Raises ProtocolError."""
+    _require(0 <= message.step <= message.steps, "a step is not within its job's")
+    _require(message.tokens_per_s >= 0, "a throughput is below 0")
+
+
+def check_submit(message: Submit) -> None:
+    """Raises ProtocolError."""
+    _require(1 <= len(message.job_name) <= 200, "a job's name has 1 to 200 characters")
+    _require(len(message.config) <= _MOST_CONFIG, f"a job's configuration has at most {_MOST_CONFIG:,} characters")
+    _require(re.fullmatch("[0-9a-f]{64}", message.graph_hash) is not None, "a content hash has 64 hexadecimal digits")
+    _require(0 <= message.front <= message.back, "front and back are out of order")
+    _require(1 <= message.microbatches <= _MOST_MICROBATCHES, f"a step has 1 to {_MOST_MICROBATCHES:,} microbatches")
+    _require(0 <= message.compnodes <= 10_000, "a job uses at most 10,000 compnodes")
+    _require(len(message.sizes) <= 64, "a graph has at most 64 symbols")
+    _require(
+        all(len(name) <= 100 and 0 < size < _MOST_SIZE for name, size in message.sizes.items()),
+        "a size is out of range",
+    )
+    _require(message.cuts is None or len(message.cuts) <= 10_000, "too many cuts")
+
+
+def _positive(figure: float) -> bool:
+    return math.isfinite(figure) and figure > 0
+
+
+def _require(holds: bool, problem: str) -> None:
+    if not holds:
+        raise ProtocolError(f"the broker refuses this: {problem}")

@@ -1,0 +1,21 @@
+"""What commands print: for people through rich, for programs as JSON lines on standard output."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import msgspec
+from rich.console import Console
+
+
+def console(arguments: argparse.Namespace) -> Console:
+    """Return where a command prints for people: standard output, or with `--json` standard error."""
+    return Console(stderr=arguments.json, quiet=arguments.quiet)
+
+
+def print_result(arguments: argparse.Namespace, result: object) -> None:
+    """With `--json`, print a result (a mapping or a msgspec struct) as one line; numbers that JSON lacks are null."""
+    if arguments.json:
+        sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
+        sys.stdout.flush()

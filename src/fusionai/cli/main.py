@@ -1,0 +1,115 @@
+"""The entry of the command line: arguments, errors and exit statuses; the commands are one file each.
+
+Nothing heavy is imported before a command runs: `fusionai --help` must answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
+
+from fusionai.errors import ConfigError, FusionError
+
+COMMANDS = ("demo", "broker", "join", "train", "generate", "status")
+"""Each is a module of `fusionai.cli` with `add_parser(subparsers)` and `run(arguments) -> int`."""
+
+INTERRUPTED = 130
+UNEXPECTED = 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad arguments are errors like any other, so that `--json` holds for them too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, that of a FusionError, 130 for Ctrl-C, 1 for a bug."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    json_wanted, debug = "--json" in words, "--debug" in words
+    try:
+        arguments = _parser().parse_args(words)
+        json_wanted, debug = arguments.json, arguments.debug
+        return _run(arguments)
+    except KeyboardInterrupt:
+        return _failed(json_wanted, "KeyboardInterrupt", "interrupted", INTERRUPTED)
+    except FusionError as error:
+        if debug:
+            _trace()
+        return _failed(json_wanted, type(error).__name__, str(error), error.exit_status)
+    except Exception as error:
+        if debug:
+            _trace()
+        text = f"unexpected {type(error).__name__}: {error}"
+        remedy = "" if debug else " (a bug of FusionAI; run again with --debug for the traceback)"
+        return _failed(json_wanted, type(error).__name__, text.strip() + remedy, UNEXPECTED)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if getattr(arguments, "exit_with_parent", False):
+        # Before anything slow: a parent may die while its child still imports torch.
+        from fusionai.cli.parent_watch import watch_parent
+
+        watch_parent()
+    from fusionai.cli.logging_setup import set_up_logging
+
+    set_up_logging(verbose=arguments.verbose, quiet=arguments.quiet, log_file=arguments.log_file)
+    status: int = arguments.run_command(arguments)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fusionai",
+        description="Pool ordinary GPUs over the internet to train models that none of them could train alone.",
+    )
+    parser.add_argument("--version", action="version", version=f"fusionai {_version()}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        import_module(f"fusionai.cli.{name}").add_parser(subparsers)
+    for command in subparsers.choices.values():
+        _add_shared(command)
+    return parser
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="results on standard output as one JSON object a line")
+    group.add_argument("-v", "--verbose", action="count", default=0, help="log what happens; twice: all details")
+    group.add_argument("-q", "--quiet", action="store_true", help="log errors only, and show no progress")
+    group.add_argument("--log-file", type=Path, metavar="FILE", help="append all logs to FILE, as JSON lines")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("fusionai")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _failed(json_wanted: bool, kind: str, text: str, status: int) -> int:
+    sys.stderr.write(f"error: {text}\n")
+    if json_wanted:
+        import json
+
+        sys.stdout.write(json.dumps({"error": kind, "message": text}) + "\n")
+        sys.stdout.flush()
+    return status
+
+
+def _trace() -> None:
+    import traceback
+
+    traceback.print_exc(file=sys.stderr)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,98 @@
+"""`fusionai status`: what a pool has and does."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fusionai.broker.messages import Status
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser("status", help="show a pool's compnodes, links and jobs")
+    parser.add_argument("--broker", required=True, metavar="TOKEN", help="join token of the pool")
+    parser.add_argument("--measure", action="store_true", help="measure the links of idle compnodes again first")
+    parser.set_defaults(run_command=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    from fusionai.cli.console import console, print_result
+    from fusionai.network.loop import run as run_loop
+
+    status = run_loop(_ask(arguments.broker, measure=arguments.measure))
+    if not arguments.json:
+        _show(console(arguments), status)
+    if arguments.json:
+        import msgspec
+
+        print_result(arguments, msgspec.structs.asdict(status))
+    return 0
+
+
+async def _ask(token: str, *, measure: bool) -> Status:
+    from fusionai.broker.messages import Measure, Status, StatusQuery
+    from fusionai.compnode.member import Member
+    from fusionai.network.identity import Identity
+
+    member = Member(Identity.ephemeral(), token, role="observer", name="observer", listen=None)
+    await member.start()
+    try:
+        return await member.request(
+            Measure() if measure else StatusQuery(), Status, timeout_s=60.0 if measure else 15.0
+        )
+    finally:
+        await member.close()
+
+
+def _show(screen: Console, status: Status) -> None:
+    from rich.table import Table
+
+    if not status.compnodes:
+        screen.print("the pool has no compnodes: run `fusionai join TOKEN` on each machine that is to take part")
+    else:
+        table = Table("compnode", "state", "device", "GFLOP/s", "offers", "uses", "busy", "holds", "seen", box=None)
+        for each in status.compnodes:
+            device = each.device
+            table.add_row(
+                each.name + (" (lab)" if each.lab else ""),
+                each.state,
+                f"{device.name} ({device.device})" if device else "",
+                f"{device.flops_per_s.get('matmul', 0.0) / 1e9:,.0f}" if device else "",
+                f"{device.memory_bytes / 1e9:.1f} GB" if device else "",
+                f"{each.memory_bytes / 1e9:.2f} GB",
+                f"{each.busy:.0%}",
+                "; ".join(each.holds.values()),
+                f"{each.last_seen_s:.0f} s ago",
+            )
+        screen.print(table)
+    if status.links:
+        table = Table("link", "round trip", "bandwidth", "sent", box=None)
+        for link in status.links:
+            profile = link.profile
+            table.add_row(
+                f"{link.source} -> {link.target}",
+                f"{profile.rtt_s * 1e3:.1f} ms" if profile else "cannot connect",
+                f"{profile.bandwidth_bytes_per_s * 8 / 1e6:,.0f} Mbit/s" if profile else "",
+                f"{link.bytes_sent / 1e6:.1f} MB",
+            )
+        screen.print(table)
+    if status.jobs:
+        table = Table("job", "name", "state", "step", "loss", "tokens/s", "owner", "compnodes", "reason", box=None)
+        for job in status.jobs:
+            table.add_row(
+                job.job,
+                job.name,
+                job.state,
+                f"{job.step}/{job.steps}" if job.steps else "",
+                f"{job.loss:.4f}" if job.loss is not None else "",
+                f"{job.tokens_per_s:,.0f}" if job.tokens_per_s else "",
+                job.owner,
+                ", ".join(job.compnodes),
+                job.reason,
+            )
+        screen.print(table)

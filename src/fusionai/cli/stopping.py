@@ -1,0 +1,56 @@
+"""How commands that serve until stopped are stopped: Ctrl-C, SIGTERM, or the end of a watched parent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from fusionai.cli.parent_watch import on_parent_gone
+
+_SECOND = 130
+
+
+def stop_event() -> asyncio.Event:
+    """Return an event that is set when the process is asked to end. A second request ends it at once.
+
+    Call it inside the event loop, in the main thread.
+    """
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def request() -> None:
+        if stop.is_set():
+            sys.stderr.write("stopped at once\n")
+            sys.stderr.flush()
+            os._exit(_SECOND)
+        stop.set()
+
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is not None:
+            _handle(loop, number, request)
+    on_parent_gone(lambda: _call(loop, stop.set))
+    return stop
+
+
+def _handle(loop: asyncio.AbstractEventLoop, number: signal.Signals, request: Callable[[], None]) -> None:
+    try:
+        loop.add_signal_handler(number, request)
+    except (NotImplementedError, RuntimeError):
+        # Windows: the handler runs between byte codes of the main thread; the loop is woken to see the event.
+        def handler(_number: int, _frame: FrameType | None) -> None:
+            _call(loop, request)
+
+        signal.signal(number, handler)
+
+
+def _call(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
+    """Run `work` on the loop; a loop that is closed needs no stopping."""
+    try:
+        loop.call_soon_threadsafe(work)
+    except RuntimeError:
+        pass

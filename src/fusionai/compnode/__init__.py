@@ -1,0 +1,1 @@
+"""The provider agent: joins, measures itself, hosts sub-DAGs."""

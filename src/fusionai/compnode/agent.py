@@ -1,0 +1,114 @@
+"""The provider's agent: measures this machine, joins a pool, and works for it until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fusionai.compnode.hardware import measure
+from fusionai.compnode.member import Member
+from fusionai.execution.plane import Plane
+from fusionai.network.identity import Identity
+from fusionai.network.lab import LabConfig
+from fusionai.network.token import JoinToken
+
+log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+IDENTITY = "identity.pem"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """What a provider decides."""
+
+    token: str
+    name: str
+    state_folder: Path
+    device: str | None = None
+    """None: the best there is."""
+    threads: int | None = None
+    """None: all cores."""
+    memory_bytes: int | None = None
+    """None: a safe share of what is free."""
+    listen: str = "127.0.0.1:0"
+    advertise: tuple[str, ...] = ()
+    remeasure: bool = False
+    slowdown: float = 1.0
+    lab: LabConfig | None = None
+
+
+class Agent:
+    """A compnode's process, without its command line."""
+
+    def __init__(self, config: AgentConfig, load_plane: Callable[[], Plane]) -> None:
+        """`load_plane` blocks for seconds (torch is large); it is called in a thread.
+
+        Raises:
+            TokenError: the token is malformed, forged or expired.
+        """
+        self._config = config
+        self._load_plane = load_plane
+        self._token = JoinToken.decode(config.token)
+
+    async def run(self, stop: asyncio.Event, on_joined: Callable[[Member], None]) -> None:
+        """Join, call `on_joined`, and serve until `stop` is set; then leave cleanly.
+
+        Raises:
+            TokenError, AuthenticationError: the pool does not admit this machine, now or later.
+            PeerLost, PeerTimeout: the broker is not there. Once joined, it is waited for instead.
+            ConfigError, StorageError: an option cannot be met.
+        """
+        config = self._config
+        identity = await asyncio.to_thread(Identity.load_or_create, config.state_folder / IDENTITY)
+        plane = await _unless(stop, asyncio.to_thread(self._load_plane))
+        if plane is None:
+            return
+        profile = await asyncio.to_thread(
+            measure,
+            plane,
+            device=config.device,
+            threads=config.threads,
+            memory_bytes=config.memory_bytes,
+            slowdown=config.slowdown,
+            cache_folder=config.state_folder,
+            remeasure=config.remeasure,
+        )
+        if stop.is_set():
+            return
+        member = Member(
+            identity,
+            self._token,
+            role="compnode",
+            name=config.name,
+            profile=profile,
+            plane=plane,
+            listen=config.listen,
+            advertise=config.advertise,
+            lab=config.lab,
+            slowdown=config.slowdown,
+        )
+        await member.start()
+        try:
+            on_joined(member)
+            await _unless(stop, member.wait_ended())
+        finally:
+            await member.close("its provider stopped it" if stop.is_set() else "it ended")
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, _Result]) -> _Result | None:
+    """Return what `work` returns, or None as soon as `stop` is set."""
+    stopped = asyncio.ensure_future(stop.wait())
+    working = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait((stopped, working), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        stopped.cancel()
+        working.cancel()
+        await asyncio.gather(stopped, working, return_exceptions=True)

@@ -1,0 +1,224 @@
+"""The jobs that this machine has a part in: assigned by the broker, commanded by their owners."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fusionai.broker.tasks import Tasks, all_of
+from fusionai.errors import JobError, NetworkError, PlacementError
+from fusionai.execution.plane import Plane
+from fusionai.network.identity import PeerId
+from fusionai.training.messages import Assignment, JobId, Neighbour
+from fusionai.training.stage_host import LINK_TIMEOUT_S, StageHost
+from fusionai.training.wire import JobWire
+
+log = logging.getLogger(__name__)
+
+OWNER_TIMEOUT_S = 240.0
+"""An assignment whose owner has no link with this machine by then is dropped: its launch broke off, and so did the
+connection with the broker that would have said so. Above all of a launch's own deadlines together."""
+
+
+@dataclass
+class _Part:
+    """This machine's part in one job."""
+
+    assignment: Assignment
+    host: StageHost | None = None
+    """None while its program is made, and where the machine holds no stage: an owner whose job runs elsewhere."""
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Hosting:
+    """Holds assignments and their stages."""
+
+    def __init__(
+        self,
+        wire: JobWire,
+        plane: Plane | None,
+        *,
+        memory_bytes: int,
+        most_jobs: int,
+        slowdown: float,
+        changed: Callable[[], None],
+    ) -> None:
+        """`changed` is called when a job came or went."""
+        self._wire = wire
+        self._plane = plane
+        self._memory_bytes = memory_bytes
+        self._most_jobs = most_jobs
+        self._slowdown = slowdown
+        self._changed = changed
+        self._parts: dict[JobId, _Part] = {}
+        self._tasks = Tasks()
+        self._past_busy_s = 0.0
+        self._past_bytes: dict[str, int] = defaultdict(int)
+
+    # --- by the broker's order --------------------------------------------------------------------------------
+
+    async def assign(self, assignment: Assignment) -> None:
+        """Take a part in a job; returns when its program is made.
+
+        Raises:
+            JobError: this machine has a job already.
+            PlacementError: it would need more memory than is offered.
+            GraphError: the plane cannot run it.
+        """
+        job = assignment.job
+        if job in self._parts or len(self._parts) >= self._most_jobs:
+            raise JobError(f"this machine works for job {next(iter(self._parts))} already")
+        if assignment.memory_bytes > self._memory_bytes:
+            raise PlacementError(
+                f"the share needs {assignment.memory_bytes:,} bytes, but this machine offers {self._memory_bytes:,}"
+            )
+        part = self._parts[job] = _Part(assignment)
+        try:
+            if assignment.subdags:
+                part.host = await self._host(assignment)
+        except BaseException:
+            self._parts.pop(job, None)
+            raise
+        if self._parts.get(job) is not part:
+            # Released while the program was made.
+            if part.host is not None:
+                await part.host.close("the job ended before it began")
+            raise JobError(f"job {job} ended while this machine made its program")
+        part.ready.set()
+        if assignment.owner != self._wire.me:
+            self._tasks.start(self._expect_owner(part), "owner's link")
+        self._changed()
+
+    async def _host(self, assignment: Assignment) -> StageHost:
+        if self._plane is None:
+            raise JobError("this machine has no execution plane; join with one")
+
+        async def ended(reason: str) -> None:
+            self._drop(assignment.job)
+
+        return await StageHost.create(assignment, self._plane, self._wire, slowdown=self._slowdown, on_end=ended)
+
+    async def connect(self, job: JobId) -> None:
+        """Link to the neighbours of a job.
+
+        Raises:
+            PeerTimeout, PeerLost, AuthenticationError: one cannot be linked to; the text names it.
+            JobError: this machine has no part in the job.
+        """
+        part = self._parts.get(job)
+        if part is None:
+            raise JobError(f"this machine has no part in job {job} any more")
+        await all_of(self._link(each) for each in part.assignment.neighbours)
+
+    async def _link(self, neighbour: Neighbour) -> None:
+        endpoint, peer = self._wire.endpoint, PeerId(neighbour.peer)
+        try:
+            if neighbour.dial and endpoint.link(peer) is None:
+                await endpoint.connect(peer, neighbour.addresses, timeout_s=LINK_TIMEOUT_S)
+            else:
+                await endpoint.wait_for_link(peer, LINK_TIMEOUT_S)
+        except NetworkError as error:
+            raise type(error)(f"no link to {neighbour.name}: {error}") from error
+
+    async def release(self, job: JobId, reason: str) -> None:
+        """Drop a job, if it is here."""
+        part = self._parts.get(job)
+        if part is None:
+            return
+        if part.host is not None:
+            await part.host.close(reason)
+        self._drop(job)
+
+    async def close(self, reason: str) -> None:
+        """Drop all jobs."""
+        await self._tasks.close()
+        for job in list(self._parts):
+            await self.release(job, reason)
+
+    def _drop(self, job: JobId) -> None:
+        part = self._parts.pop(job, None)
+        if part is None:
+            return
+        if part.host is not None:
+            self._past_busy_s += part.host.busy_s
+            for peer, count in part.host.bytes_sent.items():
+                self._past_bytes[peer] += count
+        self._tasks.start(self._unlink(part.assignment), "unlink")
+        self._changed()
+
+    async def _unlink(self, assignment: Assignment) -> None:
+        """Close links that no job needs any more; the one side that dialled does so."""
+        # The job's last words may still be on their way to this machine or to its neighbours.
+        await asyncio.sleep(1.0)
+        for neighbour in assignment.neighbours:
+            peer = PeerId(neighbour.peer)
+            link = self._wire.endpoint.link(peer)
+            if link is not None and neighbour.dial and not self.admits(peer):
+                await link.close("the job is over")
+
+    async def _expect_owner(self, part: _Part) -> None:
+        owner = PeerId(part.assignment.owner)
+        try:
+            await self._wire.endpoint.wait_for_link(owner, OWNER_TIMEOUT_S)
+        except NetworkError as error:
+            await self.release(part.assignment.job, f"its owner did not come: {error}")
+
+    # --- asking ---------------------------------------------------------------------------------------------
+
+    def host(self, job: JobId) -> StageHost | None:
+        """Return this machine's stages of a job."""
+        part = self._parts.get(job)
+        return None if part is None else part.host
+
+    def admits(self, peer: PeerId) -> bool:
+        """Whether an assignment names a peer."""
+        return any(peer == neighbour.peer for part in self._parts.values() for neighbour in part.assignment.neighbours)
+
+    @property
+    def holds(self) -> dict[str, str]:
+        """Job to a line for people. A job is held from the assignment on, made or not."""
+        return {
+            job: part.host.description[:900] if part.host is not None else "no stage"
+            for job, part in self._parts.items()
+        }
+
+    @property
+    def busy_s(self) -> float:
+        """Compute seconds since this machine joined."""
+        return self._past_busy_s + sum(host.busy_s for host in self._hosts())
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that programs hold."""
+        return sum(host.memory_bytes for host in self._hosts())
+
+    @property
+    def bytes_sent(self) -> dict[str, int]:
+        """Tensor bytes since joining, by receiving peer."""
+        total = defaultdict(int, self._past_bytes)
+        for host in self._hosts():
+            for peer, count in host.bytes_sent.items():
+                total[peer] += count
+        return dict(total)
+
+    def _hosts(self) -> list[StageHost]:
+        return [part.host for part in self._parts.values() if part.host is not None]
+
+
+class BusyMeter:
+    """The share of time spent computing since it was last asked."""
+
+    def __init__(self) -> None:
+        self._at_s = time.monotonic()
+        self._busy_s = 0.0
+
+    def read(self, busy_s: float) -> float:
+        """Return the share, given all compute seconds so far."""
+        now_s = time.monotonic()
+        share = (busy_s - self._busy_s) / max(now_s - self._at_s, 1e-3)
+        self._at_s, self._busy_s = now_s, busy_s
+        return min(max(share, 0.0), 1.0)

@@ -1,0 +1,1 @@
+"""Execution planes: each runs sub-DAGs in one framework, behind one interface."""

@@ -1,0 +1,47 @@
+"""The torch plane."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from fusionai.errors import GraphError
+from fusionai.execution.plane import Calibration, Plane, Program, ProgramOptions
+from fusionai.execution.torch_plane import devices
+from fusionai.execution.torch_plane.calibration import calibrate
+from fusionai.execution.torch_plane.operators import torch_callable
+from fusionai.execution.torch_plane.program import TorchProgram
+from fusionai.graph.model import SubDag
+
+
+class TorchPlane(Plane):
+    """Sub-DAGs on CPU, CUDA or MPS by torch."""
+
+    name = "torch"
+
+    def devices(self) -> tuple[str, ...]:
+        return devices.device_names()
+
+    def describe(self, device: str) -> str:
+        return devices.device_description(device)
+
+    def device_memory_bytes(self, device: str) -> int:
+        return devices.memory_bytes(device)
+
+    def unsupported(self, subdag: SubDag) -> Iterator[str]:
+        for name in sorted({node.op for node in subdag.nodes}):
+            try:
+                torch_callable(name)
+            except GraphError:
+                yield name
+
+    def calibrate(self, device: str, *, seconds: float = 2.0) -> Calibration:
+        return calibrate(device, seconds)
+
+    def set_threads(self, count: int) -> None:
+        devices.set_threads(count)
+
+    def load(self, subdags: Sequence[SubDag], options: ProgramOptions) -> Program:
+        for subdag in subdags:
+            for name in {node.op for node in subdag.nodes}:
+                torch_callable(name)  # raises GraphError that names the operator
+        return TorchProgram(subdags, options)

@@ -1,0 +1,430 @@
+"""A program of the torch plane: the stages that one compnode runs for one job."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fusionai.errors import GraphError, JobError
+from fusionai.execution.plane import MicrobatchKey, Program, ProgramOptions
+from fusionai.execution.torch_plane.build import Feed, StageFunction, mutated_keys, specialise
+from fusionai.execution.torch_plane.compiling import StageCall, compiled
+from fusionai.execution.torch_plane.devices import apply_threads, release_cached_memory, torch_device
+from fusionai.execution.torch_plane.optimizers import Optimizer
+from fusionai.execution.torch_plane.randomness import random_seed, seeded
+from fusionai.execution.torch_plane.retained import distinct_bytes, saved_tensors
+from fusionai.execution.torch_plane.tensors import from_data, storage_address, to_data
+from fusionai.execution.torch_plane.tied import TiedGradients
+from fusionai.execution.torch_plane.weights import Weights
+from fusionai.graph.model import Sizes, SubDag, ValueName, WeightKey
+from fusionai.tensor import TensorData
+
+_FUNCTIONS_KEPT = 8
+"""Stage functions for different sizes kept: training has one size, its evaluation and a last batch another."""
+
+_AUTOCAST = frozenset({"float32", "bfloat16"})
+"""Either of these may cross where the other is declared when the job runs in bf16."""
+
+
+@dataclass(slots=True)
+class _Ready:
+    """A stage function and how it is called."""
+
+    function: StageFunction
+    call: StageCall | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What a microbatch's forward leaves for its backward."""
+
+    leaves: dict[ValueName, Tensor]
+    roots: dict[ValueName, Tensor]
+
+
+class TorchProgram(Program):
+    """Runs sub-DAGs with torch's autograd.
+
+    In bf16, boundary tensors and gradients cross in the dtype that autocast gives them, so that the receiving
+    stage continues exactly as one process would: a tensor declared float32 may come as bfloat16.
+    """
+
+    def __init__(self, subdags: Sequence[SubDag], options: ProgramOptions) -> None:
+        self._device = torch_device(options.device)
+        self._options = options
+        self._subdags = {subdag.index: subdag for subdag in subdags}
+        if len(self._subdags) != len(subdags):
+            raise GraphError(f"two stages have one index: {[subdag.index for subdag in subdags]}")
+        self._weights = Weights(subdags, self._device)
+        self._mutable = frozenset[WeightKey]().union(*(mutated_keys(subdag) for subdag in subdags))
+        self._optimizer = Optimizer(options.optimizer, self._device)
+        self._tied = TiedGradients(subdags)
+        self._functions: OrderedDict[tuple[object, ...], _Ready] = OrderedDict()
+        self._kept: dict[tuple[int, MicrobatchKey], _Kept] = {}
+        self._buffers_before: dict[WeightKey, Tensor] = {}
+        """Buffers as they were before the first microbatch since the last update."""
+        self._closed = False
+
+    # --- weights -------------------------------------------------------------------------------------------
+
+    def load(self, key: WeightKey, tensor: TensorData, state: str | None = None) -> None:
+        self._check_open()
+        if state is None:
+            self._weights.load(key, tensor)
+            self._functions.clear()  # their fixed values may depend on it
+            self._buffers_before.pop(key, None)
+            return
+        self._weights.check(key, tensor)
+        weight = self._stateful(key, state)
+        self._optimizer.load_state(key, state, weight, from_data(tensor, self._device))
+
+    def missing(self) -> tuple[WeightKey, ...]:
+        return self._weights.missing()
+
+    def keys(self) -> tuple[WeightKey, ...]:
+        return self._weights.keys()
+
+    def read(self, key: WeightKey, state: str | None = None) -> TensorData:
+        self._check_open()
+        if state is None:
+            return to_data(self._weights.get(key), copy=True)
+        weight = self._stateful(key, state)
+        value = self._optimizer.state(key, state)
+        return to_data(torch.zeros_like(weight, requires_grad=False) if value is None else value, copy=True)
+
+    def optimizer_step(self) -> int:
+        return self._optimizer.step
+
+    def set_optimizer_step(self, step: int) -> None:
+        self._optimizer.continue_from(step)
+
+    def _stateful(self, key: WeightKey, state: str) -> Tensor:
+        """Return a weight that has the optimizer state `state`, or raise GraphError."""
+        weight = self._weights.get(key)
+        known = self._options.optimizer.states if weight.requires_grad else ()
+        if state not in known:
+            listed = ", ".join(known) or "none"
+            raise GraphError(f"weight {key!r} has no optimizer state {state!r}; it has: {listed}")
+        return weight
+
+    # --- passes --------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        stage: int,
+        microbatch: MicrobatchKey,
+        sizes: Sizes,
+        values: Mapping[ValueName, TensorData],
+        *,
+        train: bool = True,
+    ) -> dict[ValueName, TensorData]:
+        apply_threads()
+        subdag = self._subdag(stage)
+        if train and (stage, microbatch) in self._kept:
+            raise JobError(f"{_name(stage, microbatch)} has gone forward already and waits for its backward")
+        ready = self._ready(subdag, sizes, train)
+        function = ready.function
+        fed = self._feeds(function, values, _name(stage, microbatch))
+        leaves = {}
+        if train:
+            for feed in function.feeds:
+                if feed.gradient:
+                    leaves[feed.name] = fed[feed.name].requires_grad_()
+        weights = [self._weights.tensors[key] for key in function.weights]
+        arguments = (*fed.values(), *weights, *function.fixed)
+        if train:
+            for key in function.mutated:
+                if key not in self._buffers_before:
+                    self._buffers_before[key] = self._weights.tensors[key].clone()
+        outputs = self._run(ready, arguments, stage, microbatch, train)
+        result = {}
+        for name, output in zip(function.outputs, outputs, strict=True):
+            result[name] = self._sent(output if name != subdag.loss else output.float())
+        if train:
+            roots = dict(zip(function.outputs, outputs, strict=True))
+            self._kept[stage, microbatch] = _Kept(leaves, roots)
+        return result
+
+    def backward(
+        self,
+        stage: int,
+        microbatch: MicrobatchKey,
+        gradients: Mapping[ValueName, Sequence[TensorData]],
+        loss_weight: float = 1.0,
+    ) -> dict[ValueName, TensorData]:
+        apply_threads()
+        subdag = self._subdag(stage)
+        kept = self._kept.get((stage, microbatch))
+        if kept is None:
+            raise JobError(f"{_name(stage, microbatch)} cannot go backward: it did not go forward in training")
+        roots, starts = self._starts(subdag, kept, gradients, loss_weight, _name(stage, microbatch))
+        del self._kept[stage, microbatch]
+        tied_before: dict[WeightKey, Tensor | None] = {}
+        for key in self._tied.keys(stage):
+            weight = self._weights.tensors[key]
+            tied_before[key], weight.grad = weight.grad, None
+        fresh = [weight for _, weight in self._weights.trainable() if weight.grad is None]
+        if roots:
+            torch.autograd.backward(roots, starts)
+        taken = {storage_address(tensor) for tensor in starts}
+        result = {}
+        for name, leaf in kept.leaves.items():
+            gradient = torch.zeros_like(leaf, requires_grad=False) if leaf.grad is None else leaf.grad
+            leaf.grad = None
+            taken.add(storage_address(gradient))
+            result[name] = to_data(gradient)
+        _separate(fresh, taken)
+        for key, before in tied_before.items():
+            weight = self._weights.tensors[key]
+            weight.grad = self._tied.add(key, microbatch, weight.grad, before)
+        return result
+
+    def discard(self, microbatch: MicrobatchKey | None = None) -> None:
+        if microbatch is not None:
+            self._kept = {key: kept for key, kept in self._kept.items() if key[1] != microbatch}
+            return
+        self._kept.clear()
+        self._clear_gradients()
+        for key, before in self._buffers_before.items():
+            self._weights.get(key).copy_(before)
+        self._buffers_before.clear()
+
+    def _run(
+        self,
+        ready: _Ready,
+        arguments: tuple[Tensor, ...],
+        stage: int,
+        microbatch: MicrobatchKey,
+        train: bool,
+    ) -> tuple[Tensor, ...]:
+        bf16 = self._options.precision == "bf16"
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(train))
+            if bf16:
+                stack.enter_context(torch.autocast(self._device.type, dtype=torch.bfloat16))
+            if ready.function.random:
+                seed = random_seed(self._options.seed, microbatch, stage)
+                stack.enter_context(seeded(seed, self._device))
+            if ready.call is None:
+                if self._options.compile:
+                    ready.call = compiled(ready.function, arguments, train=train, stage=stage)
+                    if ready.function.random:
+                        stack.enter_context(seeded(seed, self._device))
+                else:
+                    ready.call = cast("StageCall", ready.function.module.forward)
+            return ready.call(*arguments)
+
+    def _ready(self, subdag: SubDag, sizes: Sizes, train: bool) -> _Ready:
+        """Return the stage's function for these sizes, built when it is not at hand."""
+        missing = self._weights.missing()
+        if missing:
+            raise JobError(f"{len(missing)} weights of this program are not loaded, the first is {missing[0]!r}")
+        key = (subdag.index, train, *sorted(sizes.items()))
+        ready = self._functions.get(key)
+        if ready is None:
+            function = specialise(
+                subdag,
+                sizes,
+                self._weights.tensors,
+                mutable=self._mutable,
+                train=train,
+                device=self._device,
+            )
+            ready = self._functions[key] = _Ready(function)
+            if len(self._functions) > _FUNCTIONS_KEPT:
+                self._functions.popitem(last=False)
+        self._functions.move_to_end(key)
+        return ready
+
+    def _feeds(
+        self, function: StageFunction, values: Mapping[ValueName, TensorData], name: str
+    ) -> dict[ValueName, Tensor]:
+        """Check the tensors given against the stage's, and return them in its order."""
+        unknown = values.keys() - {feed.name for feed in function.feeds}
+        if unknown:
+            raise GraphError(f"{name} takes no value {min(unknown)!r}")
+        result = {}
+        for feed in function.feeds:
+            if feed.name not in values:
+                raise GraphError(f"{name} needs the value {feed.name!r}, which was not given")
+            data = values[feed.name]
+            if data.shape != feed.shape or not self._accepts(feed, data.dtype):
+                raise GraphError(
+                    f"{name}: value {feed.name!r} must be {feed.dtype} of shape {list(feed.shape)}, "
+                    f"but is {data.dtype} of shape {list(data.shape)}"
+                )
+            result[feed.name] = from_data(data, self._device)
+        return result
+
+    def _accepts(self, feed: Feed, dtype: str) -> bool:
+        if dtype == feed.dtype:
+            return True
+        autocast = self._options.precision == "bf16" and feed.received
+        return autocast and {dtype, feed.dtype} <= _AUTOCAST
+
+    def _sent(self, output: Tensor) -> TensorData:
+        """Hand out an output; a copy where it is a weight's memory, which the next update changes."""
+        return to_data(output, copy=self._weights.share_memory_with(output))
+
+    def _starts(
+        self,
+        subdag: SubDag,
+        kept: _Kept,
+        gradients: Mapping[ValueName, Sequence[TensorData]],
+        loss_weight: float,
+        name: str,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the tensors that backward starts from, with their gradients."""
+        targets: dict[ValueName, int] = {}
+        for transfer in subdag.sends:
+            if transfer.gradient:
+                targets[transfer.value] = targets.get(transfer.value, 0) + 1
+        unknown = gradients.keys() - targets.keys()
+        if unknown:
+            raise GraphError(f"{name} sent no value {min(unknown)!r} that has a gradient")
+        roots, starts = [], []
+        for value, count in targets.items():
+            given = gradients.get(value, ())
+            if len(given) != count:
+                raise GraphError(f"{name} needs {count} gradients of {value!r}, got {len(given)}")
+            root = kept.roots[value]
+            total: Tensor | None = None
+            for data in given:
+                part = self._gradient(data, root, f"{name}: the gradient of {value!r}")
+                total = part if total is None else total + part
+            if root.requires_grad and total is not None:
+                roots.append(root)
+                starts.append(total)
+        if subdag.loss is not None:
+            loss = kept.roots[subdag.loss]
+            if loss.requires_grad:
+                roots.append(loss)
+                starts.append(torch.full_like(loss, loss_weight, requires_grad=False))
+        return roots, starts
+
+    def _gradient(self, data: TensorData, like: Tensor, name: str) -> Tensor:
+        """Return a gradient as a tensor of the dtype of the value it belongs to."""
+        result = from_data(data, self._device)
+        if result.shape != like.shape or not result.is_floating_point():
+            raise GraphError(
+                f"{name} must be {like.dtype} of shape {list(like.shape)}, "
+                f"but is {data.dtype} of shape {list(data.shape)}"
+            )
+        return result.to(like.dtype)
+
+    # --- gradients and updates -----------------------------------------------------------------------------
+
+    def gradient_square_sum(self, skip: Sequence[WeightKey] = ()) -> float:
+        apply_threads()
+        self._gather_tied()
+        norms = [
+            torch.linalg.vector_norm(weight.grad)
+            for key, weight in self._weights.trainable()
+            if weight.grad is not None and key not in skip
+        ]
+        return float(torch.stack(norms).double().square().sum()) if norms else 0.0
+
+    def read_gradient(self, key: WeightKey) -> TensorData:
+        weight = self._trained(key)
+        self._gather_tied()
+        return to_data(torch.zeros_like(weight) if weight.grad is None else weight.grad, copy=True)
+
+    def set_gradient(self, key: WeightKey, gradients: Sequence[TensorData]) -> None:
+        weight = self._trained(key)
+        if not gradients:
+            raise GraphError(f"no gradients were given for weight {key!r}")
+        for data in gradients:
+            self._weights.check(key, data)
+        total = from_data(gradients[0], self._device).clone()
+        for data in gradients[1:]:
+            total += from_data(data, self._device)
+        self._gather_tied()
+        weight.grad = total
+
+    def update(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
+        self._check_open()
+        apply_threads()
+        self._gather_tied()
+        self._optimizer.update(self._weights.trainable(), learning_rate, gradient_scale)
+        self._clear_gradients()
+        self._buffers_before.clear()
+
+    def _gather_tied(self) -> None:
+        """Add the shares of tied weights' gradients that still wait for another stage."""
+        for stage in self._subdags:
+            for key in self._tied.keys(stage):
+                weight = self._weights.get(key)
+                weight.grad = self._tied.flush(key, weight.grad)
+
+    def _clear_gradients(self) -> None:
+        self._tied.clear()
+        for _, weight in self._weights.trainable():
+            weight.grad = None
+
+    def _trained(self, key: WeightKey) -> Tensor:
+        weight = self._weights.get(key)
+        if not weight.requires_grad:
+            raise GraphError(f"weight {key!r} is not trained, so it has no gradient")
+        return weight
+
+    # --- memory --------------------------------------------------------------------------------------------
+
+    def memory_bytes(self) -> int:
+        counted: set[int] = set()
+        weights = list(self._weights.tensors.values())
+        total = distinct_bytes(weights, counted)
+        total += distinct_bytes((weight.grad for weight in weights if weight.grad is not None), counted)
+        total += distinct_bytes(self._tied.tensors(), counted)
+        total += distinct_bytes(self._optimizer.tensors(), counted)
+        total += distinct_bytes(self._buffers_before.values(), counted)
+        for ready in self._functions.values():
+            total += distinct_bytes(ready.function.fixed, counted)
+        for kept in self._kept.values():
+            total += distinct_bytes(kept.leaves.values(), counted)
+            total += distinct_bytes(saved_tensors(kept.roots.values()), counted)
+        return total
+
+    def close(self) -> None:
+        self._closed = True
+        self._kept.clear()
+        self._functions.clear()
+        self._optimizer.clear()
+        self._buffers_before.clear()
+        self._tied.clear()
+        self._weights.clear()
+        release_cached_memory(self._device)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise JobError("this program is closed")
+
+    def _subdag(self, stage: int) -> SubDag:
+        self._check_open()
+        if stage not in self._subdags:
+            raise GraphError(f"stage {stage} is not part of this program; its stages are {list(self._subdags)}")
+        return self._subdags[stage]
+
+
+def _name(stage: int, microbatch: MicrobatchKey) -> str:
+    return f"stage {stage}, step {microbatch.step}, microbatch {microbatch.index}"
+
+
+def _separate(weights: Sequence[Tensor], taken: set[int]) -> None:
+    """Give each new gradient memory of its own.
+
+    torch lets gradients share memory with one another and with a gradient that came from outside (through views,
+    as of `x + bias.view(...)`). The next microbatch adds to them in place, which would then change the other.
+    """
+    for weight in weights:
+        if weight.grad is None:
+            continue
+        address = storage_address(weight.grad)
+        if address in taken:
+            weight.grad = weight.grad.clone()
+        taken.add(address)

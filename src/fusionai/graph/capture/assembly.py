@@ -1,0 +1,107 @@
+"""From a finished listing to an OP-DAG with canonical names.
+
+Names depend on nothing but the operators and their order, so a model traced whole and one whose blocks were
+instantiated give equal graphs, and equal models one content hash.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from fusionai.errors import GraphError
+from fusionai.graph.capture.inputs import ExampleInput
+from fusionai.graph.capture.listing import Listing, node_reads, rewrite_values
+from fusionai.graph.capture.state import ModuleState, value_name
+from fusionai.graph.model import Input, Node, OpDag, ValueName, Weight
+from fusionai.graph.vocabulary import VOCABULARY, VOCABULARY_VERSION, operator
+
+ATTENTION = "fusion.attention"
+ATTENTION_LAYER = 3
+"""Position of the argument that tells one attention of a model from the others."""
+
+
+def check_operators(listing: Listing) -> None:
+    """Raise GraphError naming each operator that the vocabulary lacks, with the modules that use it."""
+    unknown: dict[str, Node] = {}
+    for each in listing.nodes:
+        if each.op not in VOCABULARY:
+            unknown.setdefault(each.op, each)
+    if not unknown:
+        return
+    name, node = next(iter(unknown.items()))
+    others = sorted(unknown.keys() - {name})
+    more = f" (and also {', '.join(others)})" if others else ""
+    try:
+        operator(name)
+    except GraphError as error:
+        place = f"module {node.scope!r}" if node.scope else "the model itself"
+        raise GraphError(f"{place} uses an operator that FusionAI does not have{more}: {error}") from None
+
+
+def assemble(name: str, listing: Listing, inputs: Sequence[ExampleInput], state: ModuleState) -> OpDag:
+    """Return the OP-DAG of a listing: only what is used, names canonical, attentions numbered in order."""
+    read = {each for node in listing.nodes for each in node_reads(node)}
+    weights = _weights(listing, state, read)
+    definers = {source for source, _ in listing.symbols.values()}
+    kept = [item for item in inputs if item.name in read | definers]
+    names = {ValueName(item.name): ValueName(item.name) for item in kept}
+    names |= _weight_names(weights, set(names))
+    taken = set(names.values())
+    nodes, attentions = [], 0
+    counts: Counter[str] = Counter()
+    for node in listing.nodes:
+        base = re.sub(r"\W", "_", node.op.split(".")[1]).strip("_")
+        own = f"{base}_{counts[base]}"
+        while own in taken:
+            counts[base] += 1
+            own = f"{base}_{counts[base]}"
+        counts[base] += 1
+        for index, output in enumerate(node.outputs):
+            names[output] = ValueName(own if index == 0 else f"{own}_out{index}")
+        taken.update(names[output] for output in node.outputs)
+        moved = rewrite_values(node, names.__getitem__)
+        args = moved.args
+        if node.op == ATTENTION:
+            args = (*args[:ATTENTION_LAYER], attentions, *args[ATTENTION_LAYER + 1 :])
+            attentions += 1
+        outputs = tuple(names[output] for output in node.outputs)
+        nodes.append(Node(own, node.op, args, moved.kwargs, outputs, node.scope))
+    return OpDag(
+        vocabulary=VOCABULARY_VERSION,
+        name=name,
+        symbols=listing.symbols,
+        inputs=tuple(
+            Input(ValueName(item.name), listing.types[ValueName(item.name)], item.role, item.private) for item in kept
+        ),
+        weights=tuple(
+            Weight(names[each.name], each.key, each.type, each.kind, each.trainable, each.aliases) for each in weights
+        ),
+        nodes=tuple(nodes),
+        types={names[output]: listing.types[output] for node in listing.nodes for output in node.outputs},
+        loss=names[listing.loss],
+    )
+
+
+def _weights(listing: Listing, state: ModuleState, read: set[ValueName]) -> list[Weight]:
+    rank = state.rank()
+    return [
+        state.weight(key, mutated=key in listing.mutated)
+        for key in sorted(state.entries, key=rank.__getitem__)
+        if value_name(key) in read
+    ]
+
+
+def _weight_names(weights: Sequence[Weight], taken: set[ValueName]) -> dict[ValueName, ValueName]:
+    names: dict[ValueName, ValueName] = {}
+    used = set(taken)
+    for weight in weights:
+        base = name = "w_" + re.sub(r"\W", "_", weight.key)
+        number = 1
+        while name in used:
+            number += 1
+            name = f"{base}_{number}"
+        used.add(ValueName(name))
+        names[weight.name] = ValueName(name)
+    return names

@@ -1,0 +1,130 @@
+"""What a captured module is called with: example tensors, their roles, and the axes that may change size."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fusionai.errors import GraphError
+
+Role = Literal["tokens", "labels", "positions", "data"]
+
+ROLES_BY_NAME: Mapping[str, Role] = {
+    "input_ids": "tokens",
+    "labels": "labels",
+    "position_ids": "positions",
+}
+"""Roles of the usual argument names; every other input is "data" unless the caller says otherwise."""
+
+SMALLEST_SIZE = 2
+"""An axis of size 0 or 1 would be taken for a constant by the tracer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleInput:
+    """One argument of the module to capture."""
+
+    name: str
+    tensor: Tensor
+    role: Role
+    private: bool
+    axes: Mapping[int, str]
+    """Axes whose size may change, by number, each with the name of the size that it shares with others."""
+
+
+def example_inputs(
+    example: Mapping[str, Tensor],
+    roles: Mapping[str, Role] | None,
+    private: Collection[str] | None,
+    dynamic: Mapping[str, Mapping[int, str]] | None,
+) -> tuple[ExampleInput, ...]:
+    """Describe the arguments of a module; raises GraphError where the descriptions do not fit the tensors.
+
+    By default everything but positions is private, axis 0 of every tensor is the batch, and axis 1 of the
+    tokens, and of what is laid out like them, is the length.
+    """
+    _check_names("roles", roles, example)
+    _check_names("private", private, example)
+    _check_names("dynamic", dynamic, example)
+    found: dict[str, Role] = {name: (roles or {}).get(name, ROLES_BY_NAME.get(name, "data")) for name in example}
+    inputs = tuple(
+        ExampleInput(
+            name=name,
+            tensor=_at_least_two(name, tensor, axes),
+            role=found[name],
+            private=found[name] != "positions" if private is None else name in private,
+            axes=axes,
+        )
+        for name, tensor in example.items()
+        for axes in [dict(dynamic[name]) if dynamic and name in dynamic else _default_axes(name, example, found)]
+    )
+    sizes: dict[str, int] = {}
+    for item in inputs:
+        for axis, axis_name in item.axes.items():
+            size = sizes.setdefault(axis_name, item.tensor.shape[axis])
+            if size != item.tensor.shape[axis]:
+                raise GraphError(
+                    f"axis {axis} of example input {item.name!r} has size {item.tensor.shape[axis]}, but size "
+                    f"{axis_name!r} is {size} in another input; give examples of one size, or name the axes apart"
+                )
+    return inputs
+
+
+def resized(inputs: tuple[ExampleInput, ...]) -> dict[str, Tensor]:
+    """Return arguments of another size on every dynamic axis, made of the examples' own values.
+
+    Lengths shrink rather than grow, so that a module with a longest sequence takes them.
+    """
+    sizes: dict[str, int] = {}
+    for item in inputs:
+        for axis, axis_name in item.axes.items():
+            size = item.tensor.shape[axis]
+            sizes[axis_name] = size - 1 - size // 4 if size > 3 else size + 1
+    return {item.name: _resize(item, sizes) for item in inputs}
+
+
+def _resize(item: ExampleInput, sizes: Mapping[str, int]) -> Tensor:
+    shape = [sizes[item.axes[axis]] if axis in item.axes else size for axis, size in enumerate(item.tensor.shape)]
+    tensor = item.tensor
+    if item.role == "positions":
+        return torch.arange(shape[-1], dtype=tensor.dtype, device=tensor.device).expand(shape).contiguous()
+    for axis in item.axes:
+        # Back to front: no element stays where it was, so a value that the tracer baked in shows.
+        old = tensor.shape[axis]
+        tensor = tensor.index_select(axis, (old - 1 - torch.arange(shape[axis], device=tensor.device)) % old)
+    return tensor
+
+
+def _default_axes(name: str, example: Mapping[str, Tensor], roles: Mapping[str, Role]) -> dict[int, str]:
+    tensor = example[name]
+    if tensor.ndim == 0:
+        return {}
+    axes = {0: "batch"}
+    lengths = {each.shape[1] for key, each in example.items() if roles[key] == "tokens" and each.ndim > 1}
+    if tensor.ndim > 1 and roles[name] != "data" and tensor.shape[1] in lengths:
+        axes[1] = "length"
+    return axes
+
+
+def _at_least_two(name: str, tensor: Tensor, axes: Mapping[int, str]) -> Tensor:
+    for axis in axes:
+        if not 0 <= axis < tensor.ndim:
+            raise GraphError(
+                f"dynamic axis {axis} of input {name!r} does not exist: its example has shape {tuple(tensor.shape)}"
+            )
+        if tensor.shape[axis] == 0:
+            raise GraphError(f"axis {axis} of example input {name!r} is empty; give an example of size 2 or more")
+        if tensor.shape[axis] < SMALLEST_SIZE:
+            tensor = tensor.repeat_interleave(SMALLEST_SIZE, dim=axis)
+    # A copy of its own: one tensor given as two inputs would be traced as one input.
+    return tensor.detach().clone()
+
+
+def _check_names(what: str, given: Collection[str] | None, example: Mapping[str, Tensor]) -> None:
+    unknown = sorted(set(given or ()) - set(example))
+    if unknown:
+        raise GraphError(f"{what} names {', '.join(unknown)}, but the example has {', '.join(example)}")

@@ -1,0 +1,175 @@
+"""What operators and stages cost: FLOPs, bytes moved, and memory. Counted, not measured; seconds come from profiles."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from fusionai.errors import GraphError
+from fusionai.graph.calls import BoundCall, StageCalls, total_bytes
+from fusionai.graph.memory import stage_memory
+from fusionai.graph.model import Sizes, SubDag, ValueName
+from fusionai.graph.operators.schema import OpClass
+from fusionai.graph.sizes import type_bytes
+from fusionai.graph.vocabulary import FLOP_CLASSES
+
+
+@dataclass(frozen=True, slots=True)
+class NodeCost:
+    """One operator call on one microbatch."""
+
+    op_class: OpClass
+    forward_flops: int
+    backward_flops: int
+    """0 for classes whose time is memory traffic."""
+    forward_bytes: int
+    """Read plus written; 0 for the classes counted in FLOPs, and for views."""
+    backward_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """One sub-DAG, its figures per microbatch unless said otherwise."""
+
+    forward_flops: dict[str, int]
+    backward_flops: dict[str, int]
+    """By op class."""
+    forward_bytes: int
+    backward_bytes: int
+    """Moved by operators that are not counted in FLOPs, and by adding up the gradients of weights."""
+    operators: int
+    """Operator calls of a forward pass."""
+    backward_operators: int
+    trainable_bytes: int
+    """Weights that train, tied ones once."""
+    other_bytes: int
+    """Buffers, constants and frozen weights."""
+    saved_bytes: int
+    """Kept between forward and backward of a microbatch."""
+    fixed_bytes: int
+    """Computed once and shared by all microbatches: rotary tables, masks."""
+    transient_bytes: int
+    """Largest working set on top, forward or backward."""
+    receive_bytes: int
+    send_bytes: int
+    """Boundary tensors forward; a value that goes to several stages is counted once."""
+    receive_gradient_bytes: int
+    send_gradient_bytes: int
+    """Their gradients: received for what was sent, sent for what was received."""
+    inputs: dict[str, int] = field(default_factory=dict)
+    """Bytes of each graph input that the stage reads."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of everything held in the model's state."""
+        return self.trainable_bytes + self.other_bytes
+
+    def training_bytes(self, in_flight: int, optimizer_states: int) -> int:
+        """Return the memory that training takes with `in_flight` microbatches between forward and backward.
+
+        That is weights, their gradients and `optimizer_states` tensors of the same size, what is kept for each
+        microbatch, and the largest working set; the framework's own memory is not counted.
+        """
+        copies = 2 + optimizer_states
+        state_bytes = copies * self.trainable_bytes + self.other_bytes + self.fixed_bytes
+        return state_bytes + in_flight * self.saved_bytes + self.transient_bytes
+
+
+def node_costs(subdag: SubDag, sizes: Sizes) -> list[NodeCost]:
+    """Return what each node of a sub-DAG costs at the given sizes, in the nodes' order.
+
+    A node that is computed once for all microbatches costs nothing.
+    """
+    with _types_fit(subdag):
+        return _node_costs(StageCalls(subdag, sizes))
+
+
+def _node_costs(stage: StageCalls) -> list[NodeCost]:
+    found = {bound.node.name: _node_cost(stage, bound) for bound in stage.calls}
+    idle = NodeCost("metadata", 0, 0, 0, 0)
+    return [found.get(node.name, idle) for node in stage.subdag.nodes]
+
+
+def stage_cost(subdag: SubDag, sizes: Sizes) -> StageCost:
+    """Return what a sub-DAG costs at the given sizes.
+
+    Raises GraphError when `sizes` lacks a symbol, a tensor exceeds the limits of `graph.sizes`, or the declared types do
+    not fit the operators.
+    """
+    with _types_fit(subdag):
+        return _stage_cost(StageCalls(subdag, sizes))
+
+
+@contextmanager
+def _types_fit(subdag: SubDag) -> Iterator[None]:
+    """Report types that contradict the operators as what they are: an error of the graph, which may be a stranger's."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, ValueError, TypeError) as error:
+        raise GraphError(
+            f"the declared shapes of stage {subdag.index} do not fit its operators ({type(error).__name__}: {error}); "
+            "capture the model again"
+        ) from error
+
+
+def _stage_cost(stage: StageCalls) -> StageCost:
+    subdag = stage.subdag
+    forward: Counter[str] = Counter()
+    backward: Counter[str] = Counter()
+    forward_bytes = backward_bytes = 0
+    for bound in stage.calls:
+        cost = _node_cost(stage, bound)
+        if cost.forward_flops:
+            forward[cost.op_class] += cost.forward_flops
+            backward[cost.op_class] += cost.backward_flops
+        forward_bytes += cost.forward_bytes
+        backward_bytes += cost.backward_bytes
+    memory = stage_memory(stage)
+    weights = {weight.key: weight for weight in subdag.weights}.values()
+    trainable = sum(type_bytes(weight.type, {}) for weight in weights if weight.trainable)
+    other = sum(type_bytes(weight.type, {}) for weight in weights if not weight.trainable)
+    return StageCost(
+        forward_flops=dict(forward),
+        backward_flops=dict(backward),
+        forward_bytes=forward_bytes,
+        backward_bytes=backward_bytes,
+        operators=len(stage.calls),
+        backward_operators=sum(stage.is_graded(bound) for bound in stage.calls),
+        trainable_bytes=trainable,
+        other_bytes=other,
+        saved_bytes=memory.saved_bytes,
+        fixed_bytes=memory.fixed_bytes,
+        transient_bytes=memory.transient_bytes,
+        receive_bytes=total_bytes(stage.nbytes, {each.value for each in subdag.receives}),
+        send_bytes=total_bytes(stage.nbytes, {each.value for each in subdag.sends}),
+        receive_gradient_bytes=sum(stage.nbytes[each.value] for each in subdag.sends if each.gradient),
+        send_gradient_bytes=sum(stage.nbytes[each.value] for each in subdag.receives if each.gradient),
+        inputs={item.name: stage.nbytes[item.name] for item in subdag.inputs},
+    )
+
+
+def _node_cost(stage: StageCalls, bound: BoundCall) -> NodeCost:
+    traits, call = bound.traits, bound.call
+    forward, backward = traits.flops(call) if traits.flops is not None else (0, 0)
+    moved = back_moved = 0
+    if traits.op_class not in FLOP_CLASSES and not stage.is_alias(bound):
+        made = total_bytes(stage.nbytes, bound.node.outputs)
+        moved = made + sum(_read_bytes(stage, bound, value) for value in bound.reads)
+        graded = (value for value in bound.reads if value in stage.graded)
+        back_moved = moved + total_bytes(stage.nbytes, graded)
+    # A weight's gradient is written, then read and added to the sum, which is read and written.
+    trained = (value for value in bound.reads if value in stage.weights and value in stage.graded)
+    back_moved += 4 * total_bytes(stage.nbytes, trained)
+    if not stage.is_graded(bound):
+        backward = back_moved = 0
+    return NodeCost(traits.op_class, forward, backward, moved, back_moved)
+
+
+def _read_bytes(stage: StageCalls, bound: BoundCall, value: ValueName) -> int:
+    """Return the bytes read of an argument; of a table that is looked up, no more than the result holds."""
+    size = stage.nbytes[value]
+    if bound.traits.op_class == "gather":
+        return min(size, total_bytes(stage.nbytes, bound.node.outputs))
+    return size

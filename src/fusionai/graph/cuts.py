@@ -1,0 +1,258 @@
+"""Cutting an OP-DAG into stages where few bytes cross.
+
+A cut at position p parts nodes [0, p) from nodes [p, N). What any stage can make by itself (see
+`dependencies.local_nodes`) is made again where it is needed, and never sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from fusionai.errors import GraphError
+from fusionai.graph.cost import node_costs
+from fusionai.graph.dependencies import (
+    consumers,
+    gradient_values,
+    local_nodes,
+    mutated_values,
+    producers,
+    reads,
+    weighted_nodes,
+)
+from fusionai.graph.model import OpDag, Sizes, SubDag, Transfer, ValueName
+from fusionai.graph.sizes import type_bytes
+from fusionai.graph.vocabulary import operator
+
+_TOLERANCE = 1.001
+"""Positions whose bytes differ by less than this are equally good."""
+
+_COARSEST = 1 / 12
+"""No two neighbouring cut points are further apart than this share of the work, as long as operators allow it."""
+
+_FLOPS_PER_BYTE = 10
+"""Work of moving a byte, in FLOPs, for telling how far apart two positions are; typical of CPUs and GPUs alike."""
+
+
+def crossing_bytes(graph: OpDag, sizes: Sizes) -> list[int]:
+    """Return, for each position 0..N, the bytes of one microbatch that cross a cut there going forward."""
+    local = local_nodes(graph)
+    changes = [0] * (len(graph.nodes) + 2)
+    taken = consumers(graph.nodes)
+    for place, node in enumerate(graph.nodes):
+        if place in local:
+            continue
+        for output in node.outputs:
+            last = taken.get(output, [place])[-1]
+            if last > place:
+                size = type_bytes(graph.types[output], sizes)
+                changes[place + 1] += size
+                changes[last + 1] -= size
+    return list(accumulate(changes[: len(graph.nodes) + 1]))
+
+
+def cut_points(graph: OpDag, sizes: Sizes, within: tuple[int, int] | None = None) -> list[int]:
+    """Return the positions worth cutting at, strictly between the ends of `within` (default: the whole graph).
+
+    A position is worth it when no position before it, or none after it, has fewer bytes crossing: in a transformer
+    those between blocks, in a network whose activations shrink the ones after each shrinking. Where two such positions
+    have much work between them, the best ones in between are added. Of positions with nothing computed in between one
+    is given, and every stretch between neighbours, the ends included, has work.
+    """
+    start, stop = within or (0, len(graph.nodes))
+    local, weighted = local_nodes(graph), weighted_nodes(graph)
+    idle = [place in local or operator(node.op).op_class == "view" for place, node in enumerate(graph.nodes)]
+    # Before the first weight and after the last one few bytes cross, but there is nothing to share out.
+    ends = [place for place in range(start, stop) if place in weighted] or [
+        place for place in range(start, stop) if not idle[place]
+    ]
+    if len(ends) < 2:
+        return []
+    crossing = crossing_bytes(graph, sizes)
+    search = _Search(crossing, _work_before(graph, sizes), idle)
+    # The ends of `within` are cuts that are made in any case, so the others are compared with them too.
+    before = crossing[start] if start > 0 else None
+    after = crossing[stop] if stop < len(graph.nodes) else None
+    return search.points(ends[0] + 1, ends[-1] + 1, before, after)
+
+
+def _work_before(graph: OpDag, sizes: Sizes) -> list[float]:
+    """Return, for each position, the work of all nodes before it, as FLOPs of forward and backward."""
+    whole = cut(graph, [])[0]
+    work = {
+        node.name: cost.forward_flops
+        + cost.backward_flops
+        + _FLOPS_PER_BYTE * (cost.forward_bytes + cost.backward_bytes)
+        for node, cost in zip(whole.nodes, node_costs(whole, sizes), strict=True)
+    }
+    return [0.0, *accumulate(float(work.get(node.name, 0)) for node in graph.nodes)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """What is known of each position while cut points are chosen."""
+
+    crossing: Sequence[int]
+    work: Sequence[float]
+    """Before each position."""
+    idle: Sequence[bool]
+    """By place: nodes that compute nothing of their own."""
+
+    def points(self, first: int, stop: int, before: int | None, after: int | None) -> list[int]:
+        """Return the cut points among positions [first, stop), given the bytes at fixed cuts before and after."""
+        bytes_there = self.crossing[first:stop]
+        least_before = _running_least(bytes_there, before)
+        least_after = _running_least(bytes_there[::-1], after)[::-1]
+        chosen = [
+            first + offset
+            for offset, (here, *least) in enumerate(zip(bytes_there, least_before, least_after, strict=True))
+            if here <= _TOLERANCE * max(least)
+        ]
+        found = self._apart(chosen)
+        edges = [first, *found, stop - 1]
+        for low, high in pairwise(edges):
+            found += self._between(low, high)
+        return sorted(set(found))
+
+    def _apart(self, positions: Iterable[int]) -> list[int]:
+        """Return positions with one kept of each run that nothing is computed in."""
+        kept: list[int] = []
+        for position in positions:
+            if not kept or not all(self.idle[kept[-1] : position]):
+                kept.append(position)
+        return kept
+
+    def _between(self, low: int, high: int) -> list[int]:
+        """Return further points strictly between two positions that much work lies between."""
+        if self.work[high] - self.work[low] <= _COARSEST * self.work[-1]:
+            return []
+        margin = (self.work[high] - self.work[low]) / 8  # nearer to an end, a point adds little choice
+        inner = [
+            position
+            for position in range(low + 1, high)
+            if self.work[low] + margin < self.work[position] < self.work[high] - margin
+        ]
+        if not inner:
+            return []
+        # The middle of the work among the cheapest, so that the halves are searched in turn.
+        least = min(self.crossing[position] for position in inner)
+        half = (self.work[low] + self.work[high]) / 2
+        cheap = [position for position in inner if self.crossing[position] <= _TOLERANCE * least]
+        best = min(cheap, key=lambda position: abs(self.work[position] - half))
+        return [*self._between(low, best), best, *self._between(best, high)]
+
+
+def _running_least(values: Sequence[int], first: int | None) -> list[int]:
+    """Return, for each value, the least of `first` and the values up to it."""
+    found: list[int] = []
+    for value in values:
+        found.append(min(value, found[-1] if found else value if first is None else first))
+    return found
+
+
+def cut(graph: OpDag, positions: Sequence[int]) -> tuple[SubDag, ...]:
+    """Return the sub-DAGs of the stages between `positions`, which rise strictly within 1..N-1.
+
+    Raises GraphError for other positions, for a stage that would compute nothing, and for a cut that parts the users
+    of a tensor which training changes in place.
+    """
+    bounds = [0, *positions, len(graph.nodes)]
+    if any(early >= late for early, late in pairwise(bounds)):
+        raise GraphError(
+            f"cuts must rise strictly between 0 and {len(graph.nodes)} (the number of operators), got {list(positions)}"
+        )
+    again = local_nodes(graph)
+    made = producers(graph.nodes)
+    stage_of = [stage for stage, (early, late) in enumerate(pairwise(bounds)) for _ in range(early, late)]
+    held = [
+        _closure(graph, {place for place in range(early, late) if place not in again}, again, made)
+        for early, late in pairwise(bounds)
+    ]
+    empty = [stage for stage, places in enumerate(held) if not places - again]
+    if empty:
+        raise GraphError(
+            f"stage {empty[0]} (operators {bounds[empty[0]]} to {bounds[empty[0] + 1]}) would compute nothing; "
+            "move the cut"
+        )
+    gradients = gradient_values(graph)
+    transfers = _transfers(graph, held, again, made, stage_of, gradients)
+    subdags = tuple(_subdag(graph, stage, sorted(places), transfers) for stage, places in enumerate(held))
+    _refuse_parted_state(graph, subdags)
+    return subdags
+
+
+def _closure(graph: OpDag, own: set[int], again: frozenset[int], made: Mapping[ValueName, int]) -> set[int]:
+    """Return the places that a stage runs: its own, and what they need of the recomputable ones."""
+    places = set(own)
+    waiting = list(own)
+    while waiting:
+        for name in reads(graph.nodes[waiting.pop()]):
+            place = made.get(name)
+            if place is not None and place in again and place not in places:
+                places.add(place)
+                waiting.append(place)
+    return places
+
+
+def _transfers(
+    graph: OpDag,
+    held: Sequence[set[int]],
+    again: frozenset[int],
+    made: Mapping[ValueName, int],
+    stage_of: Sequence[int],
+    gradients: frozenset[ValueName],
+) -> list[Transfer]:
+    """Return every boundary tensor, straight from the stage that makes it to each that takes it."""
+    found: dict[tuple[ValueName, int], Transfer] = {}
+    for stage, places in enumerate(held):
+        for place in sorted(places):
+            for name in reads(graph.nodes[place]):
+                maker = made.get(name)
+                if maker is None or maker in again or stage_of[maker] == stage:
+                    continue
+                found[name, stage] = Transfer(name, stage_of[maker], stage, graph.types[name], name in gradients)
+    return sorted(found.values(), key=lambda each: (made[each.value], each.value, each.target))
+
+
+def _subdag(graph: OpDag, stage: int, places: Sequence[int], transfers: Sequence[Transfer]) -> SubDag:
+    nodes = tuple(graph.nodes[place] for place in places)
+    taken = {name for node in nodes for name in reads(node)}
+    outputs = {output for node in nodes for output in node.outputs}
+    return SubDag(
+        index=stage,
+        symbols=graph.symbols,
+        inputs=tuple(item for item in graph.inputs if item.name in taken),
+        weights=tuple(weight for weight in graph.weights if weight.name in taken),
+        nodes=nodes,
+        types={output: graph.types[output] for node in nodes for output in node.outputs},
+        receives=tuple(each for each in transfers if each.target == stage),
+        sends=tuple(each for each in transfers if each.source == stage),
+        loss=graph.loss if graph.loss in outputs else None,
+    )
+
+
+def _refuse_parted_state(graph: OpDag, subdags: Sequence[SubDag]) -> None:
+    written = mutated_values(graph.nodes)
+    for weight in graph.weights:
+        if weight.name in written:
+            holders = [subdag.index for subdag in subdags if weight in subdag.weights]
+            if len(holders) > 1:
+                raise GraphError(
+                    f"the cut parts the users of {weight.key!r}, which training changes in place, over stages "
+                    f"{holders}; move the cut"
+                )
+
+
+def boundary_bytes(subdags: Sequence[SubDag], sizes: Sizes) -> dict[tuple[int, int], tuple[int, int]]:
+    """Return the bytes of one microbatch between stages, by (source, target): values forward, gradients backward."""
+    found: dict[tuple[int, int], tuple[int, int]] = {}
+    for subdag in subdags:
+        for transfer in subdag.sends:
+            size = type_bytes(transfer.type, sizes)
+            forward, backward = found.get((transfer.source, transfer.target), (0, 0))
+            found[transfer.source, transfer.target] = (
+                forward + size,
+                backward + (size if transfer.gradient else 0),
+            )
+    return found

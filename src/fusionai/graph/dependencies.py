@@ -1,0 +1,160 @@
+"""Who reads what in an OP-DAG: producers, consumers, gradients, and what can be computed again anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from fusionai.graph.model import Node, OpDag, Ref, SubDag, ValueName, Weight
+from fusionai.graph.vocabulary import operator
+from fusionai.tensor import FLOATING
+
+
+def reads(node: Node) -> Iterator[ValueName]:
+    """Yield the values that a node takes, repeated where it takes one twice."""
+    for argument in (*node.args, *node.kwargs.values()):
+        for atom in argument if isinstance(argument, tuple) else (argument,):
+            if isinstance(atom, Ref):
+                yield atom.name
+
+
+def producers(nodes: Sequence[Node]) -> dict[ValueName, int]:
+    """Return the place of the node that makes each value."""
+    return {output: place for place, node in enumerate(nodes) for output in node.outputs}
+
+
+def consumers(nodes: Sequence[Node]) -> dict[ValueName, list[int]]:
+    """Return the places of the nodes that take each value, rising."""
+    found: dict[ValueName, list[int]] = {}
+    for place, node in enumerate(nodes):
+        for name in dict.fromkeys(reads(node)):
+            found.setdefault(name, []).append(place)
+    return found
+
+
+def mutated_values(nodes: Iterable[Node]) -> frozenset[ValueName]:
+    """Return the values that some node writes in place."""
+    found = set()
+    for node in nodes:
+        written = operator(node.op)
+        if written.mutates:
+            arguments = written.bind(node)
+            found |= {ref.name for name in written.mutates if isinstance(ref := arguments[name], Ref)}
+    return frozenset(found)
+
+
+def requiring_gradient(
+    nodes: Sequence[Node], sources: Iterable[ValueName], dtypes: Mapping[ValueName, str]
+) -> frozenset[ValueName]:
+    """Return `sources` and the floating-point values that depend on them differentiably."""
+    found = set(sources)
+    for node in nodes:
+        if operator(node.op).differentiable and any(name in found for name in reads(node)):
+            found |= {output for output in node.outputs if dtypes[output] in FLOATING}
+    return frozenset(found)
+
+
+def differentiable_ancestors(
+    nodes: Sequence[Node], targets: Iterable[ValueName], dtypes: Mapping[ValueName, str]
+) -> frozenset[ValueName]:
+    """Return `targets` and the floating-point values that they depend on differentiably."""
+    found = set(targets)
+    for node in reversed(nodes):
+        if operator(node.op).differentiable and any(output in found for output in node.outputs):
+            found |= {name for name in reads(node) if dtypes[name] in FLOATING}
+    return frozenset(found)
+
+
+def value_dtypes(graph: OpDag) -> dict[ValueName, str]:
+    """Return the dtype of every value of a graph, inputs and weights included."""
+    found: dict[ValueName, str] = {name: type.dtype for name, type in graph.types.items()}
+    found |= {item.name: item.type.dtype for item in graph.inputs}
+    return found | {weight.name: weight.type.dtype for weight in graph.weights}
+
+
+def gradient_values(graph: OpDag) -> frozenset[ValueName]:
+    """Return the values through which the loss depends differentiably on some trainable weight."""
+    dtypes = value_dtypes(graph)
+    trainable = [weight.name for weight in graph.weights if weight.trainable]
+    forward = requiring_gradient(graph.nodes, trainable, dtypes)
+    return forward & differentiable_ancestors(graph.nodes, [graph.loss], dtypes)
+
+
+def recomputable(graph: OpDag | SubDag) -> frozenset[int]:
+    """Return the places of nodes that any stage can compute by itself, once for all microbatches of one size.
+
+    They depend on sizes, positions and constant tensors only: not on raw inputs, parameters, random numbers or what
+    training changes. Rotary embeddings and masks are of this kind.
+    """
+    written = mutated_values(graph.nodes)
+    known = {item.name for item in graph.inputs if item.role == "positions"}
+    known |= {weight.name for weight in graph.weights if _is_fixed(weight) and weight.name not in written}
+    found = set()
+    for place, node in enumerate(graph.nodes):
+        traits = operator(node.op)
+        if traits.random or traits.mutates or any(name not in known for name in reads(node)):
+            continue
+        if any(output in written for output in node.outputs):
+            continue
+        known.update(node.outputs)
+        found.add(place)
+    return frozenset(found)
+
+
+def weight_views(graph: OpDag) -> frozenset[int]:
+    """Return the places of nodes that only show a weight in another shape, such as its transpose."""
+    shown = {weight.name for weight in graph.weights}
+    found = set()
+    for place, node in enumerate(graph.nodes):
+        if operator(node.op).op_class == "view" and all(name in shown for name in reads(node)):
+            shown.update(node.outputs)
+            found.add(place)
+    return frozenset(found)
+
+
+def local_nodes(graph: OpDag) -> frozenset[int]:
+    """Return the places of nodes that every stage runs itself where it needs them: their outputs never travel."""
+    found = recomputable(graph) | weight_views(graph)
+    return frozenset(place for place in found if graph.loss not in graph.nodes[place].outputs)
+
+
+def weighted_nodes(graph: OpDag) -> frozenset[int]:
+    """Return the places of nodes that read a trainable weight or a view of one, the views themselves not among them."""
+    views = weight_views(graph)
+    shown = {weight.name for weight in graph.weights if weight.trainable}
+    found = set()
+    for place, node in enumerate(graph.nodes):
+        if any(name in shown for name in reads(node)):
+            if place in views:
+                shown.update(node.outputs)
+            else:
+                found.add(place)
+    return frozenset(found)
+
+
+def ancestors(graph: OpDag, places: Iterable[int]) -> set[int]:
+    """Return `places` and the places of all nodes that they depend on."""
+    made = producers(graph.nodes)
+    found = set(places)
+    waiting = list(found)
+    while waiting:
+        for name in reads(graph.nodes[waiting.pop()]):
+            place = made.get(name)
+            if place is not None and place not in found:
+                found.add(place)
+                waiting.append(place)
+    return found
+
+
+def descendants(graph: OpDag, places: Iterable[int]) -> set[int]:
+    """Return `places` and the places of all nodes that depend on them."""
+    found = set(places)
+    values = {output for place in found for output in graph.nodes[place].outputs}
+    for place, node in enumerate(graph.nodes):
+        if place not in found and any(name in values for name in reads(node)):
+            found.add(place)
+            values.update(node.outputs)
+    return found
+
+
+def _is_fixed(weight: Weight) -> bool:
+    return not weight.trainable and weight.kind != "parameter"

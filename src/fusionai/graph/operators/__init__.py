@@ -1,0 +1,1 @@
+"""The operators of the vocabulary, one file a family. `fusionai.graph.vocabulary` gathers them."""

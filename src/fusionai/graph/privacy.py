@@ -1,0 +1,131 @@
+"""What of an OP-DAG must stay with the owner of the data, and arranging the graph so that it does.
+
+In front: every operator that reads raw inputs, or anything made of them before a weight is mixed in. Behind: the loss,
+and everything from the head on, so that no logits travel. What is between may go to anybody. What its boundary
+tensors give away about the data is another question (docs/guarantees.md).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from fusionai.errors import GraphError
+from fusionai.graph.dependencies import (
+    ancestors,
+    descendants,
+    producers,
+    reads,
+    weighted_nodes,
+)
+from fusionai.graph.model import OpDag, ValueName
+from fusionai.graph.vocabulary import FLOP_CLASSES, operator
+from fusionai.tensor import FLOATING
+
+_OPEN = 'use placement.privacy = "open" if the compnodes may see the data'
+
+
+def arrange_private(graph: OpDag) -> tuple[OpDag, int, int]:
+    """Return the graph reordered for a private job, with the ends of what the owner keeps: (graph, front, back).
+
+    The owner runs nodes [0, front) and [back, N). Raises GraphError when an operator in the middle reads raw inputs, or
+    when nothing is left for others.
+    """
+    search = _Search(graph)
+    front, behind = search.front(), search.behind()
+    behind -= front
+    middle = [place for place in range(len(graph.nodes)) if place not in front and place not in behind]
+    if not any(place in search.heavy for place in middle):
+        raise GraphError(
+            f"a private job leaves nothing of {graph.name!r} for compnodes: every large operator reads raw inputs or "
+            f"is the head; {_OPEN}, or take a deeper model"
+        )
+    order = [*sorted(front), *middle, *sorted(behind)]
+    arranged = msgspec.structs.replace(graph, nodes=tuple(graph.nodes[place] for place in order))
+    return arranged, len(front), len(front) + len(middle)
+
+
+class _Search:
+    """Who reads raw data in a graph, and at which end each reader can go. All sets are of places of nodes."""
+
+    def __init__(self, graph: OpDag) -> None:
+        self._graph = graph
+        self._made = producers(graph.nodes)
+        self._weighted = weighted_nodes(graph)
+        self.heavy = {place for place in self._weighted if operator(graph.nodes[place].op).op_class in FLOP_CLASSES}
+        """Products of activations with weights: what a job is distributed for."""
+        self._raw: set[ValueName] = set()
+        """Values that show raw data."""
+        self._pinned: set[int] = set()
+        self._of_labels: set[int] = set()
+        self._find_raw()
+        # What comes after a product that is not the owner's cannot be in front.
+        self._late = descendants(graph, self.heavy - self._pinned)
+
+    def _find_raw(self) -> None:
+        """Find the nodes that read private inputs or what still shows them.
+
+        A product with weights no longer shows its input, nor does a looked-up embedding or raw data mixed with
+        activations. Integers, booleans, and whatever is made of labels always do.
+        """
+        private = [item for item in self._graph.inputs if item.private]
+        labels = {item.name for item in private if item.role == "labels"}
+        self._raw = {item.name for item in private}
+        activations: set[ValueName] = set()
+        for place, node in enumerate(self._graph.nodes):
+            taken = set(reads(node))
+            mixed = not taken.isdisjoint(activations)
+            if not taken.isdisjoint(self._raw):
+                self._pinned.add(place)
+                showing = set(node.outputs)
+                if not taken.isdisjoint(labels):
+                    self._of_labels.add(place)
+                    labels |= showing
+                elif mixed or place in self.heavy or (place in self._weighted and node.op in _LOOK_UPS):
+                    showing = {output for output in showing if self._graph.types[output].dtype not in FLOATING}
+                self._raw |= showing
+            if mixed or place in self._weighted:
+                activations.update(output for output in node.outputs if output not in self._raw)
+
+    def front(self) -> set[int]:
+        """Return the readers of raw data that can come first, with all that they depend on."""
+        return ancestors(self._graph, self._pinned - self._of_labels - self._late)
+
+    def behind(self) -> set[int]:
+        """Return the loss, the other readers of raw data, and what is between the heads and them.
+
+        Raises GraphError for a reader that has products with weights before and after it.
+        """
+        loss = {self._made[self._graph.loss]}
+        readers = self._of_labels | (self._pinned & self._late)
+        before_heavy = ancestors(self._graph, {each for place in self.heavy for each in self._makers(place)})
+        for place in sorted(readers & before_heavy & self._late):
+            node = self._graph.nodes[place]
+            where = f" (in {node.scope})" if node.scope else ""
+            raise GraphError(
+                f"operator {node.name!r} ({node.op}){where} reads raw inputs in the middle of the model, so the model "
+                f"cannot be cut privately; {_OPEN}"
+            )
+        return descendants(self._graph, self._heads(readers or loss) | readers | loss)
+
+    def _heads(self, readers: set[int]) -> set[int]:
+        """Return the last products with weights on every path to the readers."""
+        heads, seen = set(), set(readers)
+        waiting = [place for place in readers if place not in self.heavy]
+        heads |= readers & self.heavy
+        while waiting:
+            for maker in self._makers(waiting.pop()):
+                if maker in seen or maker in self._pinned - self._late:
+                    continue
+                seen.add(maker)
+                if maker in self.heavy:
+                    heads.add(maker)
+                else:
+                    waiting.append(maker)
+        return heads
+
+    def _makers(self, place: int) -> set[int]:
+        """Return the nodes whose outputs a node reads."""
+        return {self._made[name] for name in reads(self._graph.nodes[place]) if name in self._made}
+
+
+_LOOK_UPS = frozenset({"aten.embedding.default"})

@@ -1,0 +1,311 @@
+"""A node on the network: dials, listens, and keeps exactly one link to every peer.
+
+Whoever can be dialled is dialled, by either side. When both dial at once, one link survives by this rule: the
+node with the smaller id refuses the other's dialling while its own is under way, and the other one then waits
+for it. A node that has admitted a peer's greeting starts no dialling of its own. A peer whose process
+restarted, or that dials again although it dialled the link there is, has lost that link: the new one replaces
+it, and the old one's `on_close` comes before the new one's `on_link`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+
+from fusionai.errors import ConfigError, PeerLost, PeerTimeout, ProtocolError
+from fusionai.network.connection import Buffer, Connection
+from fusionai.network.dialling import dial
+from fusionai.network.greeting import Announcement, DuplicateLink
+from fusionai.network.identity import Identity, PeerId
+from fusionai.network.lab import LabConfig
+from fusionai.network.limits import Limits
+from fusionai.network.link import Handler, Link
+from fusionai.network.listening import Listener
+from fusionai.network.messages import Hello, Release
+
+__all__ = ["Buffer", "Endpoint", "Handler", "Link"]
+
+Authorise = Callable[[PeerId, bytes], Awaitable[None]]
+"""Judges a peer that dials in, by key and credential; the peer has proved to hold the key by then.
+
+Any FusionError it raises refuses the peer, whose `connect` raises the same class with its text."""
+
+_DUPLICATE_PATIENCE_S = 0.5
+
+
+class Endpoint:
+    """All links of one node. For one event loop; make it inside that loop.
+
+    Args:
+        identity: this node's key.
+        handler: the upper layer.
+        authorise: see `Authorise`; not asked about peers that this side dials.
+        limits: bounds on what peers may cost.
+        lab: emulated links; None for real ones only.
+        name: what peers are told; lab mode and logs go by it. May be changed, for links to come.
+        release: what this node speaks; tests change it.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        handler: Handler,
+        *,
+        authorise: Authorise,
+        limits: Limits | None = None,
+        lab: LabConfig | None = None,
+        name: str = "",
+        release: Release | None = None,
+    ) -> None:
+        self.identity = identity
+        self.name = name
+        self.lab = lab
+        self._handler = handler
+        self._authorise = authorise
+        self._limits = limits or Limits()
+        self._release = release or Release()
+        self._instance = secrets.token_bytes(8)
+        self._server_context = identity.tls(server=True)
+        self._client_context = identity.tls(server=False)
+        self._listeners: list[Listener] = []
+        self._links: dict[PeerId, Link] = {}
+        self._not_gone: set[Link] = set()
+        self._starting: set[asyncio.Task[None]] = set()
+        self._dialling: set[PeerId] = set()
+        self._arriving: dict[PeerId, set[bytes]] = {}
+        self._waiting: dict[PeerId, set[asyncio.Future[None]]] = {}
+        self._closing = False
+
+    @property
+    def peer_id(self) -> PeerId:
+        """This node's own id."""
+        return self.identity.peer_id
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """All open links."""
+        return tuple(link for link in self._links.values() if not link.closed)
+
+    async def listen(self, host: str = "127.0.0.1", port: int = 0) -> str:
+        """Accept connections, and return "host:port" with the port chosen where 0 was asked.
+
+        Raises:
+            ConfigError: the port is in use, or the address is not this machine's.
+        """
+        listener = Listener(
+            context=self._server_context,
+            limits=self._limits,
+            announcement=self._announcement,
+            admit=self._admit,
+            established=self._accepted,
+            ended=self._arrival_ended,
+        )
+        address = await listener.open(host, port)
+        self._listeners.append(listener)
+        return address
+
+    async def connect(
+        self, peer: PeerId, addresses: Sequence[str], *, credential: bytes = b"", timeout_s: float
+    ) -> Link:
+        """Return the link to `peer`: the one there is, or one by dialling it at any of `addresses`.
+
+        Raises:
+            AuthenticationError: another node answers there, or this one is not admitted.
+            ProtocolError: no FusionAI node, or one of an incompatible version.
+            PeerTimeout: no link within `timeout_s`.
+            PeerLost: nobody answers at any of the addresses.
+            FusionError: what the peer's `authorise` raised, such as TokenError.
+        """
+        if peer == self.peer_id:
+            raise ConfigError(f"{peer[:12]} is this node itself; a node has no link to itself")
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    link = self._open_link(peer)
+                    if link is not None:
+                        return link
+                    if peer in self._dialling or peer in self._arriving:
+                        await self._change(peer)
+                        continue
+                    try:
+                        return await self._dial(peer, addresses, credential)
+                    except DuplicateLink:
+                        await self._change_or_pause(peer)
+        except TimeoutError:
+            where = ", ".join(addresses)
+            raise PeerTimeout(
+                f"no link with {peer[:12]} at {where} within {timeout_s:g} s; check that it runs and can be reached"
+            ) from None
+
+    def link(self, peer: PeerId) -> Link | None:
+        """Return the open link to `peer`, if there is one."""
+        link = self._links.get(peer)
+        return None if link is None or link.closed else link
+
+    async def wait_for_link(self, peer: PeerId, timeout_s: float) -> Link:
+        """Return the link to `peer` once there is one, whoever dials.
+
+        Raises:
+            PeerTimeout: there was none within `timeout_s`.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (link := self._open_link(peer)) is None:
+                    await self._change(peer)
+                return link
+        except TimeoutError:
+            raise PeerTimeout(f"{peer[:12]} has not connected within {timeout_s:g} s") from None
+
+    async def close(self) -> None:
+        """End all links, listening and dialling. Returns when nothing is left. Not for use inside a handler."""
+        self._closing = True
+        for peer in list(self._waiting):
+            self._wake(peer)
+        await asyncio.gather(*(listener.close() for listener in self._listeners))
+        await asyncio.gather(*(link.close("its node shuts down") for link in list(self._not_gone)))
+        await asyncio.gather(*self._starting)
+
+    # --- dialling -----------------------------------------------------------------------------------------
+
+    async def _dial(self, peer: PeerId, addresses: Sequence[str], credential: bytes) -> Link:
+        """Dial, unless the peer's own link appears before."""
+        self._dialling.add(peer)
+        dialled = asyncio.create_task(
+            dial(
+                peer,
+                addresses,
+                context=self._client_context,
+                announcement=self._announcement(),
+                credential=credential,
+                limits=self._limits,
+            )
+        )
+        appeared = asyncio.create_task(self._appearance(peer))
+        made: Link | None = None
+        try:
+            await asyncio.wait((dialled, appeared), return_when=asyncio.FIRST_COMPLETED)
+            if dialled.done() and not self._closing:
+                greeting, control, bulk = dialled.result()
+                made = self._add(greeting, control, bulk, dialled=True)
+                return made
+            return await appeared
+        finally:
+            for task in (dialled, appeared):
+                task.cancel()
+            await asyncio.gather(dialled, appeared, return_exceptions=True)
+            if made is None and not dialled.cancelled() and dialled.exception() is None:
+                for connection in dialled.result()[1:]:
+                    connection.abort(PeerLost("this attempt to connect was given up"))
+            self._dialling.discard(peer)
+            self._wake(peer)
+
+    async def _appearance(self, peer: PeerId) -> Link:
+        while (link := self._open_link(peer)) is None:
+            await self._change(peer)
+        return link
+
+    # --- listening ----------------------------------------------------------------------------------------
+
+    async def _admit(self, peer: PeerId, hello: Hello) -> None:
+        if peer == self.peer_id:
+            raise ProtocolError("this node dialled itself; its address is listed under another node's name")
+        await self._authorise(peer, hello.credential)
+        if self._closing:
+            raise PeerLost("the node shuts down")
+        present = self.link(peer)
+        if present is not None:
+            same_process = present.peer_instance == hello.instance
+            if same_process and present.dialled and self.peer_id < peer:
+                raise DuplicateLink("there is a link already, dialled by the node with the smaller id")
+        elif peer in self._dialling and self.peer_id < peer:
+            raise DuplicateLink("the node with the smaller id is dialling already")
+        self._arriving.setdefault(peer, set()).add(hello.session)
+
+    def _accepted(self, greeting: Hello, control: Connection, bulk: Connection) -> None:
+        self._add(greeting, control, bulk, dialled=False)
+
+    def _arrival_ended(self, peer: PeerId, hello: Hello) -> None:
+        sessions = self._arriving.get(peer)
+        if sessions is not None:
+            sessions.discard(hello.session)
+            if not sessions:
+                del self._arriving[peer]
+        self._wake(peer)
+
+    # --- links --------------------------------------------------------------------------------------------
+
+    def _add(self, greeting: Hello, control: Connection, bulk: Connection, *, dialled: bool) -> Link:
+        peer = control.peer
+        lab = self.lab.link(self.name, greeting.name) if self.lab is not None else None
+        link = Link(
+            greeting=greeting,
+            control=control,
+            bulk=bulk,
+            dialled=dialled,
+            handler=self._handler,
+            limits=self._limits,
+            lab=lab,
+            lab_seed=f"{self.lab.seed if self.lab else 0}/{self.name}->{greeting.name}",
+            on_gone=self._gone,
+        )
+        before = [other for other in self._not_gone if other.peer == peer]
+        for other in before:
+            other.end(PeerLost(f"{peer[:12]} connected anew"))
+        self._links[peer] = link
+        self._not_gone.add(link)
+        if before:
+            task = asyncio.create_task(self._start_after(link, before))
+            self._starting.add(task)
+            task.add_done_callback(self._starting.discard)
+        else:
+            link.start()
+        self._wake(peer)
+        return link
+
+    async def _start_after(self, link: Link, before: Sequence[Link]) -> None:
+        """Start a link when its predecessors are gone, so that the upper layer sees one after the other."""
+        for other in before:
+            await other.wait_closed()
+        link.start()
+
+    def _gone(self, link: Link) -> None:
+        if self._links.get(link.peer) is link:
+            del self._links[link.peer]
+        self._wake(link.peer)
+
+    def _open_link(self, peer: PeerId) -> Link | None:
+        if self._closing:
+            raise PeerLost("this node shuts down")
+        return self.link(peer)
+
+    def _announcement(self) -> Announcement:
+        return Announcement(release=self._release, instance=self._instance, name=self.name, limits=self._limits)
+
+    # --- waiting for a change of what is known about a peer --------------------------------------------------
+
+    async def _change(self, peer: PeerId) -> None:
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting.setdefault(peer, set())
+        waiting.add(woken)
+        try:
+            await woken
+        finally:
+            waiting.discard(woken)
+            if not waiting and self._waiting.get(peer) is waiting:
+                del self._waiting[peer]
+
+    async def _change_or_pause(self, peer: PeerId) -> None:
+        """After "duplicate": the peer's link should appear; if it does not, it is worth dialling again."""
+        if self.link(peer) is not None:
+            return
+        try:
+            async with asyncio.timeout(_DUPLICATE_PATIENCE_S):
+                await self._change(peer)
+        except TimeoutError:
+            pass
+
+    def _wake(self, peer: PeerId) -> None:
+        for woken in self._waiting.get(peer, ()):
+            if not woken.done():
+                woken.set_result(None)

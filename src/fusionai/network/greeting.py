@@ -1,0 +1,88 @@
+"""What two endpoints say first: who they are, what they speak, and whether they may go on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fusionai.errors import FusionError, NetworkError, ProtocolError
+from fusionai.network.identity import PeerId
+from fusionai.network.limits import Limits
+from fusionai.network.messages import (
+    Greeting,
+    Hello,
+    Refuse,
+    Release,
+    decode,
+    error_from,
+    error_name,
+    short_text,
+)
+
+_MAX_NAME = 200
+_DUPLICATE = "Duplicate"
+
+
+class DuplicateLink(NetworkError):
+    """The peer has a link with this node already, or prefers its own dialling; its link will appear by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Announcement:
+    """What this endpoint says of itself in every greeting."""
+
+    release: Release
+    instance: bytes
+    name: str
+    limits: Limits
+
+    def hello(self, *, channel: Literal["control", "bulk"], session: bytes, credential: bytes = b"") -> Hello:
+        """Return the greeting of one connection."""
+        return Hello(
+            release=self.release,
+            channel=channel,
+            session=session,
+            instance=self.instance,
+            name=self.name[:_MAX_NAME],
+            window_bytes=self.limits.window_bytes,
+            control_payload_bytes=self.limits.control_payload_bytes,
+            bulk_body_bytes=self.limits.bulk_body_bytes,
+            credential=credential,
+        )
+
+
+def check_release(header: bytes, mine: Release, peer: PeerId) -> None:
+    """Check that a greeting's sender can be understood; works on greetings of any version.
+
+    Raises:
+        ProtocolError: another major version of the protocol; the text names both.
+    """
+    theirs = decode(Greeting, header).release
+    if theirs.major != mine.major:
+        older = "this node" if theirs.major > mine.major else "the peer"
+        raise ProtocolError(f"{peer[:12]} speaks {theirs}, this node {mine}; update {older}")
+
+
+def check_greeting(hello: Hello) -> None:
+    """Check the values of a greeting.
+
+    Raises:
+        ProtocolError: one is outside its bounds.
+    """
+    if len(hello.session) != 16 or len(hello.instance) != 8 or len(hello.name) > _MAX_NAME:
+        raise ProtocolError("a greeting has a session of 16 bytes, an instance of 8 and a name of at most 200")
+    if min(hello.window_bytes, hello.control_payload_bytes, hello.bulk_body_bytes) < 1:
+        raise ProtocolError("a greeting's limits must be above 0")
+
+
+def refuse(error: FusionError, mine: Release) -> Refuse:
+    """Return what a refused dialler is told."""
+    name = _DUPLICATE if isinstance(error, DuplicateLink) else error_name(error)
+    return Refuse(error=name, text=short_text(error)[:1000], release=mine)
+
+
+def refusal(message: Refuse, peer: PeerId) -> FusionError:
+    """Return the error that a refused dialler raises."""
+    if message.error == _DUPLICATE:
+        return DuplicateLink(message.text)
+    return error_from(message.error, f"{peer[:12]} refused the connection: {message.text}")

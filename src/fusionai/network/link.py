@@ -1,0 +1,502 @@
+"""A link: everything two nodes exchange, over one control and one bulk connection.
+
+Order. Requests and notices start in the order sent: a request's handler starts when those of all earlier
+notices have returned; requests then run side by side. Bulk is handled one message at a time in the order
+sent. Nothing is promised between control and bulk.
+
+A handler of a notice that waits for an answer of the same peer can wait for ever when the peer does the same:
+let it start a task. A handler of a notice or of bulk that raises ends the link; one of a request answers with
+its error.
+
+Memory. The peer can make this side hold one bulk window, the queues of `Limits`, and the requests in work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from fusionai.errors import ConfigError, FusionError, NetworkError, PeerLost, PeerTimeout, ProtocolError
+from fusionai.network.bulk_sender import BulkSender
+from fusionai.network.connection import Buffer, Connection
+from fusionai.network.credit import ReceiveCredit
+from fusionai.network.framing import Frame, FrameType
+from fusionai.network.identity import PeerId
+from fusionai.network.inbox import Inbox
+from fusionai.network.lab import EmulatedLink
+from fusionai.network.limits import Limits
+from fusionai.network.liveness import Liveness
+from fusionai.network.messages import (
+    MAX_KIND,
+    Bulk,
+    Call,
+    Credit,
+    Failure,
+    Hello,
+    Notice,
+    Ping,
+    Refuse,
+    Reply,
+    decode,
+    error_from,
+    error_name,
+    short_text,
+)
+from fusionai.network.probing import BURST, RESERVED, ProbeResponder
+from fusionai.network.shaping import LinkShaper
+from fusionai.network.statistics import LinkStatistics
+
+log = logging.getLogger(__name__)
+
+_FAREWELL_S = 1.0
+_CANCEL_S = 5.0
+
+
+class Handler(Protocol):
+    """The upper layer's side of all links of an endpoint."""
+
+    async def on_request(self, link: Link, kind: str, payload: bytes) -> bytes:
+        """Answer a request. A FusionError raised here is raised by the peer's `request`, with class and text."""
+
+    async def on_notice(self, link: Link, kind: str, payload: bytes) -> None:
+        """Take a notice."""
+
+    async def on_bulk(self, link: Link, kind: str, header: bytes, body: bytearray) -> None:
+        """Take a bulk message, whose body is the handler's to keep. The peer's credit returns when this does."""
+
+    async def on_link(self, link: Link) -> None:
+        """A link came up. Nothing else of it is handled before this returns."""
+
+    async def on_close(self, link: Link, error: NetworkError) -> None:
+        """A link is gone, for this reason. Called once for every `on_link`; its handlers have ended before."""
+
+
+class Link:
+    """A link to one peer. Made by `Endpoint`. Methods are for the event loop's thread only."""
+
+    def __init__(
+        self,
+        *,
+        greeting: Hello,
+        control: Connection,
+        bulk: Connection,
+        dialled: bool,
+        handler: Handler,
+        limits: Limits,
+        lab: EmulatedLink | None,
+        lab_seed: str,
+        on_gone: Callable[[Link], None],
+    ) -> None:
+        self.peer: PeerId = control.peer
+        self.peer_name = greeting.name
+        self.peer_release = greeting.release
+        self.peer_instance = greeting.instance
+        self.dialled = dialled
+        """Whether this side opened the link."""
+        self.statistics = LinkStatistics()
+        self.lab = lab
+        """What this side's sending emulates; None when the link is real."""
+        self._greeting = greeting
+        self._control, self._bulk = control, bulk
+        self._handler = handler
+        self._limits = limits
+        self._lab_seed = lab_seed
+        self._on_gone = on_gone
+        self._shaper: LinkShaper | None = None
+        self._error: NetworkError | None = None
+        self._announced = False
+        self._gone = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ending: asyncio.Task[None] | None = None
+        self._numbers = 0
+        self._answers: dict[int, tuple[str, asyncio.Future[bytes]]] = {}
+        self._working: dict[int, asyncio.Task[None]] = {}
+        self._inbox = Inbox(limits, pause=control.pause_reading, resume=control.resume_reading)
+        self._arrivals: deque[tuple[Bulk, bytearray, int]] = deque()
+        self._arrived = asyncio.Event()
+        self._outbox = BulkSender(bulk, greeting.window_bytes, self.statistics)
+        self._owed = ReceiveCredit(limits.window_bytes)
+        self._liveness = Liveness(
+            limits, send=self._send_ping, heard_s=self._heard_s, listening=lambda: not self._inbox.holding_back
+        )
+        self.prober = ProbeResponder(self.send_bulk, limits.probe_bytes)
+
+    # --- what the upper layer uses ------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether the link has ended."""
+        return self._error is not None
+
+    @property
+    def rtt_s(self) -> float | None:
+        """Smoothed round-trip time of control messages in seconds; None before the first is measured."""
+        return self._liveness.rtt_s
+
+    async def request(self, kind: str, payload: Buffer, *, timeout_s: float) -> bytes:
+        """Ask the peer, and return its answer.
+
+        Raises:
+            PeerTimeout: no answer within `timeout_s`; the peer is told to stop working on it.
+            PeerLost: the link is or went down.
+            FusionError: what the peer's handler raised, by class and text.
+        """
+        self._check_sendable(kind, payload)
+        self._numbers += 1
+        number = self._numbers
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._answers[number] = (kind, answer)
+        sent = answered = False
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._ready()
+                wire_bytes = self._control.send(FrameType.REQUEST, Call(number, kind), payload)
+                self.statistics.count_sent(kind, len(payload), wire_bytes)
+                sent = True
+                result = await answer
+                answered = True
+                return result
+        except TimeoutError:
+            raise PeerTimeout(
+                f"{self._who()} did not answer {kind!r} within {timeout_s:g} s; it may be overloaded"
+            ) from None
+        except FusionError:
+            answered = True
+            raise
+        finally:
+            self._answers.pop(number, None)
+            if answer.done() and not answer.cancelled():
+                answer.exception()
+            if sent and not answered and not self.closed:
+                self._control.send(FrameType.CANCEL, Reply(number))
+
+    async def notify(self, kind: str, payload: Buffer) -> None:
+        """Tell the peer something that wants no answer. Returns when it is on its way.
+
+        Raises:
+            PeerLost: the link is or went down.
+        """
+        self._check_sendable(kind, payload)
+        await self._ready()
+        wire_bytes = self._control.send(FrameType.NOTICE, Notice(kind), payload)
+        self.statistics.count_sent(kind, len(payload), wire_bytes)
+
+    async def send_bulk(self, kind: str, header: bytes, body: Buffer) -> None:
+        """Send a large message. Returns when the peer's credit has allowed all of it out.
+
+        The body is not copied: it must not change until this returns. A cancelled call may still send it.
+
+        Raises:
+            PeerLost: the link is or went down.
+            ProtocolError: the peer takes no body of this size.
+        """
+        self._check_kind(kind)
+        self._check_open()
+        view = memoryview(body).cast("B")
+        if len(view) > self._greeting.bulk_body_bytes:
+            raise ProtocolError(
+                f"a bulk body of {len(view):,} bytes passes {self._who()}'s limit of "
+                f"{self._greeting.bulk_body_bytes:,}; send it in parts"
+            )
+        if len(header) > self._limits.header_bytes // 2:
+            raise ProtocolError(f"a bulk header of {len(header):,} bytes is too long; it belongs into the body")
+        await self._outbox.send(kind, header, view)
+
+    async def ping(self, *, timeout_s: float) -> float:
+        """Return the round-trip time in seconds of one small control message.
+
+        Raises:
+            PeerTimeout: no reply within `timeout_s`.
+            PeerLost: the link is or went down.
+        """
+        self._check_open()
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._liveness.ping()
+        except TimeoutError:
+            raise PeerTimeout(f"{self._who()} did not answer a ping within {timeout_s:g} s") from None
+
+    async def close(self, reason: str = "") -> None:
+        """Tell the peer why, and end the link. Returns when all of it is gone; a second call only waits."""
+        text = f"this side closed the link to {self._who()}" + (f": {reason}" if reason else "")
+        self.end(PeerLost(text), farewell=reason or "closed")
+        if asyncio.current_task() not in self._tasks:
+            await self.wait_closed()
+
+    async def wait_closed(self) -> None:
+        """Wait until the link has ended and `on_close` has returned."""
+        await self._gone.wait()
+
+    def __repr__(self) -> str:
+        return f"Link({self._who()}, {'closed' if self.closed else 'open'})"
+
+    # --- what the endpoint uses ---------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to serve; a link that has ended already stays so."""
+        if self._error is not None:
+            return
+        limits = self._limits
+        if self.lab is not None:
+            self._shaper = LinkShaper(self.lab, seed=self._lab_seed)
+            self._control.shape(self._shaper, urgent=True)
+            self._bulk.shape(self._shaper, urgent=False)
+        self._spawn(self._serve())
+        self._spawn(self._outbox.run())
+        self._spawn(self._watch())
+        payload = limits.control_payload_bytes
+        plain = dict.fromkeys(
+            (FrameType.CANCEL, FrameType.FAILURE, FrameType.CREDIT, FrameType.PING, FrameType.PONG, FrameType.BYE), 0
+        )
+        control = plain | dict.fromkeys((FrameType.REQUEST, FrameType.ANSWER, FrameType.NOTICE), payload)
+        self._control.start(control, self._on_control, self._on_lost)
+        self._bulk.start({FrameType.BULK: limits.bulk_body_bytes}, self._on_bulk, self._on_lost, admit=self._admit_bulk)
+
+    def end(self, error: NetworkError, *, farewell: str | None = None) -> None:
+        """Fail everything that waits on the link, and start to take it down. Only the first call counts.
+
+        Args:
+            error: what those who wait get.
+            farewell: what the peer is told; None when it cannot or need not be told.
+        """
+        if self._error is not None:
+            return
+        self._error = error
+        for _, answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(_copy(error))
+        self._outbox.fail(error)
+        self._liveness.fail(error)
+        if farewell is not None and self._control.failure is None:
+            self._control.send(FrameType.BYE, Refuse(error="PeerLost", text=farewell[:1000]))
+        elif isinstance(error, ProtocolError):
+            self._control.send(FrameType.BYE, Refuse(error="ProtocolError", text=short_text(error)))
+        self._ending = asyncio.get_running_loop().create_task(self._take_down(error))
+
+    # --- receiving ----------------------------------------------------------------------------------------
+
+    def _on_control(self, frame: Frame) -> None:
+        if self._error is not None:
+            return
+        match frame.type:
+            case FrameType.REQUEST | FrameType.NOTICE:
+                message: Call | Notice = (
+                    decode(Call, frame.header) if frame.type is FrameType.REQUEST else decode(Notice, frame.header)
+                )
+                self._count(message.kind, frame)
+                if isinstance(message, Call) and message.kind.startswith(RESERVED):
+                    self._begin(message, bytes(frame.body))
+                else:
+                    self._inbox.put(message, bytes(frame.body))
+            case FrameType.ANSWER:
+                kind, answer = self._answers.get(decode(Reply, frame.header).number, ("link.late", None))
+                self._count(kind, frame)
+                if answer is not None and not answer.done():
+                    answer.set_result(bytes(frame.body))
+            case FrameType.FAILURE:
+                failure = decode(Failure, frame.header)
+                kind, answer = self._answers.get(failure.number, ("link.late", None))
+                self._count(kind, frame)
+                if answer is not None and not answer.done():
+                    answer.set_exception(error_from(failure.error, failure.text))
+            case FrameType.CANCEL:
+                self._cancel(decode(Reply, frame.header).number)
+            case FrameType.CREDIT:
+                self._count("link.credit", frame)
+                self._outbox.credit.give(decode(Credit, frame.header).count_bytes)
+            case FrameType.PING:
+                self._count("link.ping", frame)
+                ping = decode(Ping, frame.header)
+                self._control.send(FrameType.PONG, ping)
+            case FrameType.PONG:
+                self._count("link.ping", frame)
+                self._liveness.on_pong(decode(Ping, frame.header).number)
+            case FrameType.BYE:
+                bye = decode(Refuse, frame.header)
+                error = error_from(bye.error, f"{self._who()} ended the link: {bye.text}")
+                self.end(error if isinstance(error, NetworkError) else PeerLost(str(error)))
+
+    def _admit_bulk(self, kind: FrameType, header: bytes, body_bytes: int) -> None:
+        self._owed.admit(len(header) + body_bytes)
+
+    def _on_bulk(self, frame: Frame) -> None:
+        if self._error is not None:
+            return
+        message = decode(Bulk, frame.header)
+        self._count(message.kind, frame)
+        if message.kind == BURST:
+            self._return_credit(len(frame.header) + len(frame.body))
+            self.prober.on_burst(len(frame.body))
+            return
+        self._arrivals.append((message, frame.body, len(frame.header) + len(frame.body)))
+        self._arrived.set()
+
+    def _on_lost(self, error: NetworkError) -> None:
+        self.end(error)
+
+    def _cancel(self, number: int) -> None:
+        task = self._working.get(number)
+        if task is not None:
+            task.cancel()
+            return
+        self._inbox.drop_call(number)
+
+    # --- tasks --------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        """Announce the link, then hand control messages and bulk to the handler."""
+        self._announced = True
+        await self._handler.on_link(self)
+        self._spawn(self._serve_bulk())
+        while True:
+            message, payload = await self._inbox.get()
+            if isinstance(message, Call):
+                self._begin(message, payload)
+            else:
+                await self._handler.on_notice(self, message.kind, payload)
+
+    async def _serve_bulk(self) -> None:
+        while True:
+            while not self._arrivals:
+                self._arrived.clear()
+                await self._arrived.wait()
+            message, body, size = self._arrivals.popleft()
+            await self._handler.on_bulk(self, message.kind, message.header, body)
+            del body
+            self._return_credit(size)
+
+    def _begin(self, call: Call, payload: bytes) -> None:
+        """Work on a request in a task of its own."""
+        if call.number in self._working:
+            raise ProtocolError(f"request number {call.number} is used twice")
+        if len(self._working) >= self._limits.open_requests:
+            text = f"{len(self._working)} requests of this peer are unanswered already; wait for some"
+            self._control.send(FrameType.FAILURE, Failure(call.number, "NetworkError", text))
+            return
+        task = self._spawn(self._answer(call, payload))
+        self._working[call.number] = task
+        task.add_done_callback(lambda _: self._working.pop(call.number, None))
+
+    async def _answer(self, call: Call, payload: bytes) -> None:
+        failure: Failure | None = None
+        answer = b""
+        try:
+            if call.kind.startswith(RESERVED):
+                answer = await self.prober.answer(call.kind, payload)
+            else:
+                answer = await self._handler.on_request(self, call.kind, payload)
+            if len(answer) > self._greeting.control_payload_bytes:
+                raise ProtocolError(
+                    f"the answer to {call.kind!r} has {len(answer):,} bytes, {self._who()} takes "
+                    f"{self._greeting.control_payload_bytes:,}; it belongs into bulk"
+                )
+        except FusionError as error:
+            failure = Failure(call.number, error_name(error), short_text(error))
+        except Exception as error:
+            log.exception("request %s of %s failed", call.kind, self._who())
+            text = f"the peer failed on {call.kind!r} with an unexpected {type(error).__name__}; its log says more"
+            failure = Failure(call.number, "NetworkError", text)
+        await self._control.drain()
+        if self.closed:
+            return
+        if failure is not None:
+            wire_bytes = self._control.send(FrameType.FAILURE, failure)
+        else:
+            wire_bytes = self._control.send(FrameType.ANSWER, Reply(call.number), answer)
+        self.statistics.count_sent(call.kind, len(answer), wire_bytes)
+
+    async def _watch(self) -> None:
+        self.end(await self._liveness.watch(self._who()))
+
+    # --- inner --------------------------------------------------------------------------------------------
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
+        return task
+
+    def _reap(self, task: asyncio.Task[None]) -> None:
+        """Forget an ended task; one that failed ends the link."""
+        self._tasks.discard(task)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is None or self._error is not None:
+            return
+        if isinstance(error, NetworkError):
+            self.end(error, farewell=None if isinstance(error, ProtocolError) else short_text(error))
+            return
+        if not isinstance(error, FusionError):
+            log.error("a handler of the link to %s failed", self._who(), exc_info=error)
+        text = f"handling a message of {self._who()} failed: {type(error).__name__}: {error}"
+        self.end(NetworkError(text), farewell=f"its handler failed with {type(error).__name__}")
+
+    async def _take_down(self, error: NetworkError) -> None:
+        tasks = set(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            _, stuck = await asyncio.wait(tasks, timeout=_CANCEL_S)
+            if stuck:
+                log.error("%d tasks of the link to %s ignore their cancellation", len(stuck), self._who())
+        self._inbox.clear()
+        self._arrivals.clear()
+        within_s = _FAREWELL_S if self._control.failure is None or isinstance(error, ProtocolError) else 0.0
+        await asyncio.gather(self._control.finish(within_s), self._bulk.finish(within_s))
+        if self._shaper is not None:
+            await self._shaper.close()
+        self._on_gone(self)
+        if self._announced:
+            try:
+                await self._handler.on_close(self, error)
+            except Exception:
+                log.exception("on_close of the link to %s failed", self._who())
+        self._gone.set()
+
+    def _return_credit(self, message_bytes: int) -> None:
+        count_bytes = self._owed.finish(message_bytes)
+        wire_bytes = self._control.send(FrameType.CREDIT, Credit(count_bytes))
+        self.statistics.count_sent("link.credit", 0, wire_bytes)
+
+    def _send_ping(self, number: int) -> None:
+        wire_bytes = self._control.send(FrameType.PING, Ping(number))
+        self.statistics.count_sent("link.ping", 0, wire_bytes)
+
+    def _heard_s(self) -> float:
+        return max(self._control.heard_s, self._bulk.heard_s)
+
+    def _count(self, kind: str, frame: Frame) -> None:
+        self.statistics.count_received(kind, len(frame.body), frame.wire_bytes)
+
+    async def _ready(self) -> None:
+        await self._control.drain()
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self._error is not None:
+            raise _copy(self._error)
+
+    def _check_kind(self, kind: str) -> None:
+        if not 0 < len(kind) <= MAX_KIND:
+            raise ConfigError(f"a kind has 1 to {MAX_KIND} characters, got {kind!r}")
+
+    def _check_sendable(self, kind: str, payload: Buffer) -> None:
+        self._check_kind(kind)
+        self._check_open()
+        if len(payload) > self._greeting.control_payload_bytes:
+            raise ProtocolError(
+                f"{kind!r} has {len(payload):,} bytes, {self._who()} takes control messages of "
+                f"{self._greeting.control_payload_bytes:,}; send it as bulk"
+            )
+
+    def _who(self) -> str:
+        return f"{self.peer_name} ({self.peer[:12]})" if self.peer_name else self.peer[:12]
+
+
+def _copy(error: NetworkError) -> NetworkError:
+    """Return the error anew: one exception object raised by several waiters would mix their tracebacks."""
+    return type(error)(str(error))

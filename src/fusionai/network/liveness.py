@@ -1,0 +1,104 @@
+"""Whether the peer still lives: pings on the control connection, and the patience with silence.
+
+A process that dies closes its sockets, which the link sees at once. This is for what closes nothing: a pulled
+cable, a crashed machine, a NAT that forgot. Any byte on either connection counts as a sign of life.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from fusionai.errors import NetworkError, PeerLost
+from fusionai.network.limits import Limits
+
+_RTT_MARGIN_LEAST_S, _RTT_MARGIN_MOST_S = 0.5, 5.0
+_SMOOTHING = 0.2
+_LATE_S = 1.0
+
+
+class Liveness:
+    """Pings one peer and judges its silence.
+
+    Args:
+        limits: for the interval and the patience.
+        send: writes a ping with a number.
+        heard_s: monotonic time when bytes last arrived.
+        listening: false while this side does not read: silence then says nothing.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        send: Callable[[int], None],
+        heard_s: Callable[[], float],
+        listening: Callable[[], bool],
+    ) -> None:
+        self._limits = limits
+        self._send = send
+        self._heard_s = heard_s
+        self._listening = listening
+        self._numbers = 0
+        self._waiting: dict[int, tuple[float, asyncio.Future[float]]] = {}
+        self.rtt_s: float | None = None
+        """Smoothed round-trip time."""
+
+    async def ping(self) -> float:
+        """Return the round-trip time of one ping. The caller sets the deadline."""
+        self._numbers += 1
+        number = self._numbers
+        reply: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = (time.monotonic(), reply)
+        self._send(number)
+        try:
+            return await reply
+        finally:
+            self._waiting.pop(number, None)
+            if reply.done() and not reply.cancelled():
+                reply.exception()
+
+    def on_pong(self, number: int) -> None:
+        """Take a reply; one that nobody waits for any longer is ignored."""
+        sent_s, reply = self._waiting.get(number, (0.0, None))
+        if reply is None or reply.done():
+            return
+        rtt_s = time.monotonic() - sent_s
+        self.rtt_s = rtt_s if self.rtt_s is None else self.rtt_s + _SMOOTHING * (rtt_s - self.rtt_s)
+        reply.set_result(rtt_s)
+
+    def fail(self, error: NetworkError) -> None:
+        """Wake those who wait for a reply."""
+        for _, reply in self._waiting.values():
+            if not reply.done():
+                reply.set_exception(type(error)(str(error)))
+
+    @property
+    def patience_s(self) -> float:
+        """Silence after which the peer counts as dead."""
+        margin_s = 3 * (self.rtt_s or 0.0)
+        return self._limits.silence_s + min(max(margin_s, _RTT_MARGIN_LEAST_S), _RTT_MARGIN_MOST_S)
+
+    async def watch(self, who: str) -> NetworkError:
+        """Ping for ever; return the error when the peer has been silent for too long.
+
+        When this process itself was stopped (a sleeping laptop, a starved machine), the peer's bytes may still lie
+        unread: the time that a wait overran is not held against the peer.
+        """
+        forgiven_s = time.monotonic()
+        interval_s = min(self._limits.ping_interval_s, self._limits.silence_s / 4)
+        while True:
+            began_s = time.monotonic()
+            try:
+                async with asyncio.timeout(interval_s):
+                    await self.ping()
+            except TimeoutError:
+                pass
+            await asyncio.sleep(max(0.0, began_s + interval_s - time.monotonic()))
+            now_s = time.monotonic()
+            if now_s - began_s > interval_s + _LATE_S or not self._listening():
+                forgiven_s = now_s
+            silent_s = now_s - max(self._heard_s(), forgiven_s)
+            if silent_s > self.patience_s:
+                return PeerLost(f"{who} has been silent for {silent_s:.1f} s, although pinged")

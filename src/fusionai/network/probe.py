@@ -1,0 +1,115 @@
+"""Measures a link: round-trip time, and bandwidth each way.
+
+Bandwidth is measured by bursts that grow fourfold until time is up for larger ones, timed by their
+receiver from the first message to the last: so neither the round trip nor what the sender's system buffers is
+counted as speed. A slow link is not flooded: it fails to finish small bursts quickly, so it never gets large
+ones.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Protocol
+
+import msgspec
+
+from fusionai.errors import ConfigError, ProtocolError
+from fusionai.network.link import Link
+from fusionai.network.probing import EXPECT, MEASURED, SEND, BurstMeasure, BurstSize
+
+_FIRST_BURST_BYTES = 64 << 10
+_GROWTH = 4
+_PINGS = 5
+_MOST_REPEATS = 5
+_PATIENCE_S = 20.0
+_measure = msgspec.msgpack.Decoder(BurstMeasure)
+
+
+class LinkProbe(msgspec.Struct, frozen=True):
+    """What a link can do, as measured."""
+
+    rtt_s: float
+    """Median round-trip time of small control messages."""
+    up_bytes_per_s: float
+    """Payload from this side to the peer."""
+    down_bytes_per_s: float
+    """Payload from the peer to this side."""
+
+    @property
+    def bandwidth_bytes_per_s(self) -> float:
+        """The slower direction."""
+        return min(self.up_bytes_per_s, self.down_bytes_per_s)
+
+
+async def probe_link(link: Link, *, seconds: float = 1.0, max_bytes: int = 32 << 20) -> LinkProbe:
+    """Measure a link while it may be in use; what else goes over it lowers the result.
+
+    Args:
+        link: to measure.
+        seconds: about how long the probe may take on any link, at most 10; a very slow one takes up to twice as long.
+        max_bytes: most bytes to send in one burst, each way.
+
+    Raises:
+        ConfigError: an argument is out of range.
+        PeerTimeout, PeerLost: the peer did not take part to the end.
+    """
+    if not 0 < seconds <= 10:
+        raise ConfigError(f"seconds must be above 0 and at most 10, got {seconds}")
+    if max_bytes < _FIRST_BURST_BYTES:
+        raise ConfigError(f"max_bytes must be at least {_FIRST_BURST_BYTES}, got {max_bytes}")
+    rtts_s: list[float] = []
+    until_s = time.monotonic() + seconds / 5
+    while len(rtts_s) < _PINGS and (not rtts_s or time.monotonic() < until_s):
+        rtts_s.append(await link.ping(timeout_s=_PATIENCE_S))
+    rtt_s = statistics.median(rtts_s)
+    up = await _rate(link, seconds * 0.4, rtt_s, max_bytes, _burst_up)
+    down = await _rate(link, seconds * 0.4, rtt_s, max_bytes, _burst_down)
+    return LinkProbe(rtt_s=rtt_s, up_bytes_per_s=up, down_bytes_per_s=down)
+
+
+async def _rate(link: Link, seconds: float, rtt_s: float, max_bytes: int, burst: _Burst) -> float:
+    """Return bytes per second: the median of a few bursts of the largest size that fits the time.
+
+    A size is given up as too large only after two bursts of it: one alone may have met a moment in which either
+    process did not run.
+    """
+    began_s = time.monotonic()
+    size = _FIRST_BURST_BYTES
+    measures: list[BurstMeasure] = []
+    while True:
+        measures.append(await burst(link, size))
+        shortest_s = min(measure.seconds for measure in measures)
+        left_s = seconds - (time.monotonic() - began_s)
+        # Three round trips: the request, the burst under way, and TCP still opening its window.
+        if _GROWTH * shortest_s + 3 * rtt_s <= left_s and size * _GROWTH <= max_bytes:
+            size *= _GROWTH
+            measures.clear()
+        elif len(measures) == _MOST_REPEATS or shortest_s + 3 * rtt_s > left_s:
+            return statistics.median(measure.bytes / max(measure.seconds, 1e-6) for measure in measures)
+
+
+class _Burst(Protocol):
+    """Type of the two functions below."""
+
+    async def __call__(self, link: Link, size: int) -> BurstMeasure: ...
+
+
+async def _burst_up(link: Link, size: int) -> BurstMeasure:
+    await link.request(EXPECT, _size(size), timeout_s=_PATIENCE_S)
+    await link.prober.send(size)
+    answer = await link.request(MEASURED, b"", timeout_s=_PATIENCE_S)
+    try:
+        return _measure.decode(answer)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"malformed answer to a probe: {error}") from error
+
+
+async def _burst_down(link: Link, size: int) -> BurstMeasure:
+    link.prober.expect(size)
+    await link.request(SEND, _size(size), timeout_s=_PATIENCE_S)
+    return await link.prober.measured()
+
+
+def _size(size: int) -> bytes:
+    return msgspec.msgpack.encode(BurstSize(size))

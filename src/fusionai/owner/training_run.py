@@ -1,0 +1,341 @@
+"""A whole training run on the owner's side: submit, drive, evaluate, checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from fusionai.broker.messages import JobEnded, JobProgress, Launched, Submit
+from fusionai.compnode.member import Member
+from fusionai.errors import FusionError, JobError, NetworkError, StorageError
+from fusionai.execution.plane import OptimizerConfig, ProgramOptions
+from fusionai.graph.cuts import cut
+from fusionai.graph.encoding import content_hash, encode
+from fusionai.graph.model import OpDag
+from fusionai.graph.privacy import arrange_private
+from fusionai.network.identity import PeerId
+from fusionai.owner.checkpointing import CheckpointFiles, save_checkpoint
+from fusionai.owner.run_folder import RunFolder
+from fusionai.training.checkpoint import latest, prune
+from fusionai.training.config import PlacementConfig, TrainingConfig
+from fusionai.training.data.batches import Batch, Batches
+from fusionai.training.driver import Driver, Machine, RoundResult, WeightSource, sizes_of
+from fusionai.training.learning_rate import ScheduleConfig, learning_rate
+from fusionai.training.loss_weights import loss_weights
+
+log = logging.getLogger(__name__)
+
+SUBMIT_TIMEOUT_S = 300.0
+"""Planning of a large model, and every compnode's making of its program."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """What is to be trained, captured and ready to submit."""
+
+    name: str
+    graph: OpDag
+    weights: WeightSource
+    """Weights that training starts from; when resuming, optimizer states as "<key>::<state>" too."""
+    batches: Batches
+    files: CheckpointFiles
+    tokens_per_step: int
+    """What throughput counts: tokens of a step, or samples where there are no tokens."""
+    description: str
+    """The job file as run, for the record."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    first_step: int = 0
+    """Steps already done by the run that this one resumes."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvent:
+    """What an observer hears after each step."""
+
+    step: int
+    """Steps done so far."""
+    steps: int
+    loss: float
+    tokens_per_s: float
+    """Over the last steps."""
+    result: RoundResult
+    learning_rate: float
+    evaluation: float | None
+    """Held-out loss, where this step was followed by an evaluation."""
+
+
+class TrainingResult(msgspec.Struct, frozen=True):
+    """How a run ended; the JSON of `fusionai train --json`."""
+
+    first_loss: float
+    final_loss: float
+    heldout_loss: float | None
+    steps: int
+    tokens_per_s: float
+    compnodes: tuple[str, ...]
+    bytes_sent: int
+    """Tensor bytes between machines, both directions, weights and checkpoints not counted."""
+    checkpoint: str
+    run: str
+    job: str
+    lab: bool
+    """Whether speeds or links were emulated."""
+
+
+class Observer:
+    """Hears how a run goes; override what is of interest. Called on the event loop: return quickly."""
+
+    def launched(self, launched: Launched, machines: Sequence[Machine]) -> None:
+        """The plan is made and every machine has its share."""
+
+    def ready(self) -> None:
+        """Every machine has its weights."""
+
+    def stepped(self, event: StepEvent) -> None:
+        """A step is committed."""
+
+    def saved(self, path: str) -> None:
+        """A checkpoint is on disk."""
+
+
+async def train(
+    job: TrainingJob, member: Member, folder: RunFolder, observer: Observer | None = None
+) -> TrainingResult:
+    """Train a job on the pool that `member` has joined, and return how it went.
+
+    Raises JobError when a compnode is lost or the loss is not finite, PlacementError when no plan fits.
+    """
+    observer = observer or Observer()
+    launched, graph = await _submit(job, member)
+    state, reason = "failed", "the owner stopped"
+    driver: Driver | None = None
+    try:
+        machines = _machines(graph, launched, member)
+        folder.write("plan.json", msgspec.json.format(msgspec.json.encode(launched.plan)).decode())
+        driver = Driver(launched.job, member.wire, graph, machines, gradient_clip=job.training.gradient_clip)
+        member.on_job_lost(launched.job, driver.fail)
+        observer.launched(launched, machines)
+        resumed = job.optimizer.states if job.first_step else ()
+        await driver.prepare(job.weights, optimizer_states=resumed, optimizer_step=job.first_step)
+        observer.ready()
+        result = await _Loop(job, graph, driver, member, folder, observer, launched).run()
+        state, reason = "finished", ""
+        return result
+    except asyncio.CancelledError:
+        state, reason = "cancelled", "the owner cancelled it"
+        raise
+    except FusionError as error:
+        reason = str(error)
+        raise
+    finally:
+        await asyncio.shield(_wind_up(driver, member, launched, state, reason))
+
+
+async def _submit(job: TrainingJob, member: Member) -> tuple[Launched, OpDag]:
+    graph, front, back = job.graph, 0, len(job.graph.nodes)
+    if job.placement.privacy == "private":
+        graph, front, back = await asyncio.to_thread(arrange_private, job.graph)
+    encoded = await asyncio.to_thread(encode, graph)
+    submit = Submit(
+        job_name=job.name,
+        config=job.description,
+        graph_hash=await asyncio.to_thread(content_hash, graph),
+        front=front,
+        back=back,
+        sizes=sizes_of(graph, await asyncio.to_thread(job.batches.microbatch, job.first_step, 0)),
+        microbatches=job.training.microbatches,
+        privacy=job.placement.privacy,
+        options=ProgramOptions(
+            device=member.device,
+            precision=job.training.precision,
+            compile=job.training.compile,
+            optimizer=job.optimizer,
+            seed=job.training.seed,
+        ),
+        compnodes=job.placement.compnodes,
+        cuts=job.placement.cuts,
+    )
+    await member.send_graph(submit.graph_hash, encoded)
+    launched = await member.request(submit, Launched, timeout_s=SUBMIT_TIMEOUT_S)
+    return launched, graph
+
+
+def _machines(graph: OpDag, launched: Launched, member: Member) -> list[Machine]:
+    subdags = cut(graph, launched.plan.cuts)
+    peers = [stage.peer for stage in launched.plan.stages]
+    return [
+        Machine(
+            PeerId(peer),
+            launched.names.get(peer, member.name),
+            tuple(subdag for subdag, holder in zip(subdags, peers, strict=True) if holder == peer),
+        )
+        for peer in dict.fromkeys(peers)
+    ]
+
+
+async def _wind_up(driver: Driver | None, member: Member, launched: Launched, state: str, reason: str) -> None:
+    if driver is not None:
+        await driver.close(reason or state)
+    ended = msgspec.convert({"job": launched.job, "state": state, "reason": reason}, JobEnded)
+    try:
+        await member.request(ended, None, timeout_s=10.0)
+    except NetworkError as error:
+        log.warning("the broker could not be told that the job ended: %s", error)
+
+
+class _Loop:
+    """The steps of one run, and what comes between them."""
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        graph: OpDag,
+        driver: Driver,
+        member: Member,
+        folder: RunFolder,
+        observer: Observer,
+        launched: Launched,
+    ) -> None:
+        self._job, self._graph, self._driver, self._member = job, graph, driver, member
+        self._folder, self._observer, self._launched = folder, observer, launched
+        self._recent: deque[tuple[float, int]] = deque(maxlen=20)
+        self._bytes_sent = 0
+        self._told_s = 0.0
+        self._started_s = 0.0
+        self._saved: str | None = None
+
+    async def run(self) -> TrainingResult:
+        """Run all steps; the loss of the first and last, and the final checkpoint, are in the result."""
+        job, training = self._job, self._job.training
+        if job.first_step >= training.steps:
+            raise JobError(
+                f"the checkpoint has {job.first_step} steps done and training.steps is {training.steps}: "
+                "raise training.steps to train on"
+            )
+        losses: list[float] = []
+        heldout: float | None = None
+        self._started_s = time.perf_counter()
+        upcoming = asyncio.ensure_future(self._batch(job.first_step))
+        try:
+            for step in range(job.first_step, training.steps):
+                batch = await upcoming
+                last = step + 1 == training.steps
+                if not last:
+                    upcoming = asyncio.ensure_future(self._batch(step + 1))
+                rate = learning_rate(job.schedule, training.learning_rate, step, training.steps)
+                result = await self._step(step, batch, rate)
+                losses.append(result.loss)
+                heldout = await self._evaluate(step + 1, last=last) or (heldout if last else None)
+                self._report(step + 1, result, rate, heldout)
+                if last or (training.checkpoint_every and (step + 1) % training.checkpoint_every == 0):
+                    await self._save(step + 1)
+        finally:
+            upcoming.cancel()
+        seconds = time.perf_counter() - self._started_s
+        assert self._saved is not None
+        return TrainingResult(
+            first_loss=losses[0],
+            final_loss=losses[-1],
+            heldout_loss=heldout,
+            steps=len(losses),
+            tokens_per_s=job.tokens_per_step * len(losses) / seconds,
+            compnodes=tuple(self._launched.names.get(each.peer, each.name) for each in self._driver.machines),
+            bytes_sent=self._bytes_sent,
+            checkpoint=self._saved,
+            run=str(self._folder.path),
+            job=self._launched.job,
+            lab=self._launched.lab,
+        )
+
+    async def _batch(self, step: int) -> list[Batch]:
+        """Make the microbatches of a step, off the event loop, while the step before computes."""
+        count = self._job.training.microbatches
+        return await asyncio.to_thread(lambda: [self._job.batches.microbatch(step, index) for index in range(count)])
+
+    async def _step(self, step: int, batch: list[Batch], rate: float) -> RoundResult:
+        try:
+            result = await self._driver.train_step(step, batch, loss_weights(self._graph, batch), rate)
+        except JobError as error:
+            kept = await asyncio.to_thread(latest, self._folder.path)
+            where = f"the last good checkpoint is {kept}" if kept else "no checkpoint has been made yet"
+            raise JobError(f"{error} (step {step + 1} of {self._job.training.steps}; {where})") from error
+        self._bytes_sent += _bytes(result)
+        return result
+
+    async def _evaluate(self, done: int, *, last: bool) -> float | None:
+        every = self._job.training.evaluate_every
+        if not last and not (every and done % every == 0):
+            return None
+        batches = await asyncio.to_thread(self._job.batches.heldout)
+        batches = list(batches)[: self._job.training.evaluation_batches]
+        if not batches:
+            return None
+        result = await self._driver.evaluate(batches, loss_weights(self._graph, batches))
+        self._bytes_sent += _bytes(result)
+        return result.loss
+
+    def _report(self, done: int, result: RoundResult, rate: float, heldout: float | None) -> None:
+        job = self._job
+        self._recent.append((result.seconds, job.tokens_per_step))
+        tokens_per_s = sum(tokens for _, tokens in self._recent) / sum(seconds for seconds, _ in self._recent)
+        names = self._launched.names
+        record = {
+            "step": done,
+            "loss": result.loss,
+            "heldout_loss": heldout,
+            "gradient_norm": result.gradient_norm,
+            "learning_rate": rate,
+            "seconds": result.seconds,
+            "elapsed_s": time.perf_counter() - self._started_s,
+            "tokens_per_s": job.tokens_per_step / result.seconds,
+            "bytes_sent": _bytes(result),
+            "compnodes": {
+                names.get(peer, peer): {
+                    "busy": report.busy_s / result.seconds,
+                    "memory_bytes": report.memory_bytes,
+                    "bytes_sent": {names.get(to, to): size for to, size in report.bytes_sent.items()},
+                }
+                for peer, report in result.reports.items()
+            },
+            "lab": self._launched.lab,
+        }
+        self._folder.append_metrics(record)
+        self._observer.stepped(StepEvent(done, job.training.steps, result.loss, tokens_per_s, result, rate, heldout))
+        now_s = time.monotonic()
+        if now_s - self._told_s >= 1.0 or done == job.training.steps:
+            self._told_s = now_s
+            self._member.tell(JobProgress(self._launched.job, done, job.training.steps, result.loss, tokens_per_s))
+
+    async def _save(self, done: int) -> None:
+        path = self._folder.checkpoint(done)
+        try:
+            await save_checkpoint(
+                path,
+                self._graph,
+                self._driver,
+                self._job.files,
+                job=self._job.name,
+                optimizer=self._job.optimizer,
+                step=done,
+                seed=self._job.training.seed,
+            )
+        except StorageError:
+            log.exception("the checkpoint of step %d could not be written", done)
+            raise
+        await asyncio.to_thread(prune, self._folder.path, self._job.training.keep_checkpoints)
+        self._saved = str(path)
+        self._observer.saved(self._saved)
+
+
+def _bytes(result: RoundResult) -> int:
+    return int(math.fsum(sum(report.bytes_sent.values()) for report in result.reports.values()))

@@ -1,0 +1,1 @@
+"""Hardware profiles, the link matrix, the estimator and the planners."""

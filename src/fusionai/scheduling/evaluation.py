@@ -1,0 +1,270 @@
+"""From a split to a plan: the very stages it makes are costed, and their schedule is worked through.
+
+The solver reckons with sums over small segments and an ideal pipeline; here the graph is really cut, so seconds, memory
+and transfers are those of the stages that will run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from fusionai.graph.cost import StageCost, stage_cost
+from fusionai.graph.cuts import boundary_bytes, cut
+from fusionai.graph.model import OpDag, Sizes
+from fusionai.graph.sizes import type_bytes
+from fusionai.scheduling.estimator import backward_s, delay_s, forward_s, send_s, update_s
+from fusionai.scheduling.explain import seconds_text, stage_lines
+from fusionai.scheduling.pipeline import Edge, PipelineTimes, StageTimes, pipeline_times
+from fusionai.scheduling.plan import Plan, StagePlan, StagePrediction
+from fusionai.scheduling.profile import LinkProfile, Member, Pool
+from fusionai.scheduling.segments import MEMORY_MARGIN
+
+_WORTH_MEMORY = 0.995
+"""More microbatches in flight are kept only if they bring the step below this share of what it was."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is to be planned: the graph as arranged, and whom for. Nodes [0, front) and [back, N) are the owner's."""
+
+    graph: OpDag
+    graph_hash: str
+    sizes: Sizes
+    microbatches: int
+    optimizer_states: int
+    precision: Literal["fp32", "bf16"]
+    pool: Pool
+    owner: Member
+    privacy: Literal["private", "open"]
+    front: int
+    back: int
+
+    def member(self, peer: str) -> Member:
+        """Return a machine by its peer."""
+        return self.owner if peer == self.owner.peer else next(m for m in self.pool.members if m.peer == peer)
+
+    def link(self, source: str, target: str) -> LinkProfile:
+        """Return the link between two machines; within one, nothing takes time."""
+        return LinkProfile(0.0, math.inf) if source == target else self.pool.link(source, target)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """A plan and the memory that each of its machines needs, estimates with their margin."""
+
+    plan: Plan
+    needs_bytes: dict[str, float]
+
+    def overloaded(self, task: Task) -> dict[str, float]:
+        """Return the machines that offer too little, with the share of their need that they offer."""
+        shares = {peer: task.member(peer).device.memory_bytes / need for peer, need in self.needs_bytes.items() if need}
+        return {peer: share for peer, share in shares.items() if share < 1}
+
+
+def evaluate(task: Task, cuts: Sequence[int], peers: Sequence[str], in_flight_limit: int) -> Evaluated:
+    """Return the plan that cuts at `cuts` and runs stage k on `peers[k]`, with what it needs.
+
+    Every stage holds as many microbatches as 1F1B asks for, at most `in_flight_limit`; where links are slow it
+    holds more, as far as memory goes and the step becomes shorter.
+    """
+    stages = _Stages(task, cuts, peers)
+    chosen = stages.least_in_flight(in_flight_limit)
+    times = stages.times(chosen)
+    if in_flight_limit >= task.microbatches:
+        for spare in (0, 1):
+            wider = stages.wider(chosen, times, spare)
+            if wider != chosen and (tried := stages.times(wider)).makespan_s < _WORTH_MEMORY * times.makespan_s:
+                chosen, times = wider, tried
+    return Evaluated(stages.plan(chosen, times), stages.needs_bytes(chosen))
+
+
+class _Stages:
+    """The stages of one way to cut and place a graph."""
+
+    def __init__(self, task: Task, cuts: Sequence[int], peers: Sequence[str]) -> None:
+        self._task, self._peers = task, peers
+        self._bounds = [0, *cuts, len(task.graph.nodes)]
+        self._subdags = cut(task.graph, cuts)
+        self._costs = [stage_cost(subdag, task.sizes) for subdag in self._subdags]
+        devices = [task.member(peer).device for peer in peers]
+        self._seconds = [
+            (forward_s(cost, device, task.precision), backward_s(cost, device, task.precision))
+            for cost, device in zip(self._costs, devices, strict=True)
+        ]
+        self._edges = self._make_edges()
+
+    def _make_edges(self) -> list[Edge]:
+        edges = []
+        for (source, target), (forward, gradients) in boundary_bytes(self._subdags, self._task.sizes).items():
+            out = self._task.link(self._peers[source], self._peers[target])
+            home = self._task.link(self._peers[target], self._peers[source])
+            edges.append(
+                Edge(
+                    source,
+                    target,
+                    send_s(forward, out),
+                    send_s(gradients, home) if gradients else None,
+                    delay_s(out),
+                )
+            )
+        return edges
+
+    def times(self, in_flight: Sequence[int]) -> PipelineTimes:
+        """Work through the schedule."""
+        stages = [
+            StageTimes(peer, forward, backward, held)
+            for peer, (forward, backward), held in zip(self._peers, self._seconds, in_flight, strict=True)
+        ]
+        return pipeline_times(stages, self._edges, self._task.microbatches)
+
+    def least_in_flight(self, limit: int) -> tuple[int, ...]:
+        """Return what 1F1B holds: as many microbatches as there are stages to go."""
+        count = len(self._subdags)
+        return tuple(max(1, min(self._task.microbatches, limit, count - stage)) for stage in range(count))
+
+    def wider(self, in_flight: Sequence[int], times: PipelineTimes, spare: int) -> tuple[int, ...]:
+        """Return how many each stage must hold to be busy while a microbatch is on its way there and back."""
+        busiest_s = max([*times.busy_s.values(), *times.link_busy_s.values()])
+        if busiest_s <= 0:
+            return tuple(in_flight)
+        period_s = busiest_s / self._task.microbatches
+        away_s = self._round_trips_s()
+        found: list[int] = []
+        for stage, held in enumerate(in_flight):
+            last = stage + 1 == len(in_flight)
+            wanted = held if last else max(held, math.ceil(away_s[stage] / period_s) + spare)
+            # It may not rise towards later stages, or the pipeline would lock.
+            most = min(found[-1] if found else self._task.microbatches, self._room(stage, in_flight))
+            found.append(max(held, min(wanted, most)))
+        return tuple(found)
+
+    def _round_trips_s(self) -> list[float]:
+        """Return, by stage, the time from a microbatch's forward to the end of its backward."""
+        trips = [forward + backward for forward, backward in self._seconds]
+        for stage in reversed(range(len(trips))):
+            onward = [
+                trips[edge.target] + edge.forward_s + 2 * edge.delay_s + (edge.backward_s or 0.0)
+                for edge in self._edges
+                if edge.source == stage
+            ]
+            trips[stage] += max(onward, default=0.0)
+        return trips
+
+    def _room(self, stage: int, in_flight: Sequence[int]) -> int:
+        """Return the most microbatches that a stage can hold, its machine's other stages as they are."""
+        peer, saved = self._peers[stage], self._costs[stage].saved_bytes * MEMORY_MARGIN
+        spare = self._task.member(peer).device.memory_bytes - self.needs_bytes(in_flight)[peer]
+        # Stages that share a machine widen at the same time.
+        spare /= self._peers.count(peer)
+        return in_flight[stage] + (int(spare / saved) if saved and spare > 0 else 0)
+
+    def needs_bytes(self, in_flight: Sequence[int]) -> dict[str, float]:
+        """Return the memory that each machine must offer."""
+        task, needs = self._task, dict.fromkeys(self._peers, 0.0)
+        transient = dict.fromkeys(self._peers, 0)
+        held: dict[str, set[str]] = {peer: set() for peer in self._peers}
+        for subdag, cost, peer, count in zip(self._subdags, self._costs, self._peers, in_flight, strict=True):
+            # One stage at a time computes, and a weight that two of them share is held once.
+            transient[peer] = max(transient[peer], cost.transient_bytes)
+            needs[peer] += cost.training_bytes(count, task.optimizer_states) - cost.transient_bytes
+            for weight in {weight.key: weight for weight in subdag.weights}.values():
+                if weight.key in held[peer]:
+                    copies = 2 + task.optimizer_states if weight.trainable else 1
+                    needs[peer] -= copies * type_bytes(weight.type, task.sizes)
+                held[peer].add(weight.key)
+        return {peer: (need + transient[peer]) * MEMORY_MARGIN for peer, need in needs.items()}
+
+    def _commit_s(self) -> float:
+        """Return the time between the last backward and the next step's first forward.
+
+        Tied gradients are exchanged, every machine reports to the driver and hears from it, and applies the update.
+        """
+        task = self._task
+        holders: dict[str, list[str]] = {}
+        tied_bytes: dict[str, int] = {}
+        for subdag, peer in zip(self._subdags, self._peers, strict=True):
+            for weight in subdag.weights:
+                if weight.trainable and peer not in holders.setdefault(weight.key, []):
+                    holders[weight.key].append(peer)
+                    tied_bytes[weight.key] = type_bytes(weight.type, task.sizes)
+        exchange_s = max(
+            (
+                send_s(tied_bytes[key], link) + delay_s(link)
+                for key, peers in holders.items()
+                for one in peers
+                for other in peers
+                if one != other
+                for link in (task.link(one, other),)
+            ),
+            default=0.0,
+        )
+        updates = dict.fromkeys(self._peers, 0.0)
+        for cost, peer in zip(self._costs, self._peers, strict=True):
+            updates[peer] += update_s(cost, task.member(peer).device, task.optimizer_states)
+        slowest_s = max(task.link(task.owner.peer, peer).rtt_s + seconds for peer, seconds in updates.items())
+        return exchange_s + slowest_s
+
+    def _sending_s(self, stage: int) -> float:
+        """Return the seconds for which a stage's sends of one microbatch occupy links."""
+        outputs = sum(edge.forward_s for edge in self._edges if edge.source == stage)
+        return outputs + sum(edge.backward_s or 0.0 for edge in self._edges if edge.target == stage)
+
+    def plan(self, in_flight: Sequence[int], times: PipelineTimes) -> Plan:
+        """Return the plan."""
+        task = self._task
+        step_s = times.makespan_s + self._commit_s()
+        stages = tuple(
+            StagePlan(
+                stage=stage,
+                peer=self._peers[stage],
+                start=start,
+                stop=stop,
+                in_flight=in_flight[stage],
+                predicted=self._prediction(stage, self._costs[stage], in_flight[stage]),
+            )
+            for stage, (start, stop) in enumerate(pairwise(self._bounds))
+        )
+        bottleneck = self._bottleneck(times, step_s)
+        names = {peer: task.member(peer).name for peer in self._peers}
+        offers = {peer: task.member(peer).device.memory_bytes for peer in self._peers}
+        busy = {peer: seconds / step_s for peer, seconds in times.busy_s.items()}
+        return Plan(
+            graph_hash=task.graph_hash,
+            sizes=task.sizes,
+            microbatches=task.microbatches,
+            privacy=task.privacy,
+            owner=task.owner.peer,
+            stages=stages,
+            predicted_step_s=step_s,
+            bottleneck=bottleneck,
+            explanation=(
+                *stage_lines(stages, task.graph.nodes, names, offers, busy),
+                f"a step takes about {seconds_text(step_s)}; {bottleneck} limits it",
+            ),
+        )
+
+    def _prediction(self, stage: int, cost: StageCost, in_flight: int) -> StagePrediction:
+        task, (forward, backward) = self._task, self._seconds[stage]
+        return StagePrediction(
+            forward_s=forward,
+            backward_s=backward,
+            update_s=update_s(cost, task.member(self._peers[stage]).device, task.optimizer_states),
+            memory_bytes=cost.training_bytes(in_flight, task.optimizer_states),
+            send_s=self._sending_s(stage),
+        )
+
+    def _bottleneck(self, times: PipelineTimes, step_s: float) -> str:
+        """Name the machine or link that is busy most of a step."""
+        task = self._task
+        machine, machine_s = max(times.busy_s.items(), key=lambda item: item[1])
+        words = f"computing on {task.member(machine).name}"
+        if times.link_busy_s:
+            (source, target), link_s = max(times.link_busy_s.items(), key=lambda item: item[1])
+            if link_s > machine_s:
+                words = f"the link from {task.member(source).name} to {task.member(target).name}"
+                machine_s = link_s
+        return f"{words} (busy {machine_s / step_s:.0%} of it)"

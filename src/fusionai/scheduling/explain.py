@@ -1,0 +1,75 @@
+"""A plan in words: who holds what, and what limits the speed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from fusionai.graph.model import Node
+from fusionai.scheduling.plan import StagePlan
+
+_BLOCK = re.compile(r"^(?P<list>.*?)\.(?P<index>\d+)(?:\.|$)")
+
+
+def holding(nodes: Iterable[Node]) -> str:
+    """Return the modules that operators came from, such as "model.layers.0-5, model.norm"."""
+    blocks: dict[str, list[int]] = {}
+    others: list[str] = []
+    count = 0
+    for node in nodes:
+        count += 1
+        if match := _BLOCK.match(node.scope):
+            blocks.setdefault(match["list"], []).append(int(match["index"]))
+        elif node.scope and node.scope not in others:
+            others.append(node.scope)
+    names = [*blocks, *others]
+    # An enclosing module's name says nothing that its parts do not say better.
+    inner = [name for name in others if not any(each.startswith(f"{name}.") for each in names)]
+    parts = [f"{name}.{_span(indices)}" for name, indices in blocks.items()] + inner
+    return ", ".join(parts) or f"{count} operator{'s' if count != 1 else ''}"
+
+
+def _span(indices: Sequence[int]) -> str:
+    low, high = min(indices), max(indices)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def stage_lines(
+    stages: Sequence[StagePlan],
+    nodes: Sequence[Node],
+    names: Mapping[str, str],
+    offers_bytes: Mapping[str, int],
+    busy: Mapping[str, float],
+) -> tuple[str, ...]:
+    """Return a line for each stage; `busy` is the fraction of a step that a machine computes."""
+    return tuple(
+        f"stage {stage.stage} on {names[stage.peer]}: {holding(nodes[stage.start : stage.stop])}; "
+        f"{bytes_text(stage.predicted.memory_bytes)} of {bytes_text(offers_bytes[stage.peer])}, "
+        f"{seconds_text(stage.predicted.forward_s + stage.predicted.backward_s)} a microbatch, "
+        f"{stage.in_flight} in flight; machine busy {busy.get(stage.peer, 0.0):.0%} of a step"
+        for stage in stages
+    )
+
+
+def seconds_text(seconds: float) -> str:
+    """Return seconds for people."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def bytes_text(size_bytes: float) -> str:
+    """Return bytes for people, in decimal units."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.3g} {unit}"
+    return f"{size_bytes:.0f} bytes"
+
+
+def left_out_line(spare: Sequence[str], unlinked: Sequence[str], *, chosen: bool) -> tuple[str, ...]:
+    """Return lines on the compnodes without a part; `chosen`: the job says how many to use."""
+    lines = []
+    if spare:
+        why = "the job asks for fewer" if chosen else "with more compnodes a step would not be shorter"
+        lines.append(f"left out: {', '.join(spare)} ({why})")
+    if unlinked:
+        lines.append(f"left out: {', '.join(unlinked)} (no link with the owner's machine: neither side can be dialled)")
+    return tuple(lines)

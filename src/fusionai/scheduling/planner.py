@@ -1,0 +1,194 @@
+"""The planner: from an OP-DAG and a measured pool to a plan.
+
+Load balance: cut points and compnodes are chosen together so that an ideal pipeline's step is shortest
+(`partition`), within everybody's memory and with the owner's share pinned. The best few splits are then
+really cut and worked through as 1F1B schedules (`evaluation`), and the fastest is the plan.
+
+Left to themselves, stages hold as many microbatches as 1F1B asks for. If that does not fit anywhere, the limit is
+lowered step by step to one: slower, but the model trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import msgspec
+
+from fusionai.errors import ConfigError, PlacementError
+from fusionai.graph.cuts import crossing_bytes, cut_points
+from fusionai.graph.model import OpDag, Sizes
+from fusionai.scheduling.evaluation import Evaluated, Task, evaluate
+from fusionai.scheduling.explain import left_out_line
+from fusionai.scheduling.partition import Split, split
+from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.profile import Member, Pool
+from fusionai.scheduling.segments import MEMORY_MARGIN, Segments, make_line, make_segments, reachable
+from fusionai.scheduling.shortage import no_link_with_owner, nothing_fits, owner_too_small
+
+_MOST_POSITIONS = 160
+"""More cut points than this are thinned out: the solver's tables grow with their square."""
+
+_CORRECTIONS = 3
+"""How often the solver is told that a machine holds less than it reckoned with."""
+
+
+def plan_training(
+    graph: OpDag,
+    *,
+    graph_hash: str,
+    sizes: Sizes,
+    microbatches: int,
+    optimizer_states: int,
+    precision: Literal["fp32", "bf16"],
+    pool: Pool,
+    owner: Member,
+    privacy: Literal["private", "open"],
+    front: int,
+    back: int,
+    compnodes: int = 0,
+    cuts: Sequence[int] | None = None,
+) -> Plan:
+    """Return the fastest plan. Blocks for up to seconds: call it in a thread.
+
+    Nodes [0, front) and [back, N) run on the owner's machine; the graph must be arranged for that already.
+    `compnodes` is how many others to use, 0 for as many as serve best. `cuts` are cut positions strictly between
+    `front` and `back` to use instead of the planner's; they decide how many compnodes are used, not which.
+
+    Raises PlacementError with what is missing when no plan meets the constraints, and ConfigError for `cuts` that do
+    not suit the graph or `compnodes`.
+    """
+    task = Task(
+        graph=graph,
+        graph_hash=graph_hash,
+        sizes=sizes,
+        microbatches=microbatches,
+        optimizer_states=optimizer_states,
+        precision=precision,
+        pool=pool,
+        owner=owner,
+        privacy=privacy,
+        front=front,
+        back=back,
+    )
+    if not pool.members:
+        raise PlacementError(
+            "the pool has no compnodes: run `fusionai join TOKEN` on each machine that is to take part"
+        )
+    members = [each for each in pool.members if reachable(each, owner)]
+    if not members:
+        raise no_link_with_owner(task)
+    counts = _counts(compnodes, cuts, members)
+    segments = make_segments(graph, sizes, _positions(task, cuts), optimizer_states=optimizer_states)
+    owner_failure: Evaluated | None = None
+    for limit in _limits(microbatches, max(counts) + len(segments.outer)):
+        fitting, too_large = _search(task, segments, members, counts, limit)
+        if fitting:
+            best = min(fitting, key=lambda each: each.plan.predicted_step_s)
+            return _explained(task, best.plan, members, chosen=bool(compnodes) or cuts is not None)
+        owner_failure = too_large or owner_failure
+    raise owner_too_small(task, owner_failure) if owner_failure else nothing_fits(task, segments, members, counts)
+
+
+def _counts(compnodes: int, cuts: Sequence[int] | None, members: Sequence[Member]) -> list[int]:
+    """Return the numbers of compnodes to consider."""
+    wanted = len(cuts) + 1 if cuts is not None else compnodes
+    if cuts is not None and compnodes not in (0, wanted):
+        raise ConfigError(
+            f"placement.cuts makes {wanted} stages for compnodes, but placement.compnodes is {compnodes}; make them "
+            "agree, or leave one out"
+        )
+    if wanted > len(members):
+        raise PlacementError(
+            f"the job asks for {wanted} compnodes, but only {len(members)} are free and can be linked; run `fusionai "
+            "join TOKEN` on more machines, or lower placement.compnodes"
+        )
+    return [wanted] if wanted else list(range(1, len(members) + 1))
+
+
+def _positions(task: Task, cuts: Sequence[int] | None) -> list[int]:
+    """Return the positions considered, the ends of what may be distributed included."""
+    if cuts is not None:
+        positions = [task.front, *cuts, task.back]
+        if any(early >= late for early, late in pairwise(positions)):
+            raise ConfigError(
+                f"placement.cuts must rise strictly between {task.front} and {task.back}, the operators that may be "
+                f"distributed, and is {list(cuts)}"
+            )
+        return positions
+    points = cut_points(task.graph, task.sizes, within=(task.front, task.back))
+    if len(points) > _MOST_POSITIONS:
+        # The cheapest point of each stretch: an even choice that keeps the good ones.
+        crossing = crossing_bytes(task.graph, task.sizes)
+        step = len(points) / _MOST_POSITIONS
+        stretches = [points[int(k * step) : int((k + 1) * step)] for k in range(_MOST_POSITIONS)]
+        points = [min(stretch, key=lambda point: crossing[point]) for stretch in stretches if stretch]
+    return [task.front, *points, task.back]
+
+
+def _limits(microbatches: int, stages: int) -> list[int]:
+    """Return the in-flight limits to try: none, then ever lower ones."""
+    limits, limit = [microbatches], min(microbatches, stages) - 1
+    while limit >= 1:
+        limits.append(limit)
+        limit = limit // 2 if limit > 1 else 0
+    return limits
+
+
+def _search(
+    task: Task, segments: Segments, members: Sequence[Member], counts: Sequence[int], limit: int
+) -> tuple[list[Evaluated], Evaluated | None]:
+    """Return evaluated plans that fit, and else one for which the owner's machine is too small, if that is so."""
+    budgets = [each.device.memory_bytes / MEMORY_MARGIN for each in members]
+    place = {member.peer: index for index, member in enumerate(members)}
+    owner_failure: Evaluated | None = None
+    for _ in range(1 + _CORRECTIONS):
+        line = make_line(
+            segments,
+            members,
+            task.owner,
+            task.pool,
+            microbatches=task.microbatches,
+            precision=task.precision,
+            budgets_bytes=budgets,
+            in_flight_limit=limit,
+        )
+        tried = [_evaluated(task, segments, members, each, limit) for each in split(line, counts)]
+        if fitting := [each for each in tried if not each.overloaded(task)]:
+            return fitting, None
+        shrunk = False
+        for each in tried:
+            overloaded = each.overloaded(task)
+            if task.owner.peer in overloaded:
+                owner_failure = each
+            for peer, share in overloaded.items():
+                if peer in place:
+                    # The sums over segments were too low by this share.
+                    index = place[peer]
+                    budgets[index] = min(budgets[index], share * members[index].device.memory_bytes / MEMORY_MARGIN)
+                    shrunk = True
+        if not shrunk:
+            break
+    return [], owner_failure
+
+
+def _evaluated(task: Task, segments: Segments, members: Sequence[Member], chosen: Split, limit: int) -> Evaluated:
+    """Add the owner's stages to a split and evaluate it."""
+    cuts = [segments.positions[bound] for bound in chosen.bounds]
+    peers = [members[device].peer for device in chosen.devices]
+    if task.front > 0:
+        peers.insert(0, task.owner.peer)
+    if task.back < len(task.graph.nodes):
+        peers.append(task.owner.peer)
+    inner = [position for position in cuts if 0 < position < len(task.graph.nodes)]
+    return evaluate(task, inner, peers, limit)
+
+
+def _explained(task: Task, plan: Plan, members: Sequence[Member], *, chosen: bool) -> Plan:
+    """Add to a plan's explanation who is left out, and why."""
+    used = {stage.peer for stage in plan.stages}
+    unlinked = [each.name for each in task.pool.members if each not in members]
+    spare = [each.name for each in members if each.peer not in used]
+    lines = left_out_line(spare, unlinked, chosen=chosen)
+    return msgspec.structs.replace(plan, explanation=(*plan.explanation, *lines))

@@ -1,0 +1,177 @@
+"""The OP-DAG as a line of small segments between possible cuts, costed once; ranges of it are sums.
+
+Array suffixes: P = positions (cuts considered, both ends included), D = devices, E = D + 1 (devices, then the outside).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusionai.graph.cost import StageCost, stage_cost
+from fusionai.graph.cuts import cut
+from fusionai.graph.model import OpDag, Sizes, SubDag
+from fusionai.graph.sizes import type_bytes
+from fusionai.scheduling.estimator import backward_s, delay_s, forward_s
+from fusionai.scheduling.partition import Line
+from fusionai.scheduling.profile import DeviceProfile, Member, Pool
+
+Floats = NDArray[np.float64]
+
+MEMORY_MARGIN = 1.15
+"""What a device must offer over the estimate: the bound that measured peaks are tested against."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Costs of the segments between positions, and the bytes that cross each position."""
+
+    positions: tuple[int, ...]
+    """P node positions, rising; the first and last are the ends of what may be distributed."""
+    costs: tuple[StageCost, ...]
+    """Of the P-1 segments."""
+    outer: tuple[StageCost, ...]
+    """Of the owner's stages before and after; empty when nothing is pinned."""
+    outer_after: int
+    """How many of them come after."""
+    fixed_bytes_PP: Floats
+    flight_bytes_PP: Floats
+    forward_bytes_P: Floats
+    gradient_bytes_P: Floats
+
+
+def make_segments(graph: OpDag, sizes: Sizes, positions: Sequence[int], *, optimizer_states: int) -> Segments:
+    """Cost the graph between `positions`; what is before the first and after the last one is the owner's."""
+    last = len(graph.nodes)
+    subdags = cut(graph, [position for position in positions if 0 < position < last])
+    costs = [stage_cost(subdag, sizes) for subdag in subdags]
+    before, after = int(positions[0] > 0), int(positions[-1] < last)
+    stop = len(subdags) - after
+    middle = subdags[before:stop]
+    fixed_PP, flight_PP = _memory(middle, costs[before:stop], sizes, optimizer_states)
+    forward_P, gradient_P = _crossing(subdags, before, len(middle), sizes)
+    return Segments(
+        tuple(positions),
+        tuple(costs[before:stop]),
+        (*costs[:before], *costs[stop:]),
+        after,
+        fixed_PP,
+        flight_PP,
+        forward_P,
+        gradient_P,
+    )
+
+
+def _ranges(parts: Sequence[float]) -> Floats:
+    """Return sums over [i, j) as a (P, P) table, inf where the range is empty."""
+    total = np.concatenate([[0.0], np.cumsum(np.asarray(parts, dtype=np.float64))])
+    return np.where(np.tri(len(total), dtype=bool), np.inf, total[None] - total[:, None])
+
+
+def _memory(
+    subdags: Sequence[SubDag], costs: Sequence[StageCost], sizes: Sizes, optimizer_states: int
+) -> tuple[Floats, Floats]:
+    """Return the bytes of each range: whatever is in flight, and for each microbatch in flight."""
+    fixed_PP = _ranges([cost.training_bytes(0, optimizer_states) - cost.transient_bytes for cost in costs])
+    flight_PP = _ranges([cost.saved_bytes for cost in costs])
+    # A weight that several segments read is held once by a stage that spans them.
+    weights: dict[str, tuple[int, list[int]]] = {}
+    # So is a tensor between segments, which both sides count.
+    kept: dict[str, tuple[int, list[int]]] = {}
+    for segment, subdag in enumerate(subdags):
+        for weight in {weight.key: weight for weight in subdag.weights}.values():
+            copies = 2 + optimizer_states if weight.trainable else 1
+            weights.setdefault(weight.key, (copies * type_bytes(weight.type, sizes), []))[1].append(segment)
+        boundary = {each.value: each.type for each in (*subdag.receives, *subdag.sends)}
+        for value, kind in boundary.items():
+            kept.setdefault(value, (type_bytes(kind, sizes), []))[1].append(segment)
+    for table_PP, holders in ((fixed_PP, weights), (flight_PP, kept)):
+        for held_bytes, segments in holders.values():
+            for earlier, later in pairwise(segments):
+                table_PP[: earlier + 1, later + 1 :] -= held_bytes
+    transient = np.asarray([cost.transient_bytes for cost in costs], dtype=np.float64)
+    for start in range(len(costs)):
+        fixed_PP[start, start + 1 :] += np.maximum.accumulate(transient[start:])
+    return fixed_PP, flight_PP
+
+
+def _crossing(subdags: Sequence[SubDag], before: int, count: int, sizes: Sizes) -> tuple[Floats, Floats]:
+    """Return the bytes that cross each position, forward and as gradients, the owner's own transfers left out."""
+    forward_P, gradient_P = np.zeros(count + 1), np.zeros(count + 1)
+    for subdag in subdags:
+        reach: dict[str, tuple[int, int, bool]] = {}
+        for transfer in subdag.sends:
+            if transfer.source < before and transfer.target >= before + count:
+                continue
+            target, _, gradient = reach.get(transfer.value, (0, 0, False))
+            reach[transfer.value] = (
+                max(target, transfer.target),
+                type_bytes(transfer.type, sizes),
+                gradient or transfer.gradient,
+            )
+        first = max(subdag.index + 1 - before, 0)
+        for target, size_bytes, gradient in reach.values():
+            stop = target - before + 1
+            forward_P[first:stop] += size_bytes
+            if gradient:
+                gradient_P[first:stop] += size_bytes
+    return forward_P, gradient_P
+
+
+def reachable(one: Member, other: Member) -> bool:
+    """Whether two machines can be linked: one of them must be dialable."""
+    return one.peer == other.peer or one.dialable or other.dialable
+
+
+def make_line(
+    segments: Segments,
+    members: Sequence[Member],
+    owner: Member,
+    pool: Pool,
+    *,
+    microbatches: int,
+    precision: str,
+    budgets_bytes: Sequence[float],
+    in_flight_limit: int,
+) -> Line:
+    """Return the solver's numbers for `members` on the segments."""
+
+    def both_s(cost: StageCost, device: DeviceProfile) -> float:
+        return forward_s(cost, device, precision) + backward_s(cost, device, precision)
+
+    seconds = np.stack([_ranges([both_s(cost, member.device) for cost in segments.costs]) for member in members])
+    count, positions = len(members), len(segments.positions)
+    hop = np.full((count + 1, count + 1, positions), np.inf)
+    busy = np.full((count + 1, count + 1, positions), np.inf)
+    around = [*members, owner]
+    for a, sender in enumerate(around):
+        for b, receiver in enumerate(around):
+            if a == b or not reachable(sender, receiver):
+                continue
+            out, back = pool.link(sender.peer, receiver.peer), pool.link(receiver.peer, sender.peer)
+            forward = segments.forward_bytes_P / out.bandwidth_bytes_per_s
+            gradient = segments.gradient_bytes_P / back.bandwidth_bytes_per_s
+            # Without bytes nothing is sent, and so nothing is delayed.
+            hop[a, b] = (
+                forward
+                + gradient
+                + delay_s(out) * (segments.forward_bytes_P > 0)
+                + delay_s(back) * (segments.gradient_bytes_P > 0)
+            )
+            busy[a, b] = np.maximum(forward, gradient)
+    return Line(
+        seconds_DPP=seconds,
+        fixed_bytes_PP=segments.fixed_bytes_PP,
+        flight_bytes_PP=segments.flight_bytes_PP,
+        budget_bytes_D=np.asarray(budgets_bytes, dtype=np.float64),
+        hop_s_EEP=hop,
+        hop_busy_s_EEP=busy,
+        microbatches=microbatches,
+        outer_s=sum(both_s(cost, owner.device) for cost in segments.outer),
+        outer_stages_after=segments.outer_after,
+        in_flight_limit=in_flight_limit,
+    )

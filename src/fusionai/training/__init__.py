@@ -1,0 +1,1 @@
+"""Training: the pipeline schedule, the step ledger, stages, the driver, data and checkpoints."""

@@ -1,0 +1,161 @@
+"""The job file: everything an owner says about a training job, as self-validating data.
+
+A job file is TOML; every table here is one of its tables. Nothing is read from the environment.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import tomli_w
+
+from fusionai.errors import ConfigError
+from fusionai.execution.plane import OptimizerConfig
+from fusionai.training.learning_rate import ScheduleConfig
+
+
+def _at_least(field: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{field} must be at least {least}, got {value}")
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to train. Exactly one of `path` and `config`."""
+
+    path: str | None = None
+    """A folder with a transformers model, or its name on the Hugging Face hub."""
+    config: dict[str, Any] | None = None
+    """A transformers configuration to initialise from scratch, `model_type` included."""
+    task: Literal["causal", "masked"] = "causal"
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.config is None):
+            raise ConfigError("model: give either model.path or model.config, and not both")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ConfigError('model.config.model_type is missing; for example model_type = "llama"')
+
+
+class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The text to train on; it is read on the owner's machine."""
+
+    text: str = "stdlib"
+    """A text file, a folder, a .jsonl file, or "stdlib": the source of Python's standard library."""
+    field: str = "text"
+    """Field that holds the text, in a .jsonl file."""
+    tokenizer: str | None = None
+    """A folder or hub name; without it the model's own tokenizer, or one trained on the text."""
+    vocabulary_size: int = 4096
+    """Of a tokenizer trained on the text."""
+    sequence_length: int = 128
+    heldout_fraction: float = 0.02
+
+    def __post_init__(self) -> None:
+        _at_least("data.vocabulary_size", self.vocabulary_size, 258)
+        _at_least("data.sequence_length", self.sequence_length, 2)
+        if not 0 <= self.heldout_fraction < 0.5:
+            raise ConfigError(f"data.heldout_fraction must be in [0, 0.5), got {self.heldout_fraction}")
+
+
+class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How long and in which portions."""
+
+    steps: int = 100
+    batch_size: int = 4
+    """Sequences in a microbatch."""
+    microbatches: int = 4
+    """Microbatches in a step: the step's batch is batch_size x microbatches sequences."""
+    learning_rate: float = 1e-3
+    gradient_clip: float = 1.0
+    """Largest global norm of the gradients; 0 switches clipping off."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    seed: int = 0
+    evaluate_every: int = 0
+    """Steps between evaluations on held-out text; 0: only at the end."""
+    evaluation_batches: int = 4
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch_size", "microbatches", "keep_checkpoints"):
+            _at_least(f"training.{field}", getattr(self, field), 1)
+        for field in ("evaluate_every", "checkpoint_every", "evaluation_batches", "seed"):
+            _at_least(f"training.{field}", getattr(self, field), 0)
+        if not 0 < self.learning_rate < float("inf"):
+            raise ConfigError(f"training.learning_rate must be > 0, got {self.learning_rate}")
+        if not 0 <= self.gradient_clip < float("inf"):
+            raise ConfigError(f"training.gradient_clip must be >= 0, got {self.gradient_clip}")
+
+
+class PlacementConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who runs what."""
+
+    privacy: Literal["private", "open"] = "private"
+    """`private`: every operator that touches raw inputs or labels stays on the owner's machine."""
+    compnodes: int = 0
+    """How many compnodes to use; 0: as many as serve the job best."""
+    cuts: tuple[int, ...] | None = None
+    """Cut positions in the OP-DAG instead of the planner's; for experiments."""
+
+    def __post_init__(self) -> None:
+        _at_least("placement.compnodes", self.compnodes, 0)
+        if self.cuts is not None and list(self.cuts) != sorted(set(self.cuts)):
+            raise ConfigError(f"placement.cuts must rise strictly, got {list(self.cuts)}")
+
+
+class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A whole job file."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    placement: PlacementConfig = PlacementConfig()
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.name) <= 80 or not all(c.isalnum() or c in "-_. " for c in self.name):
+            raise ConfigError(f"name must be 1-80 letters, digits, spaces or any of -_. and is {self.name!r}")
+
+
+def parse_job(text: str, *, source: str = "the job file") -> JobConfig:
+    """Parse a job file. Raises ConfigError naming the field, or the line of a syntax error."""
+    try:
+        return msgspec.convert(tomllib.loads(text), JobConfig)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not valid TOML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    except msgspec.ValidationError as error:
+        field = str(error).replace("`$.", "`").replace("`$`", "the top level")
+        raise ConfigError(f"{source}: {field}") from error
+
+
+def read_job(path: Path) -> JobConfig:
+    """Read a job file from disk."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"the job file {path} does not exist") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the job file {path} cannot be read: {error}") from error
+    return parse_job(text, source=str(path))
+
+
+def to_toml(job: JobConfig) -> str:
+    """Return the job file of a job, every default written out."""
+    return tomli_w.dumps(_without_none(msgspec.to_builtins(job)))
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    """TOML has no null: a field without a value is left out."""
+    return {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in table.items()
+        if value is not None
+    }

@@ -1,0 +1,80 @@
+"""What a job's driver needs of its data: microbatches by step and index, and held-out ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from fusionai.errors import DataError
+from fusionai.tensor import ITEM_BYTES, DType, TensorData
+
+Batch = Mapping[str, TensorData]
+"""One microbatch: a tensor for each input of the graph that is not derivable, by the input's name."""
+
+ArrayFunction = Callable[[int, int], Mapping[str, Any]]
+"""A user's data: from step and index to torch tensors or numpy arrays by input name."""
+
+
+class Batches(Protocol):
+    """A job's data. Both methods block, and are called from any thread, one call at a time."""
+
+    def microbatch(self, step: int, index: int) -> Batch:
+        """Return a microbatch: the same content whenever it is asked for the same step and index."""
+
+    def heldout(self) -> Sequence[Batch]:
+        """Return the microbatches to evaluate on; none where nothing is held out."""
+
+
+class TensorBatches:
+    """Microbatches from a user's function of step and index, and held-out ones from a function of the index.
+
+    The functions must be pure: a step that is run again must see the same content.
+    """
+
+    def __init__(self, function: ArrayFunction, heldout: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """`heldout` are the microbatches to evaluate on; they are converted when asked for."""
+        self._function = function
+        self._heldout = tuple(heldout or ())
+
+    def microbatch(self, step: int, index: int) -> Batch:
+        """Call the function and convert what it returns. Raises DataError naming the input that is no tensor."""
+        return _converted(self._function(step, index), f"microbatch {index} of step {step}")
+
+    def heldout(self) -> Sequence[Batch]:
+        """Convert the held-out microbatches. Raises DataError as `microbatch` does."""
+        return [_converted(each, f"held-out microbatch {index}") for index, each in enumerate(self._heldout)]
+
+
+def _converted(found: object, place: str) -> Batch:
+    if not isinstance(found, Mapping) or not found:
+        raise DataError(
+            f"{place} must be a dictionary from the names of the model's inputs to tensors, got {_kind(found)}"
+        )
+    return {str(name): tensor_data(value, f"input {name!r} of {place}") for name, value in found.items()}
+
+
+def tensor_data(value: Any, name: str) -> TensorData:
+    """Copy a torch tensor or numpy array into plain data.
+
+    torch is not imported for it: anything with `detach` is taken for a tensor. Raises DataError when the value
+    is neither, or has a dtype that FusionAI does not know; `name` says in the text which value it is.
+    """
+    if hasattr(value, "detach"):
+        try:
+            value = value.detach().cpu().contiguous().numpy()
+        except (TypeError, RuntimeError) as error:
+            raise DataError(f"{name}: a {value.dtype} tensor cannot be read: {error}") from error
+    if not isinstance(value, np.ndarray | np.generic):
+        raise DataError(f"{name} must be a torch tensor or a numpy array, got {_kind(value)}")
+    array = np.asarray(value)
+    if array.dtype.name not in ITEM_BYTES:
+        raise DataError(f"{name} has dtype {array.dtype.name}; convert it to one of {', '.join(ITEM_BYTES)}")
+    little = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
+    # A copy on purpose: a user's function may fill the same array again for the next microbatch.
+    return TensorData(cast(DType, array.dtype.name), array.shape, little.tobytes())
+
+
+def _kind(value: object) -> str:
+    return "an empty dictionary" if isinstance(value, Mapping) and not value else type(value).__name__

@@ -1,0 +1,381 @@
+"""The driver of a job: feeds microbatches, commits steps, collects weights. Runs on the owner's machine.
+
+The driver holds the job's side of the step transaction. A step is begun on every machine of the plan; each reports once
+its ledger is complete; the driver checks that loss and gradients are finite, computes the clipping factor
+from the global norm, and commits the update everywhere, or drops the step everywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fusionai.errors import DataError, JobError, NetworkError, PeerLost, ProtocolError
+from fusionai.graph.model import OpDag, Sizes, SubDag, WeightKey
+from fusionai.graph.sizes import concrete
+from fusionai.network.identity import PeerId
+from fusionai.tensor import TensorData
+from fusionai.training.data.batches import Batch
+from fusionai.training.messages import (
+    Begin,
+    Boundary,
+    Bulk,
+    Commit,
+    Control,
+    End,
+    Failed,
+    JobId,
+    Pull,
+    Pulled,
+    Ready,
+    Report,
+    Tensor,
+)
+from fusionai.training.wire import JobWire
+
+log = logging.getLogger(__name__)
+
+READY_TIMEOUT_S = 120.0
+"""How long all machines may take to load their last weights and link to each other."""
+
+PULL_TIMEOUT_S = 3600.0
+"""How long one machine's weights may take to arrive."""
+
+_LEAST_STALL_S = 300.0
+"""A round may take this long, or twenty times the longest so far, before it counts as stalled. A dead
+machine is noticed in seconds by its link; this catches one that lives but computes no more."""
+
+
+class WeightSource(Protocol):
+    """Where the weights that training starts from come from."""
+
+    def read(self, name: str) -> TensorData:
+        """Return a weight by its key. Blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One machine of the job as its driver sees it."""
+
+    peer: PeerId
+    name: str
+    subdags: tuple[SubDag, ...]
+
+    @property
+    def keys(self) -> tuple[WeightKey, ...]:
+        """Keys of the weights it holds, each once."""
+        return tuple(dict.fromkeys(weight.key for subdag in self.subdags for weight in subdag.weights))
+
+
+@dataclass(frozen=True, slots=True)
+class RoundResult:
+    """What a round gave."""
+
+    loss: float
+    """Weighted mean over the microbatches."""
+    gradient_norm: float
+    """Global norm before clipping; 0 in an evaluation."""
+    seconds: float
+    reports: Mapping[str, Report]
+    """By peer."""
+
+
+class Driver:
+    """Drives one job, from the loading of weights to the last pull."""
+
+    def __init__(
+        self, job: JobId, wire: JobWire, graph: OpDag, machines: Sequence[Machine], *, gradient_clip: float
+    ) -> None:
+        self.job = job
+        self.machines = tuple(machines)
+        self._wire = wire
+        self._graph = graph
+        self._clip = gradient_clip
+        self._readers = [
+            (machine.peer, subdag.index, item.name)
+            for machine in machines
+            for subdag in machine.subdags
+            for item in subdag.inputs
+            if item.role != "positions"
+        ]
+        self._round = 0
+        self._longest_s = 0.0
+        self._reports: dict[str, Report] = {}
+        self._reported = asyncio.Event()
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._sink: Callable[[Pulled, TensorData], Awaitable[None]] | None = None
+        wire.attach(job, self)
+
+    # --- Receiver ---------------------------------------------------------------------------------------------
+
+    def takes(self, message: Control | Bulk) -> bool:
+        """What stages send to their driver."""
+        return isinstance(message, (Report, Failed, Pulled))
+
+    async def on_control(self, peer: PeerId, message: Control) -> bytes:
+        """Take a report or a failure from a machine of this job."""
+        machine = self._machine(peer)
+        if isinstance(message, Report):
+            if message.round == self._round and peer not in self._reports:
+                self._reports[peer] = message
+                self._reported.set()
+        elif isinstance(message, Failed):
+            self.fail(f"compnode {machine.name} ({self._holding(machine)}) failed: {message.text}")
+        return b""
+
+    async def on_tensor(self, peer: PeerId, header: Bulk, tensor: TensorData) -> None:
+        """Pass a pulled tensor on to whoever pulls."""
+        machine = self._machine(peer)
+        if not isinstance(header, Pulled) or self._sink is None or header.key not in machine.keys:
+            raise ProtocolError(f"compnode {machine.name} sent a tensor that was not asked for")
+        await self._sink(header, tensor)
+
+    async def on_peer_closed(self, peer: PeerId, error: NetworkError) -> None:
+        """The loss of any machine of the job ends it."""
+        for machine in self.machines:
+            if machine.peer == peer:
+                self.fail(f"compnode {machine.name} ({self._holding(machine)}) is lost: {error}")
+
+    def fail(self, reason: str) -> None:
+        """End the job: whatever is awaited raises JobError with this reason. The first reason counts."""
+        if not self._failure.done():
+            self._failure.set_exception(JobError(reason))
+            self._failure.exception()  # somebody awaits it, or nobody needs to
+
+    # --- life cycle ---------------------------------------------------------------------------------------------
+
+    async def prepare(
+        self, weights: WeightSource, *, optimizer_states: Sequence[str] = (), optimizer_step: int = 0
+    ) -> None:
+        """Send every machine its weights (and optimizer states when resuming), and link them all.
+
+        States are read as "<key>::<state>"; a missing one is left at its start.
+        """
+
+        async def load(machine: Machine) -> None:
+            count = await self._load(machine, weights, optimizer_states)
+            await self._ask(machine, Ready(self.job, count, optimizer_step), timeout_s=READY_TIMEOUT_S)
+
+        await self._guard(asyncio.gather(*(load(each) for each in self.machines)))
+
+    async def _load(self, machine: Machine, weights: WeightSource, states: Sequence[str]) -> int:
+        """Send a machine its tensors; return how many."""
+        count = 0
+        trainable = {weight.key for subdag in machine.subdags for weight in subdag.weights if weight.trainable}
+        for key in machine.keys:
+            for state in (None, *(states if key in trainable else ())):
+                name = key if state is None else f"{key}::{state}"
+                tensor = await asyncio.to_thread(weights.read, name)
+                header = Tensor(self.job, key, state, tensor.dtype, tensor.shape)
+                await self._wire.send(machine.peer, header, tensor)
+                count += 1
+        return count
+
+    async def train_step(
+        self, step: int, batch: Sequence[Batch], weights: Sequence[float], learning_rate: float
+    ) -> RoundResult:
+        """Run one training step on its microbatches; raises JobError when loss or gradients are not finite.
+
+        `weights` are the microbatches' shares in the step's loss and add up to 1. On such an error no machine has
+        applied the step.
+        """
+        result = await self._run_round(step, batch, weights, train=True)
+        finite = math.isfinite(result.loss) and math.isfinite(result.gradient_norm)
+        scale = 1.0
+        if finite and 0 < self._clip < result.gradient_norm:
+            # The 1e-6 is torch.nn.utils.clip_grad_norm_'s, so that a clipped step equals torch's.
+            scale = self._clip / (result.gradient_norm + 1e-6)
+        await self._tell(Commit(self.job, self._round - 1, learning_rate, scale, finite))
+        if not finite:
+            what = "the loss" if not math.isfinite(result.loss) else "the norm of the gradients"
+            value = result.loss if not math.isfinite(result.loss) else result.gradient_norm
+            raise JobError(
+                f"{what} is {value} at step {step}; the step was not applied. Lower training.learning_rate, "
+                "or set training.gradient_clip, and resume from the last good checkpoint"
+            )
+        return result
+
+    async def evaluate(self, batch: Sequence[Batch], weights: Sequence[float]) -> RoundResult:
+        """Return the loss on held-out microbatches; changes nothing."""
+        return await self._run_round(0, batch, weights, train=False)
+
+    async def _run_round(
+        self, step: int, batch: Sequence[Batch], weights: Sequence[float], *, train: bool
+    ) -> RoundResult:
+        start_s = time.perf_counter()
+        self._reports.clear()
+        begin = Begin(self.job, self._round, step, train, self._sizes(batch), tuple(weights))
+        await self._tell(begin)
+        feeding = asyncio.ensure_future(self._feed(batch))
+        try:
+            await self._guard(feeding)
+            await self._guard(self._all_reported())
+        finally:
+            feeding.cancel()
+        self._round += 1
+        seconds = time.perf_counter() - start_s
+        self._longest_s = max(self._longest_s, seconds)
+        losses = {index: loss for report in self._reports.values() for index, loss in report.losses.items()}
+        if losses.keys() != set(range(len(batch))):
+            raise JobError(f"the losses of microbatches {sorted(set(range(len(batch))) - losses.keys())} did not come")
+        square_sum = math.fsum(report.square_sum for report in self._reports.values())
+        return RoundResult(
+            loss=math.fsum(weights[index] * loss for index, loss in losses.items()),
+            gradient_norm=math.sqrt(square_sum) if square_sum >= 0 else math.nan,
+            seconds=seconds,
+            reports=dict(self._reports),
+        )
+
+    async def _feed(self, batch: Sequence[Batch]) -> None:
+        """Give every stage the graph inputs that it reads."""
+        for index, microbatch in enumerate(batch):
+            for peer, stage, name in self._readers:
+                tensor = microbatch[name]
+                header = Boundary(self.job, self._round, index, name, -1, stage, False, tensor.dtype, tensor.shape)
+                await self._wire.send(peer, header, tensor)
+
+    async def _all_reported(self) -> None:
+        limit_s = max(_LEAST_STALL_S, 20 * self._longest_s)
+        deadline_s = time.monotonic() + limit_s
+        while len(self._reports) < len(self.machines):
+            self._reported.clear()
+            try:
+                await asyncio.wait_for(self._reported.wait(), deadline_s - time.monotonic())
+            except TimeoutError:
+                silent = [each.name for each in self.machines if each.peer not in self._reports]
+                raise JobError(
+                    f"no report from compnode {', '.join(silent)} for {limit_s:.0f} s: it is stalled"
+                ) from None
+
+    def _sizes(self, batch: Sequence[Batch]) -> Sizes:
+        """Return the numbers of the graph's symbols, checking that all microbatches have one shape."""
+        sizes = sizes_of(self._graph, batch[0])
+        if any(sizes_of(self._graph, microbatch) != sizes for microbatch in batch):
+            raise DataError("the microbatches of a step must all have one shape")
+        return sizes
+
+    async def pull(
+        self,
+        states: Sequence[str],
+        sink: Callable[[WeightKey, str | None, TensorData], Awaitable[None]],
+    ) -> None:
+        """Hand every weight that some machine holds, and with it its optimizer states, to `sink`, each once.
+
+        One tensor at a time comes from each machine, so no more than that is ever in memory.
+        """
+        seen: set[WeightKey] = set()
+        missing: set[tuple[WeightKey, str | None]] = set()
+        arrived = asyncio.Event()
+
+        async def take(header: Pulled, tensor: TensorData) -> None:
+            if (header.key, header.state) not in missing:
+                raise ProtocolError(f"{header.key!r} was not asked for, or came twice")
+            await sink(header.key, header.state, tensor)
+            missing.discard((header.key, header.state))
+            arrived.set()
+
+        async def all_here() -> None:
+            # Bulk and control are not ordered against each other: an answer may overtake its tensors.
+            while missing:
+                arrived.clear()
+                await asyncio.wait_for(arrived.wait(), PULL_TIMEOUT_S)
+
+        self._sink = take
+        try:
+            for machine in self.machines:
+                wanted: list[tuple[WeightKey, str | None]] = []
+                for subdag in machine.subdags:
+                    for weight in subdag.weights:
+                        if weight.key not in seen and weight.kind != "constant":
+                            seen.add(weight.key)
+                            wanted.append((weight.key, None))
+                            wanted += [(weight.key, state) for state in states if weight.trainable]
+                missing.update(wanted)
+                await self._guard(self._ask(machine, Pull(self.job, tuple(wanted)), timeout_s=PULL_TIMEOUT_S))
+                await self._guard(all_here())
+        finally:
+            self._sink = None
+
+    async def close(self, reason: str) -> None:
+        """End the job on every machine that can still be reached."""
+        for machine in self.machines:
+            try:
+                await self._wire.notify(machine.peer, End(self.job, reason))
+            except (NetworkError, ProtocolError):
+                log.debug("job %s: %s is gone already", self.job, machine.name)
+        self._wire.detach(self.job, self)
+        self._failure.cancel()
+
+    # --- talking to machines --------------------------------------------------------------------------------------
+
+    async def _tell(self, message: Begin | Commit) -> None:
+        for machine in self.machines:
+            try:
+                await self._wire.notify(machine.peer, message)
+            except PeerLost as error:
+                self.fail(f"compnode {machine.name} ({self._holding(machine)}) is lost: {error}")
+        if self._failure.done():
+            await self._failure
+
+    async def _ask(self, machine: Machine, message: Ready | Pull, *, timeout_s: float) -> None:
+        try:
+            await self._wire.request(machine.peer, message, timeout_s=timeout_s)
+        except NetworkError as error:
+            raise JobError(f"compnode {machine.name} ({self._holding(machine)}): {error}") from error
+
+    async def _guard(self, work: Awaitable[object]) -> None:
+        """Await `work`, or raise what ended the job meanwhile."""
+        task: asyncio.Future[object] = asyncio.ensure_future(work)
+        waited: set[asyncio.Future[Any]] = {task, self._failure}
+        try:
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                await self._failure
+            await task
+        except PeerLost as error:
+            # The close of the link is on its way to `on_peer_closed`, which knows the machine's name.
+            await asyncio.wait({self._failure}, timeout=1.0)
+            if self._failure.done():
+                await self._failure
+            raise JobError(f"a compnode is lost: {error}") from error
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+
+    def _machine(self, peer: PeerId) -> Machine:
+        for machine in self.machines:
+            if machine.peer == peer:
+                return machine
+        raise ProtocolError(f"{peer[:12]} has no part in job {self.job!r}")
+
+    def _holding(self, machine: Machine) -> str:
+        return "stage " + ", ".join(str(subdag.index) for subdag in machine.subdags)
+
+
+def sizes_of(graph: OpDag, microbatch: Batch) -> Sizes:
+    """Return the numbers of a graph's symbols for a microbatch.
+
+    Raises DataError when it lacks an input, or one has another dtype or shape than the graph takes.
+    """
+    inputs = [item for item in graph.inputs if item.role != "positions"]
+    for item in inputs:
+        if item.name not in microbatch:
+            raise DataError(f"a microbatch lacks the input {item.name!r}; it has {sorted(microbatch)}")
+    sizes: Sizes = {
+        symbol: microbatch[name].shape[axis]
+        for symbol, (name, axis) in graph.symbols.items()
+        if name in microbatch and axis < len(microbatch[name].shape)
+    }
+    for item in inputs:
+        found = microbatch[item.name]
+        if found.dtype != item.type.dtype or found.shape != concrete(item.type, sizes):
+            raise DataError(
+                f"input {item.name!r} must be {item.type.dtype}{list(item.type.shape)} with {sizes}, "
+                f"but is {found.dtype}{list(found.shape)}"
+            )
+    return sizes

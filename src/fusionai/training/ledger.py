@@ -1,0 +1,154 @@
+"""The step ledger: what a machine has received and computed in one round, each microbatch exactly once. Pure.
+
+A training step is a transaction over a fixed set of microbatches. The ledger of a machine names, for each of its
+stages and each microbatch, the tensors that must arrive and the passes that must run. A delivery that
+comes twice counts once; one that was never due is an error; the round is complete when every pass
+has finished, and only then may the optimizer apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from fusionai.errors import ProtocolError
+from fusionai.graph.model import SubDag, ValueName
+from fusionai.tensor import TensorData
+from fusionai.training.schedule import Turn, forward_only, one_forward_one_backward
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One tensor that is due: a value going forward, or a gradient coming back from stage `peer_stage`."""
+
+    stage: int
+    index: int
+    value: ValueName
+    gradient: bool
+    peer_stage: int
+    """Stage it comes from; -1 for a graph input that the driver feeds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A pass that can run now, with the tensors it takes; gradients of the last stage first."""
+
+    stage: int
+    turn: Turn
+    values: dict[ValueName, TensorData]
+    gradients: dict[ValueName, tuple[TensorData, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    """What one stage waits for before a pass of any microbatch."""
+
+    forward: tuple[tuple[ValueName, int], ...]
+    backward: tuple[tuple[ValueName, int], ...]
+
+
+def _needs(subdag: SubDag) -> _Needs:
+    fed = [(item.name, -1) for item in subdag.inputs if item.role != "positions"]
+    received = [(item.value, item.source) for item in subdag.receives]
+    # The last stage's gradient first: the order in which a single process adds them up.
+    returned = sorted(((item.target, item.value) for item in subdag.sends if item.gradient), reverse=True)
+    return _Needs(tuple(fed + received), tuple((value, target) for target, value in returned))
+
+
+class RoundLedger:
+    """Tensors due, tensors here, and passes done, of one machine in one round."""
+
+    def __init__(self, subdags: Sequence[SubDag], microbatches: int, in_flight: dict[int, int], *, train: bool) -> None:
+        self.microbatches = microbatches
+        self.train = train
+        self._needs = {subdag.index: _needs(subdag) for subdag in subdags}
+        if not train:
+            self._needs = {stage: _Needs(needs.forward, ()) for stage, needs in self._needs.items()}
+        self._turns = {
+            stage: one_forward_one_backward(microbatches, in_flight.get(stage, 1))
+            if train
+            else forward_only(microbatches)
+            for stage in self._needs
+        }
+        self._position = dict.fromkeys(self._needs, 0)
+        self._running: set[int] = set()
+        self._here: dict[Slot, TensorData] = {}
+        self._seen: set[Slot] = set()
+        self._due = {slot for index in range(microbatches) for slot in self._slots(index)}
+
+    def _slots(self, index: int) -> Iterable[Slot]:
+        for stage, needs in self._needs.items():
+            for value, source in needs.forward:
+                yield Slot(stage, index, value, False, source)
+            for value, target in needs.backward:
+                yield Slot(stage, index, value, True, target)
+
+    def deliver(self, slot: Slot, tensor: TensorData) -> bool:
+        """Take a tensor in; False when it had come already. Raises ProtocolError when it is not due."""
+        if slot not in self._due:
+            what = "gradient of" if slot.gradient else "value"
+            raise ProtocolError(
+                f"stage {slot.stage} got {what} {slot.value!r} of microbatch {slot.index} from stage "
+                f"{slot.peer_stage}, which is not due in this round of {self.microbatches} microbatches"
+            )
+        if slot in self._seen:
+            return False
+        self._seen.add(slot)
+        self._here[slot] = tensor
+        return True
+
+    def take(self, within: Callable[[int], bool] = lambda stage: True) -> Task | None:
+        """Return the most urgent pass whose tensors are all here, and count it as running; None if none is.
+
+        A backward goes before a forward, since it frees memory and its upstream waits; among equals the
+        later stage goes first.
+        """
+        ready = [
+            (turn.direction == "backward", stage, turn)
+            for stage, turn in self._next_turns()
+            if stage not in self._running and within(stage) and self._has_all(stage, turn)
+        ]
+        if not ready:
+            return None
+        _, stage, turn = max(ready)
+        self._running.add(stage)
+        needs = self._needs[stage]
+        if turn.direction == "forward":
+            values = {
+                value: self._here.pop(Slot(stage, turn.index, value, False, source)) for value, source in needs.forward
+            }
+            return Task(stage, turn, values, {})
+        gradients: dict[ValueName, tuple[TensorData, ...]] = {}
+        for value, target in needs.backward:
+            tensor = self._here.pop(Slot(stage, turn.index, value, True, target))
+            gradients[value] = (*gradients.get(value, ()), tensor)
+        return Task(stage, turn, {}, gradients)
+
+    def finish(self, task: Task) -> None:
+        """Count a running pass as done."""
+        self._running.remove(task.stage)
+        self._position[task.stage] += 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether every pass of every stage is done."""
+        return all(self._position[stage] == len(turns) for stage, turns in self._turns.items())
+
+    def waiting_for(self) -> str:
+        """Say what the next passes still lack, for people."""
+        lacking = [
+            f"stage {stage} {turn.direction} {turn.index}"
+            for stage, turn in self._next_turns()
+            if not self._has_all(stage, turn)
+        ]
+        return ", ".join(lacking) or "nothing"
+
+    def _next_turns(self) -> Iterable[tuple[int, Turn]]:
+        for stage, turns in self._turns.items():
+            if self._position[stage] < len(turns):
+                yield stage, turns[self._position[stage]]
+
+    def _has_all(self, stage: int, turn: Turn) -> bool:
+        backward = turn.direction == "backward"
+        pairs = self._needs[stage].backward if backward else self._needs[stage].forward
+        return all(Slot(stage, turn.index, value, backward, source) in self._here for value, source in pairs)

@@ -1,0 +1,454 @@
+"""A machine's part in a job: its stages, run round by round at the driver's command.
+
+The event loop moves tensors and messages; the compute thread runs the passes. A round goes: `Begin` from the
+driver, boundary tensors in and out until the ledger is complete, tied gradients exchanged with the other holders,
+`Report` to the driver, and for training `Commit` back, which applies the update. Whatever goes wrong ends this
+machine's part and is told to the driver once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any
+
+from fusionai.errors import FusionError, JobError, NetworkError, PeerLost, ProtocolError
+from fusionai.execution.plane import Plane, Program
+from fusionai.graph.model import SubDag, Transfer, ValueName, WeightKey
+from fusionai.graph.sizes import concrete
+from fusionai.network.identity import PeerId
+from fusionai.tensor import FLOATING, TensorData
+from fusionai.training.compute import ComputeThread, Round
+from fusionai.training.describe import stage_line
+from fusionai.training.ledger import RoundLedger, Slot, Task
+from fusionai.training.messages import (
+    Assignment,
+    Begin,
+    Boundary,
+    Bulk,
+    Commit,
+    Control,
+    End,
+    Failed,
+    Pull,
+    Pulled,
+    Ready,
+    Report,
+    Tensor,
+    TiedGradient,
+)
+from fusionai.training.wire import JobWire
+
+log = logging.getLogger(__name__)
+
+LINK_TIMEOUT_S = 30.0
+"""How long a neighbour may take to be linked: dialling, and its own loading, on a busy machine."""
+
+LOAD_TIMEOUT_S = 100.0
+"""How long the last weights may be on their way once the driver has sent them; less than the driver waits."""
+
+_MOST_MICROBATCHES = 65_536
+"""Bound on a round's ledger, whatever a driver asks for."""
+
+
+class StageHost:
+    """This machine's stages of one job. Make it with `create`."""
+
+    def __init__(
+        self, assignment: Assignment, wire: JobWire, on_end: Callable[[str], Awaitable[None]], slowdown: float
+    ) -> None:
+        self.assignment = assignment
+        self.description = "; ".join(stage_line(subdag) for subdag in assignment.subdags)
+        self.bytes_sent: dict[str, int] = defaultdict(int)
+        """Tensor bytes sent in this job, by receiving peer."""
+        self.memory_bytes = 0
+        self._wire = wire
+        self._on_end = on_end
+        self._program: Program
+        self._compute = ComputeThread(
+            name=assignment.job,
+            slowdown=slowdown,
+            on_pass=self._pass_done,
+            on_complete=lambda current: self._own(self._round_done(current)),
+            on_error=lambda error: self._own(self._fail(error)),
+        )
+        self._sends = {
+            transfer: assignment.stage_peers[transfer.target]
+            for subdag in assignment.subdags
+            for transfer in subdag.sends
+        }
+        self._outgoing: dict[str, asyncio.Queue[tuple[Boundary, TensorData]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._next_round = 0
+        self._current: Round | None = None
+        self._committing: Round | None = None
+        self._early: list[tuple[PeerId, Boundary, TensorData]] = []
+        self._tied: dict[tuple[int, WeightKey, str], TensorData] = {}
+        self._arrived = asyncio.Event()
+        self._loaded = 0
+        self._round_bytes: dict[str, int] = defaultdict(int)
+        self._losses: dict[int, float] = {}
+        self._closed = False
+
+    @classmethod
+    async def create(
+        cls,
+        assignment: Assignment,
+        plane: Plane,
+        wire: JobWire,
+        *,
+        slowdown: float = 1.0,
+        on_end: Callable[[str], Awaitable[None]],
+    ) -> StageHost:
+        """Make the program of an assignment and take part in its job.
+
+        `slowdown` stretches every pass by that factor (lab mode). `on_end(reason)` is awaited once when the driver
+        ends the job, its machine is lost, or this part failed. Raises GraphError for operators that the plane
+        cannot run.
+        """
+        host = cls(assignment, wire, on_end, slowdown)
+        try:
+            host._program = await host._compute.call(lambda: plane.load(assignment.subdags, assignment.options))
+        except BaseException:
+            await host._compute.stop()
+            raise
+        host._compute.use(host._program)
+        wire.attach(assignment.job, host)
+        return host
+
+    @property
+    def busy_s(self) -> float:
+        """Compute seconds since the job began here."""
+        return self._compute.busy_s
+
+    async def close(self, reason: str) -> None:
+        """Stop, free the memory, forget the job. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        log.info("job %s ends here: %s", self.assignment.job, reason)
+        self._wire.detach(self.assignment.job, self)
+        me = asyncio.current_task()
+        others = [task for task in self._tasks if task is not me]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._compute.stop()
+        self._early.clear()
+        self._tied.clear()
+        self._program.close()
+
+    # --- Receiver -------------------------------------------------------------------------------------------
+
+    def takes(self, message: Control | Bulk) -> bool:
+        """Everything but what stages send to their driver."""
+        return not isinstance(message, (Report, Failed, Pulled))
+
+    async def on_control(self, peer: PeerId, message: Control) -> bytes:
+        """Obey the driver."""
+        if peer != self.assignment.owner:
+            raise ProtocolError(f"{type(message).__name__} came from {peer[:12]}, which is not the driver")
+        match message:
+            case Begin():
+                self._begin(message)
+            case Commit():
+                self._commit(message)
+            case Ready():
+                await self._ready(message)
+            case Pull():
+                await self._pull(message)
+            case End():
+                self._own(self._end(message.reason or "the driver ended the job"))
+            case _:
+                raise ProtocolError(f"a stage does not take {type(message).__name__}")
+        return b""
+
+    async def on_tensor(self, peer: PeerId, header: Bulk, tensor: TensorData) -> None:
+        """Take a boundary tensor, a tied gradient, or a weight to load."""
+        match header:
+            case Boundary():
+                self._check_source(peer, header)
+                if self._current is not None and header.round == self._current.number:
+                    self._accept(self._current, header, tensor)
+                elif header.round == self._next_round:
+                    self._keep_early(peer, header, tensor)
+                elif header.round > self._next_round:
+                    raise ProtocolError(f"a tensor of round {header.round} came, but round {self._next_round} is next")
+                # Of an earlier round: a repetition of what has been counted, so it is dropped.
+            case TiedGradient():
+                if peer not in self.assignment.tied.get(header.key, ()):
+                    raise ProtocolError(f"{peer[:12]} holds no tied weight {header.key!r}")
+                if header.round > self._next_round:
+                    raise ProtocolError(f"a tied gradient of round {header.round} came too early")
+                self._tied[header.round, header.key, peer] = tensor
+                self._arrived.set()
+            case Tensor():
+                if peer != self.assignment.owner:
+                    raise ProtocolError(f"a weight came from {peer[:12]}, which is not the driver")
+                await self._compute.call(lambda: self._program.load(header.key, tensor, header.state))
+                self._loaded += 1
+                self._arrived.set()
+
+    async def on_peer_closed(self, peer: PeerId, error: NetworkError) -> None:
+        """The owner's loss ends this part; a neighbour's is the driver's to act on."""
+        if peer == self.assignment.owner:
+            self._own(self._end(f"the owner's machine is lost: {error}"))
+
+    # --- the round --------------------------------------------------------------------------------------------
+
+    def _begin(self, message: Begin) -> None:
+        if self._current is not None or self._committing is not None or message.round != self._next_round:
+            raise ProtocolError(f"round {message.round} cannot begin; round {self._next_round} is next")
+        count = len(message.loss_weights)
+        if not 1 <= count <= _MOST_MICROBATCHES:
+            raise ProtocolError(f"a round of {count} microbatches; at most {_MOST_MICROBATCHES} are allowed")
+        ledger = RoundLedger(self.assignment.subdags, count, self.assignment.in_flight, train=message.train)
+        current = Round(message.round, message.step, message.train, message.sizes, message.loss_weights, ledger)
+        self._next_round += 1
+        self._current = current
+        self._round_bytes.clear()
+        self._losses = {}
+        self._compute.begin(current)
+        early, self._early = self._early, []
+        for _, header, tensor in early:
+            self._accept(current, header, tensor)
+
+    def _check_source(self, peer: PeerId, header: Boundary) -> None:
+        peers = self.assignment.stage_peers
+        if header.source == -1:
+            expected = self.assignment.owner
+        elif 0 <= header.source < len(peers):
+            expected = peers[header.source]
+        else:
+            raise ProtocolError(f"stage {header.source} does not exist; the job has {len(peers)}")
+        if peer != expected:
+            raise ProtocolError(f"a tensor of stage {header.source} came from {peer[:12]}, which has other stages")
+
+    def _keep_early(self, peer: PeerId, header: Boundary, tensor: TensorData) -> None:
+        # A neighbour hears of the next round before this machine does, and may run at most `in_flight` ahead.
+        if len(self._early) >= _MOST_MICROBATCHES:
+            raise ProtocolError(f"more than {_MOST_MICROBATCHES} tensors came before their round began")
+        self._early.append((peer, header, tensor))
+
+    def _accept(self, current: Round, header: Boundary, tensor: TensorData) -> None:
+        subdag = next((each for each in self.assignment.subdags if each.index == header.target), None)
+        if subdag is None:
+            raise ProtocolError(f"stage {header.target} is not on this machine")
+        _check_type(subdag, header, tensor, current)
+        slot = Slot(header.target, header.index, header.value, header.gradient, header.source)
+        self._compute.deliver(slot, tensor)
+
+    def _pass_done(self, current: Round, task: Task, outputs: dict[ValueName, TensorData]) -> None:
+        subdag = next(each for each in self.assignment.subdags if each.index == task.stage)
+        forward = task.turn.direction == "forward"
+        if forward and subdag.loss is not None:
+            self._losses[task.turn.index] = _scalar(outputs[subdag.loss])
+        transfers: tuple[Transfer, ...] = subdag.sends if forward else subdag.receives
+        for transfer in transfers:
+            if not forward and not transfer.gradient:
+                continue
+            tensor = outputs[transfer.value]
+            source, target = (transfer.source, transfer.target) if forward else (transfer.target, transfer.source)
+            header = Boundary(
+                self.assignment.job,
+                current.number,
+                task.turn.index,
+                transfer.value,
+                source,
+                target,
+                not forward,
+                tensor.dtype,
+                tensor.shape,
+            )
+            self._post(self.assignment.stage_peers[target], header, tensor)
+
+    def _post(self, peer: str, header: Boundary, tensor: TensorData) -> None:
+        """Queue a tensor for a peer; what waits is bounded by the microbatches in flight."""
+        if peer == self._wire.me:
+            assert self._current is not None
+            self._accept_locally(header, tensor)
+            return
+        self.bytes_sent[peer] += tensor.nbytes
+        self._round_bytes[peer] += tensor.nbytes
+        if peer not in self._outgoing:
+            self._outgoing[peer] = asyncio.Queue()
+            self._own(self._send_all(PeerId(peer), self._outgoing[peer]))
+        self._outgoing[peer].put_nowait((header, tensor))
+
+    def _accept_locally(self, header: Boundary, tensor: TensorData) -> None:
+        assert self._current is not None
+        try:
+            self._accept(self._current, header, tensor)
+        except FusionError as error:
+            self._own(self._fail(error))
+
+    async def _send_all(self, peer: PeerId, queue: asyncio.Queue[tuple[Boundary, TensorData]]) -> None:
+        while True:
+            header, tensor = await queue.get()
+            try:
+                await self._wire.send(peer, header, tensor)
+            except PeerLost:
+                # The driver hears of the lost machine from the broker and from its own link, and names it.
+                log.info("job %s: %s is gone; a tensor for it is dropped", self.assignment.job, peer[:12])
+                return
+
+    async def _round_done(self, current: Round) -> None:
+        square_sum = 0.0
+        if current.train:
+            await self._sum_tied(current)
+            others = [key for key, holders in self.assignment.tied.items() if holders[0] != self._wire.me]
+            square_sum = await self._compute.call(lambda: self._program.gradient_square_sum(others))
+            self._committing = current
+        self.memory_bytes = await self._compute.call(self._program.memory_bytes)
+        self._current = None
+        report = Report(
+            self.assignment.job,
+            current.number,
+            dict(self._losses),
+            square_sum,
+            current.busy_s,
+            time.perf_counter() - current.started_s,
+            dict(self._round_bytes),
+            self.memory_bytes,
+            dict(current.forward_s),
+            dict(current.backward_s),
+        )
+        await self._wire.notify(PeerId(self.assignment.owner), report)
+
+    async def _sum_tied(self, current: Round) -> None:
+        """Replace the gradient of each tied weight by the sum over its holders, last stage first as in one process."""
+        me = self._wire.me
+        mine: dict[WeightKey, TensorData] = {}
+        for key, holders in self.assignment.tied.items():
+            gradient = await self._compute.call(lambda key=key: self._program.read_gradient(key))  # type: ignore[misc]
+            mine[key] = gradient
+            header = TiedGradient(self.assignment.job, current.number, key, gradient.dtype, gradient.shape)
+            for holder in holders:
+                if holder != me:
+                    self.bytes_sent[holder] += gradient.nbytes
+                    self._round_bytes[holder] += gradient.nbytes
+                    await self._wire.send(PeerId(holder), header, gradient)
+        for key, holders in self.assignment.tied.items():
+            due = [(current.number, key, holder) for holder in holders if holder != me]
+            while not all(slot in self._tied for slot in due):
+                self._arrived.clear()
+                await self._arrived.wait()
+            parts = [mine[key] if holder == me else self._tied.pop((current.number, key, holder)) for holder in holders]
+            await self._compute.call(lambda key=key, parts=parts: self._program.set_gradient(key, parts))  # type: ignore[misc]
+
+    def _commit(self, message: Commit) -> None:
+        committing, self._committing = self._committing, None
+        if committing is None or message.round != committing.number:
+            raise ProtocolError(f"round {message.round} cannot be committed: it is not complete here")
+        # Queued before this returns: the next round's first pass must find the updated weights.
+        if message.apply:
+            done = self._compute.submit(lambda: self._program.update(message.learning_rate, message.gradient_scale))
+        else:
+            done = self._compute.submit(self._program.discard)
+        self._own(_finished(done))
+
+    # --- weights ------------------------------------------------------------------------------------------------
+
+    async def _ready(self, message: Ready) -> None:
+        # Bulk and control are not ordered against each other: the last weights may still be on their way.
+        async with asyncio.timeout(LOAD_TIMEOUT_S):
+            while self._loaded < message.tensors:
+                self._arrived.clear()
+                await self._arrived.wait()
+        missing = self._program.missing()
+        if missing:
+            raise JobError(f"{len(missing)} weights were not sent, such as {missing[0]!r}")
+        await self._compute.call(lambda: self._program.set_optimizer_step(message.optimizer_step))
+        await self.connect()
+
+    async def connect(self) -> None:
+        """Link to every neighbour. Raises PeerTimeout or PeerLost naming the neighbour."""
+        endpoint = self._wire.endpoint
+        for neighbour in self.assignment.neighbours:
+            peer = PeerId(neighbour.peer)
+            if endpoint.link(peer) is not None:
+                continue
+            try:
+                if neighbour.dial:
+                    await endpoint.connect(peer, neighbour.addresses, timeout_s=LINK_TIMEOUT_S)
+                else:
+                    await endpoint.wait_for_link(peer, LINK_TIMEOUT_S)
+            except NetworkError as error:
+                raise type(error)(f"no link to compnode {neighbour.name}: {error}") from error
+
+    async def _pull(self, message: Pull) -> None:
+        for key, state in message.tensors:
+            tensor = await self._compute.call(
+                lambda key=key, state=state: self._program.read(key, state)  # type: ignore[misc]
+            )
+            header = Pulled(self.assignment.job, key, state, tensor.dtype, tensor.shape)
+            await self._wire.send(PeerId(self.assignment.owner), header, tensor)
+
+    # --- ending -------------------------------------------------------------------------------------------------
+
+    async def _fail(self, error: BaseException) -> None:
+        """Tell the driver, then end."""
+        if isinstance(error, FusionError):
+            log.warning("job %s failed here: %s", self.assignment.job, error)
+        else:
+            log.error("job %s failed here", self.assignment.job, exc_info=error)
+        name = type(error).__name__ if isinstance(error, FusionError) else "JobError"
+        text = str(error) if isinstance(error, FusionError) else f"{type(error).__name__}: {error}"
+        try:
+            await self._wire.notify(PeerId(self.assignment.owner), Failed(self.assignment.job, name, text[:2000]))
+        except NetworkError:
+            log.info("job %s: the driver is gone and cannot be told", self.assignment.job)
+        await self._end(text)
+
+    async def _end(self, reason: str) -> None:
+        if self._closed:
+            return
+        await self.close(reason)
+        await self._on_end(reason)
+
+    def _own(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine as a task of this host; its failure fails the job."""
+        if self._closed:
+            work.close()
+            return
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not self._closed:
+            self._own(self._fail(error))
+
+
+async def _finished(future: Future[None]) -> None:
+    """Wait for a call to the program, raising what it raised."""
+    await asyncio.wrap_future(future)
+
+
+def _check_type(subdag: SubDag, header: Boundary, tensor: TensorData, current: Round) -> None:
+    """Refuse a tensor whose shape or kind is not the declared one."""
+    if header.source == -1:
+        declared = next((item.type for item in subdag.inputs if item.name == header.value), None)
+    else:
+        transfers = subdag.sends if header.gradient else subdag.receives
+        declared = next((item.type for item in transfers if item.value == header.value), None)
+    if declared is None:
+        return  # the ledger names it: it is not due
+    shape = concrete(declared, current.sizes)
+    # Under autocast an activation may travel in another floating dtype than the graph declares.
+    same_kind = tensor.dtype == declared.dtype or (tensor.dtype in FLOATING and declared.dtype in FLOATING)
+    if tensor.shape != shape or not same_kind:
+        raise ProtocolError(
+            f"{header.value!r} came as {tensor.dtype}{list(tensor.shape)}, "
+            f"but the OP-DAG says {declared.dtype}{list(shape)}"
+        )
+
+
+def _scalar(tensor: TensorData) -> float:
+    """Return the value of a float32 scalar."""
+    return float(memoryview(tensor.data).cast("B").cast("f")[0])

@@ -1,0 +1,99 @@
+"""From plans to assignments."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from broker_pool import graph, profile
+from msgspec.structs import replace
+
+from fusionai.broker.assigning import assignments
+from fusionai.broker.links import LinkBook
+from fusionai.broker.parcels import pack, unpack
+from fusionai.broker.records import MemberRecord
+from fusionai.errors import FusionError, PlacementError, ProtocolError
+from fusionai.execution.plane import ProgramOptions
+from fusionai.graph.cuts import cut
+from fusionai.graph.model import OpDag, WeightKey
+from fusionai.network.identity import PeerId
+from fusionai.scheduling.plan import Plan, StagePlan, StagePrediction
+from fusionai.training.messages import Assignment, JobId
+
+OWNER, A, B = (PeerId(letter * 64) for letter in "0ab")
+
+
+def record(peer: PeerId, *, addresses: tuple[str, ...] = ("127.0.0.1:1",), device: str = "cpu") -> MemberRecord:
+    return MemberRecord(
+        peer=peer, name=peer[:1], role="compnode", state="idle", device=replace(profile(), device=device),
+        addresses=addresses, lab=False, seen_s=0,
+    )  # fmt: skip
+
+
+def shares(dag: OpDag, peers: list[PeerId], cuts: list[int], members: list[MemberRecord]) -> dict[PeerId, Assignment]:
+    bounds = [0, *cuts, len(dag.nodes)]
+    predicted = StagePrediction(0, 0, 0, 1000, 0)
+    stages = tuple(
+        StagePlan(number, peer, bounds[number], bounds[number + 1], 2, predicted) for number, peer in enumerate(peers)
+    )
+    plan = Plan("", {"s0": 2}, 2, "open", OWNER, stages, 0.0, "")
+    by_peer = {each.peer: each for each in members}
+    return assignments(
+        JobId("j"), plan, cut(dag, cuts), by_peer, OWNER, LinkBook(lambda _: None), ProgramOptions(device="cuda:0")
+    )
+
+
+def test_neighbours_and_stages() -> None:
+    members = [record(OWNER, addresses=()), record(A), record(B, device="mps")]
+    found = shares(graph(), [OWNER, A, B, OWNER], [1, 2, 3], members)
+    assert {peer: [each.index for each in share.subdags] for peer, share in found.items()} == {
+        OWNER: [0, 3],
+        A: [1],
+        B: [2],
+    }
+    around = {peer: {(each.name, each.dial) for each in share.neighbours} for peer, share in found.items()}
+    assert around == {
+        OWNER: {("a", True), ("b", True)},
+        A: {("0", False), ("b", True)},
+        B: {("0", False), ("a", False)},
+    }
+    assert {peer: share.options.device for peer, share in found.items()} == {OWNER: "cuda:0", A: "cpu", B: "mps"}
+    assert found[OWNER].memory_bytes == 2000
+    assert found[OWNER].in_flight == {0: 2, 3: 2}
+    assert all(share.stage_peers == (OWNER, A, B, OWNER) for share in found.values())
+
+
+def test_an_owner_without_stages_still_has_neighbours() -> None:
+    found = shares(graph(), [A, B], [2], [record(OWNER), record(A), record(B)])
+    assert found[OWNER].subdags == ()
+    assert {each.name for each in found[OWNER].neighbours} == {"a", "b"}
+
+
+def test_tied_weights_name_all_holders_lowest_stage_first() -> None:
+    dag = graph()
+    tied = tuple(replace(each, key=WeightKey("tied")) if each.name in ("w0", "w3") else each for each in dag.weights)
+    found = shares(replace(dag, weights=tied), [B, A, A], [1, 3], [record(OWNER), record(A), record(B)])
+    assert found[A].tied == found[B].tied == {"tied": (B, A)}
+    assert shares(dag, [B, A, A], [1, 3], [record(OWNER), record(A), record(B)])[A].tied == {}
+    assert shares(replace(dag, weights=tied), [A, A], [2], [record(OWNER), record(A)])[A].tied == {}
+
+
+def test_nobody_can_dial() -> None:
+    with pytest.raises(PlacementError, match=r"0 and a .*--listen"):
+        shares(graph(), [A, B], [2], [record(OWNER, addresses=()), record(A, addresses=()), record(B)])
+
+
+def test_packing_keeps_everything_and_checks() -> None:
+    share = shares(graph(), [A, B], [2], [record(OWNER), record(A), record(B)])[A]
+    packed = pack(share)
+    assert unpack(packed) == share
+    with pytest.raises(ProtocolError, match="malformed"):
+        unpack(packed[:-5])
+    with pytest.raises(ProtocolError, match="no place"):
+        unpack(pack(replace(share, in_flight={})))
+    with pytest.raises(ProtocolError, match="no place"):
+        unpack(pack(replace(share, stage_peers=())))
+    node = share.subdags[0].nodes[0]
+    evil = replace(share.subdags[0], nodes=(replace(node, op="aten.from_file.default"), *share.subdags[0].nodes[1:]))
+    with pytest.raises(FusionError, match="from_file"):
+        unpack(pack(replace(share, subdags=(evil,))))
+    assert msgspec.msgpack.decode(packed)["job"] == "j"

@@ -1,0 +1,186 @@
+"""A pipeline of programs trains as one process does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small_graphs import (
+    Pipeline,
+    cut,
+    language_model_graph,
+    language_model_loss,
+    language_model_weights,
+    load_weights,
+    tensor,
+    token_batch,
+    train_plainly,
+)
+
+from fusionai.execution.plane import MicrobatchKey, OptimizerConfig, Program, ProgramOptions
+from fusionai.execution.planes import plane
+
+torch.set_num_threads(1)
+
+CUTS = {1: [], 2: [12], 3: [4, 20], 4: [4, 13, 27]}
+ADAMW = OptimizerConfig(kind="adamw", weight_decay=0.01)
+SGD = OptimizerConfig(kind="sgd", momentum=0.9, weight_decay=0.01)
+
+
+def reference(config: OptimizerConfig, weights: dict[str, torch.Tensor]) -> torch.optim.Optimizer:
+    """torch's own optimizer in its default form."""
+    parameters = list(weights.values())
+    if config.kind == "sgd":
+        return torch.optim.SGD(parameters, 1e-2, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(parameters, 1e-2, (config.beta1, config.beta2), weight_decay=config.weight_decay)
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Distance between two tensors in units of the second's norm."""
+    return float((found - wanted.detach()).norm() / wanted.detach().norm())
+
+
+def trainable(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.clone().requires_grad_() for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("config", [ADAMW, SGD], ids=lambda config: config.kind)
+@pytest.mark.parametrize("stages", CUTS)
+def test_one_program_equals_plain_training_bit_for_bit(stages: int, config: OptimizerConfig) -> None:
+    """Tied weights in the first and last stage, key biases without a real gradient, three microbatches."""
+    weights = language_model_weights()
+    subdags = cut(language_model_graph(weights), CUTS[stages])
+    program = plane("torch").load(subdags, ProgramOptions(optimizer=config))
+    load_weights(program, weights)
+    expected = trainable(weights)
+    wanted = train_plainly(language_model_loss, expected, reference(config, expected), 20, 3)
+    losses = Pipeline(subdags, dict.fromkeys(range(stages), program)).train(20, 3, 1e-2)
+    assert losses == wanted
+    assert losses[-1] < losses[0]
+    assert program.optimizer_step() == 20
+    for name, value in expected.items():
+        assert torch.equal(tensor(program.read(name)), value), name
+
+
+@pytest.mark.parametrize("config", [ADAMW, SGD], ids=lambda config: config.kind)
+def test_programs_that_share_a_tied_weight_agree(config: OptimizerConfig) -> None:
+    """Three programs; the first and the last exchange the gradients of the embedding before each update."""
+    weights = language_model_weights()
+    # No gradient of a key bias: only there does rounding, of which the exchanged sums have another order, matter.
+    subdags = cut(language_model_graph(weights), CUTS[3])
+    programs = {stage.index: plane("torch").load([stage], ProgramOptions(optimizer=config)) for stage in subdags}
+    for program in programs.values():
+        load_weights(program, weights)
+    expected = trainable(weights)
+    optimizer = reference(config, expected)
+    pipeline = Pipeline(subdags, programs)
+    for step in range(8):
+        for index in range(2):
+            key = MicrobatchKey(step, index)
+            loss = pipeline.forward(key, {"s0": 2, "s1": 8}, token_batch(step, index))
+            pipeline.backward(key, 0.5)
+            wanted = language_model_loss(expected, token_batch(step, index))
+            (wanted * 0.5).backward()
+            assert loss == pytest.approx(wanted.item(), rel=1e-5)
+        shares = [programs[stage].read_gradient("embedding") for stage in (2, 0)]
+        for stage in (0, 2):
+            programs[stage].set_gradient("embedding", shares)
+        for program in programs.values():
+            program.update(1e-2)
+        optimizer.step()
+        optimizer.zero_grad()
+    first, last = programs[0].read("embedding"), programs[2].read("embedding")
+    assert bytes(first.data) == bytes(last.data)
+    for program in programs.values():
+        for name in program.keys():  # noqa: SIM118
+            if name != "key.bias":
+                found, wanted_weight = tensor(program.read(name)), expected[name]
+                assert relative(found, wanted_weight) < 1e-5, name
+
+
+def run(program: Program, subdags: Any, steps: range, microbatches: int = 2) -> list[float]:
+    pipeline = Pipeline(subdags, dict.fromkeys(range(len(subdags)), program))
+    losses = []
+    for step in steps:
+        for index in range(microbatches):
+            key = MicrobatchKey(step, index)
+            losses.append(pipeline.forward(key, {"s0": 2, "s1": 8}, token_batch(step, index)))
+            pipeline.backward(key, 1 / microbatches)
+        program.update(1e-2)
+    return losses
+
+
+@pytest.mark.parametrize("config", [ADAMW, SGD], ids=lambda config: config.kind)
+def test_resumes_exactly_from_weights_and_optimizer_state(config: OptimizerConfig) -> None:
+    weights = language_model_weights()
+    subdags = cut(language_model_graph(weights), CUTS[2])
+    first = plane("torch").load(subdags, ProgramOptions(optimizer=config))
+    load_weights(first, weights)
+    run(first, subdags, range(3))
+    second = plane("torch").load(subdags, ProgramOptions(optimizer=config))
+    for key in first.keys():  # noqa: SIM118
+        second.load(key, first.read(key))
+        for state in config.states:
+            second.load(key, first.read(key, state), state)
+    second.set_optimizer_step(first.optimizer_step())
+    assert run(second, subdags, range(3, 6)) == run(first, subdags, range(3, 6))
+    for key in first.keys():  # noqa: SIM118
+        assert bytes(first.read(key).data) == bytes(second.read(key).data)
+
+
+def test_bf16_equals_autocast_of_one_process() -> None:
+    weights = language_model_weights()
+    subdags = cut(language_model_graph(weights), CUTS[4])
+    program = plane("torch").load(subdags, ProgramOptions(precision="bf16", optimizer=ADAMW))
+    load_weights(program, weights)
+    expected = trainable(weights)
+
+    def loss(parameters: Any, batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return language_model_loss(parameters, batch)
+
+    wanted = train_plainly(loss, expected, reference(ADAMW, expected), 10, 2)
+    pipeline = Pipeline(subdags, dict.fromkeys(range(4), program))
+    assert pipeline.train(10, 2, 1e-2) == pytest.approx(wanted, rel=1e-3)
+    full = train_plainly(language_model_loss, exact := trainable(weights), reference(ADAMW, exact), 10, 2)
+    assert pipeline.train(1, 1, 1e-2) != full[:1]  # it did run in another precision
+    for name, value in expected.items():
+        if name != "key.bias":
+            assert relative(tensor(program.read(name)), value) < 0.1, name
+
+
+def test_gradients_scale_and_norm() -> None:
+    weights = language_model_weights()
+    subdags = cut(language_model_graph(weights), [])
+    program = plane("torch").load(subdags, ProgramOptions(optimizer=ADAMW))
+    load_weights(program, weights)
+    expected = trainable(weights)
+    Pipeline(subdags, {0: program}).forward(MicrobatchKey(0, 0), {"s0": 2, "s1": 8}, token_batch(0, 0))
+    Pipeline(subdags, {0: program}).backward(MicrobatchKey(0, 0), 1.0)
+    language_model_loss(expected, token_batch(0, 0)).backward()
+    norm = torch.nn.utils.clip_grad_norm_(expected.values(), 0.1)
+    assert program.gradient_square_sum() == pytest.approx(float(norm) ** 2, rel=1e-5)
+    without = program.gradient_square_sum(skip=["embedding"])
+    share = tensor(program.read_gradient("embedding")).square().sum().item()
+    assert without + share == pytest.approx(float(norm) ** 2, rel=1e-5)
+    program.update(1e-2, gradient_scale=float(0.1 / (norm + 1e-6)))
+    reference(ADAMW, expected).step()
+    for name, value in expected.items():
+        torch.testing.assert_close(tensor(program.read(name)), value.detach(), rtol=1e-5, atol=1e-7)
+    assert program.gradient_square_sum() == 0
+    assert not tensor(program.read_gradient("embedding")).any()
+
+
+def test_sizes_may_change_between_microbatches() -> None:
+    weights = language_model_weights()
+    subdags = cut(language_model_graph(weights), CUTS[2])
+    program = plane("torch").load(subdags, ProgramOptions())
+    load_weights(program, weights)
+    pipeline = Pipeline(subdags, dict.fromkeys(range(2), program))
+    for index, (size, length) in enumerate([(2, 8), (1, 5), (3, 1), (2, 32), (2, 8)]):
+        batch = token_batch(0, index, size, length)
+        wanted = language_model_loss(weights, batch).item()
+        for train in (True, False):
+            found = pipeline.forward(MicrobatchKey(0, index), {"s0": size, "s1": length}, batch, train=train)
+            assert found == wanted

@@ -1,0 +1,167 @@
+"""Private jobs: who reads raw data stays in front, the head and the loss behind, and the model is the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from language_graphs import captured_language_model, captured_residual_net, llama_graph
+from torch import Tensor, nn
+
+from fusionai.errors import GraphError
+from fusionai.graph.capture import capture
+from fusionai.graph.cuts import cut
+from fusionai.graph.dependencies import reads
+from fusionai.graph.model import OpDag, SubDag
+from fusionai.graph.privacy import arrange_private
+from fusionai.graph.verify import verify
+from fusionai.tensor import FLOATING
+
+
+def check(graph: OpDag) -> tuple[SubDag, ...]:
+    """Arrange, cut and return the stages, with what must hold for every model checked."""
+    arranged, front, back = arrange_private(graph)
+    verify(arranged)
+    assert sorted(node.name for node in arranged.nodes) == sorted(node.name for node in graph.nodes)
+    middle = (front + back) // 2
+    bounds = [position for position in (front, middle, back) if 0 < position < len(arranged.nodes)]
+    stages = cut(arranged, bounds)
+    private = {item.name for item in arranged.inputs if item.private}
+    for stage in stages[1:-1] if front else stages[:-1]:
+        assert not {item.name for item in stage.inputs} & private
+        for each in stage.receives:
+            assert each.type.dtype in FLOATING, each
+        assert stage.loss is None
+    for stage in stages[:-1]:
+        for each in stage.sends:
+            assert each.target == len(stages) - 1 or each.type.dtype in FLOATING
+    assert stages[-1].loss == graph.loss
+    return stages
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "mixtral", "gemma3_text"])
+def test_language_models(kind: str) -> None:
+    graph = captured_language_model(kind).graph
+    arranged, front, back = arrange_private(graph)
+    assert [node.op for node in arranged.nodes[:front] if "embedding" in node.op] == ["aten.embedding.default"]
+    assert arranged.nodes[back].op == "aten.linear.default"
+    stages = check(graph)
+    sent = {each.type.shape[-1] for stage in stages[:-1] for each in stage.sends if len(each.type.shape) == 3}
+    assert 256 not in sent, "logits travel"
+
+
+def test_images() -> None:
+    graph = captured_residual_net().graph
+    arranged, front, back = arrange_private(graph)
+    assert [node.op for node in arranged.nodes[:front]] == ["aten.conv2d.default"]
+    assert [node.op for node in arranged.nodes[back:]] == ["aten.linear.default", "aten.cross_entropy_loss.default"]
+    check(graph)
+
+
+def test_arranging_again_changes_nothing() -> None:
+    arranged, front, back = arrange_private(llama_graph(layers=3))
+    assert arrange_private(arranged) == (arranged, front, back)
+
+
+class Model(nn.Module):
+    """An MLP on vectors whose parts tests replace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 16)
+        self.head, self.other = nn.Linear(16, 4), nn.Linear(16, 3)
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, data: Tensor, labels: Tensor) -> Tensor:
+        hidden = torch.tanh(self.second(torch.tanh(self.first(self.enter(data)))))
+        return self.leave(hidden, data, labels)
+
+    def enter(self, data: Tensor) -> Tensor:
+        return data
+
+    def leave(self, hidden: Tensor, data: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.head(hidden), labels)
+
+
+def graph_of(model: nn.Module) -> OpDag:
+    example: dict[str, Any] = {"data": torch.randn(4, 8), "labels": torch.randint(0, 3, (4,))}
+    return capture(model.train(), example, private=["data", "labels"], validate_values=False).graph
+
+
+def names(graph: OpDag) -> tuple[list[str], list[str]]:
+    arranged, front, back = arrange_private(graph)
+    check(graph)
+
+    def short(op: str) -> str:
+        return op.split(".")[1]
+
+    return [short(node.op) for node in arranged.nodes[:front]], [short(node.op) for node in arranged.nodes[back:]]
+
+
+def test_scaled_raw_data_is_still_raw() -> None:
+    class Scaled(Model):
+        def enter(self, data: Tensor) -> Tensor:
+            return nn.functional.layer_norm(data * self.scale, (8,))
+
+    front, behind = names(graph_of(Scaled()))
+    assert front == ["mul", "layer_norm", "linear"]
+    assert behind == ["linear", "cross_entropy_loss"]
+
+
+def test_every_head_stays() -> None:
+    class TwoHeads(Model):
+        def leave(self, hidden: Tensor, data: Tensor, labels: Tensor) -> Tensor:
+            one = nn.functional.cross_entropy(self.head(hidden), labels)
+            return one + nn.functional.cross_entropy(self.other(hidden) * 2.0, labels)
+
+    _, behind = names(graph_of(TwoHeads()))
+    assert behind.count("linear") == 2
+
+
+def test_a_loss_against_the_raw_data_is_behind() -> None:
+    class AutoEncoder(Model):
+        def leave(self, hidden: Tensor, data: Tensor, labels: Tensor) -> Tensor:
+            return nn.functional.mse_loss(self.head(hidden), data[:, :4]) + 0.0 * labels.sum()
+
+    front, behind = names(graph_of(AutoEncoder()))
+    assert "linear" in front
+    assert "mse_loss" in behind
+    assert "linear" in behind
+
+
+def test_a_reader_in_the_middle_is_refused() -> None:
+    class Skip(Model):
+        def forward(self, data: Tensor, labels: Tensor) -> Tensor:
+            hidden = torch.tanh(self.first(data))
+            hidden = self.second(hidden) * (data.sum(-1, keepdim=True) > 0)
+            return self.leave(self.second(hidden), data, labels)
+
+    with pytest.raises(GraphError, match="in the middle") as caught:
+        arrange_private(graph_of(Skip()))
+    assert 'privacy = "open"' in str(caught.value)
+    assert "aten.mul.Tensor" in str(caught.value)
+
+
+def test_a_model_with_nothing_in_between_is_refused() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 3)
+
+        def forward(self, data: Tensor, labels: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(self.layer(data), labels)
+
+    with pytest.raises(GraphError, match="leaves nothing of 'Flat'"):
+        arrange_private(graph_of(Flat()))
+
+
+def test_stages_for_others_read_no_private_value() -> None:
+    """Follow every value made of private inputs by hand: none but floating-point activations reaches the middle."""
+    arranged, front, back = arrange_private(llama_graph(layers=2))
+    shown = {item.name for item in arranged.inputs if item.private}
+    for place, node in enumerate(arranged.nodes):
+        touched = shown & set(reads(node))
+        assert not (touched and front <= place < back)
+        if touched:
+            shown |= {output for output in node.outputs if arranged.types[output].dtype not in FLOATING}
