@@ -9,13 +9,14 @@ Four systems train one Llama of 7 million parameters on the same batches, in tur
     d  FusionAI, two compnodes with one thread each, cut between the same layers
 
 `one_node_ratio` is speed b / speed a and `two_node_ratio` is d / c, of medians within a round; several rounds give the
-spread. `peak_memory_ratio` is the peak resident memory of d's compnodes during the job, less what the process had before it,
-over what the estimator said the stage needs: the largest of all rounds and compnodes.
+spread. `peak_memory_ratio` is the peak resident memory of d's compnodes during the job, less what the process had
+before it, over what the estimator said the stage needs: the largest of all rounds and compnodes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -30,11 +31,11 @@ from typing import Any
 
 import psutil
 import torch
-from peers_training import LAYERS, model, tokens
 
 import fusionai
 from fusionai.execution.plane import OptimizerConfig
 from fusionai.owner.local_pool import LocalPool
+from peers_training import LAYERS, model, tokens
 
 HERE = Path(__file__).resolve().parent
 WARM_UP = 3
@@ -78,9 +79,7 @@ def peer(name: str, threads: int, options: argparse.Namespace) -> list[float]:
 def middle_cut(graph: Any) -> int:
     """Return the position at which the second half of the layers begins."""
     half = f"model.layers.{LAYERS // 2}"
-    return next(
-        position for position, node in enumerate(graph.nodes) if f"{node.scope}.".startswith(f"{half}.")
-    )
+    return next(position for position, node in enumerate(graph.nodes) if f"{node.scope}.".startswith(f"{half}."))
 
 
 def ours(compnodes: int, threads: int, options: argparse.Namespace) -> tuple[list[float], list[float]]:
@@ -112,7 +111,7 @@ def ours(compnodes: int, threads: int, options: argparse.Namespace) -> tuple[lis
         lines = (Path(result.run) / "metrics.jsonl").read_text().splitlines()
         plan = json.loads((Path(result.run) / "plan.json").read_text())
     elapsed = [json.loads(line)["elapsed_s"] for line in lines]
-    seconds = [elapsed[0], *(late - early for early, late in zip(elapsed, elapsed[1:], strict=False))]
+    seconds = [elapsed[0], *(late - early for early, late in itertools.pairwise(elapsed))]
     predicted = [stage["predicted"]["memory_bytes"] for stage in plan["stages"]]
     used = sorted(memory.peak[name] - memory.bare[name] for name in memory.bare)
     return seconds, [got / said for got, said in zip(used, sorted(predicted), strict=True)]

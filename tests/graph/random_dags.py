@@ -37,7 +37,7 @@ NUMPY: dict[str, Callable[..., Any]] = {
 
 @st.composite
 def dags(draw: st.DrawFn) -> OpDag:
-    """Draw an OP-DAG over vectors (n, 3): tokens, positions, trained and frozen weights, several outputs, a sum as loss."""
+    """Draw an OP-DAG over vectors (n, 3): tokens, positions, trained and frozen weights, outputs, a sum as loss."""
     kinds = draw(st.lists(st.tuples(st.booleans(), st.sampled_from(["parameter", "buffer"])), min_size=1, max_size=4))
     weights = tuple(
         Weight(

@@ -85,7 +85,8 @@ def test_refusals_say_why(change: Any, text: str) -> None:
 
 HOSTILE: list[Any] = [
     None, True, -1, 0, 1 << 62, -(1 << 62), 1e308, "", "s0", "aten.linear.default", "x" * 3_000, "s0*" * 100 + "s0",
-    [], {}, [[]], {"is": "ref", "name": "loss"}, {"is": "size", "expression": "1//0"}, {"is": "size", "expression": "((("},
+    [], {}, [[]], {"is": "ref", "name": "loss"},
+    {"is": "size", "expression": "1//0"}, {"is": "size", "expression": "((("},
     {"is": "keyword", "kind": "dtype", "word": "float8"}, ["x"] * 50, 1 << 40, [1 << 60] * 12, "max(s0", "\ud800",
 ]  # fmt: skip
 

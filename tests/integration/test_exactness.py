@@ -35,7 +35,6 @@ class Losses(Observer):
         self.values.append(event.loss)
 
 
-
 def model_and_batch(name: str) -> tuple[nn.Module, Any]:
     if name == "cnn":
         return ConvolutionalNet(), image_batch(4)
@@ -150,6 +149,4 @@ def test_training_together_equals_training_alone(
 
 def test_bf16_stays_close(pool: LocalPool, tmp_path: Path) -> None:
     """Under autocast the same operators run in bf16 on both sides; a bound of 1e-2 is stated in docs/guarantees.md."""
-    compare(
-        "llama", pool, tmp_path, compnodes=2, microbatches=2, optimizer=SGD, precision="bf16", tolerance=1e-2
-    )
+    compare("llama", pool, tmp_path, compnodes=2, microbatches=2, optimizer=SGD, precision="bf16", tolerance=1e-2)

@@ -144,8 +144,9 @@ class Program(ABC):
         """Run a stage backward; add to the gradients of its weights.
 
         `gradients` holds d(step loss)/d(value) for each sent value with `Transfer.gradient`: one tensor from each
-        stage that it went to, summed here in the order given. The loss stage starts from `loss_weight`, the weight of this microbatch
-        in the step's loss. Returns d(step loss)/d(value) for each received value with `Transfer.gradient`.
+        stage that it went to, summed here in the order given. The loss stage starts from `loss_weight`, the weight of
+        this microbatch in the step's loss. Returns d(step loss)/d(value) for each received value with
+        `Transfer.gradient`.
         """
 
     @abstractmethod

@@ -95,8 +95,8 @@ def _node_costs(stage: StageCalls) -> list[NodeCost]:
 def stage_cost(subdag: SubDag, sizes: Sizes) -> StageCost:
     """Return what a sub-DAG costs at the given sizes.
 
-    Raises GraphError when `sizes` lacks a symbol, a tensor exceeds the limits of `graph.sizes`, or the declared types do
-    not fit the operators.
+    Raises GraphError when `sizes` lacks a symbol, a tensor exceeds the limits of `graph.sizes`, or the declared types
+    do not fit the operators.
     """
     with _types_fit(subdag):
         return _stage_cost(StageCalls(subdag, sizes))

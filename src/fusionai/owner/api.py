@@ -70,8 +70,8 @@ def train(
         broker: join token of the pool.
         loss: `loss(output, labels)`, where the module does not compute it.
         roles: what inputs are; "labels" by default for `labels`, "tokens" for `input_ids`, else "data".
-        steps, microbatches: length, and portions of a step; the step's loss is the mean over all counted labels, or over
-            microbatches where labels are no class numbers.
+        steps, microbatches: length, and portions of a step; the step's loss is the mean over all counted labels, or
+            over microbatches where labels are no class numbers.
         learning_rate, optimizer, schedule, gradient_clip: as in a job file; no schedule and no clipping by default.
         precision: "bf16" computes under autocast; weights stay in fp32.
         privacy: "private" keeps every operator that touches raw inputs or labels on this machine.
