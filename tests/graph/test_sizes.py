@@ -42,7 +42,7 @@ def test_means_what_python_means(expression: str) -> None:
         found, symbols = evaluate(expression, SIZES), symbols_of(expression)
     except GraphError as error:
         refusal = str(error)
-        assert "exceeds" in refusal or len(expression) > 100  # noqa: PT017 - a property, not one expected error
+        assert "exceeds" in refusal or len(expression) > 100
         return
     assert found == expected
     assert symbols == {name for name in SIZES if name in expression}
