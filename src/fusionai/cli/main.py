@@ -6,10 +6,14 @@ Nothing heavy is imported before a command runs: `fusionai --help` must answer a
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from fusionai.errors import ConfigError, FusionError
@@ -29,13 +33,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, that of a FusionError, 130 for Ctrl-C, 1 for a bug."""
+    """Run a command and return its exit status: 0, that of a FusionError, 130 for Ctrl-C or SIGTERM, 1 for a bug."""
     words = list(sys.argv[1:] if argv is None else argv)
     json_wanted, debug = "--json" in words, "--debug" in words
     try:
         arguments = _parser().parse_args(words)
         json_wanted, debug = arguments.json, arguments.debug
-        return _run(arguments)
+        with _terminated_as_interrupted():
+            return _run(arguments)
     except KeyboardInterrupt:
         return _failed(json_wanted, "KeyboardInterrupt", "interrupted", INTERRUPTED)
     except FusionError as error:
@@ -61,6 +66,27 @@ def _run(arguments: argparse.Namespace) -> int:
     set_up_logging(verbose=arguments.verbose, quiet=arguments.quiet, log_file=arguments.log_file)
     status: int = arguments.run_command(arguments)
     return status
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Have SIGTERM unwind a command as Ctrl-C does, so that its job and its child processes end in order."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        on_interrupt = signal.getsignal(signal.SIGINT)
+        if callable(on_interrupt):
+            on_interrupt(number, frame)
+        else:  # SIGINT is ignored, as by a shell for what it runs in the background
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:
