@@ -44,6 +44,14 @@ def test_round_trip_writes_every_default_out() -> None:
         (GOOD + "[placement]\ncuts = [5, 3]\n", "placement.cuts"),
         (GOOD + '[optimizer]\nkind = "lion"\n', "optimizer.kind"),
         (GOOD + "[optimizer]\nbeta1 = 1.5\n", "optimizer.beta1"),
+        (GOOD + "[optimizer]\nepsilon = nan\n", "optimizer.epsilon"),
+        (GOOD + "[optimizer]\nweight_decay = inf\n", "optimizer.weight_decay"),
+        (GOOD + '[data]\ntext = ""\n', "data.text"),
+        (GOOD.replace("steps = 5", f"seed = {1 << 63}"), "training.seed"),
+        # What would have been right is told too.
+        (GOOD.replace("steps = 5", 'precision = "fp8"'), "fp32, bf16"),
+        (GOOD + "stepz = 3", "steps, batch_size"),
+        (GOOD + "[optimisation]\n", "optimizer, schedule"),
     ],
 )
 def test_errors_name_the_field(text: str, names: str) -> None:

@@ -40,8 +40,11 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         for field in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, field) < 1:
                 raise ConfigError(f"optimizer.{field} must be in [0, 1), got {getattr(self, field)}")
-        if self.epsilon <= 0 or self.weight_decay < 0:
-            raise ConfigError("optimizer.epsilon must be > 0 and optimizer.weight_decay >= 0")
+        # Written so that a NaN, which compares false with everything, is refused too.
+        if not 0 < self.epsilon < float("inf"):
+            raise ConfigError(f"optimizer.epsilon must be > 0, got {self.epsilon}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ConfigError(f"optimizer.weight_decay must be >= 0, got {self.weight_decay}")
 
     @property
     def states(self) -> tuple[str, ...]:

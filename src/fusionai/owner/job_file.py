@@ -7,8 +7,6 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
-
 from fusionai.errors import ConfigError
 from fusionai.network.loop import run as run_loop
 from fusionai.owner.language_model import prepare_language_model
@@ -16,7 +14,7 @@ from fusionai.owner.membership import OwnerOptions, joined
 from fusionai.owner.resuming import newest_checkpoint
 from fusionai.owner.run_folder import RunFolder
 from fusionai.owner.training_run import Observer, TrainingResult, train
-from fusionai.training.config import JobConfig, read_job, to_toml
+from fusionai.training.config import JobConfig, job_from, read_job, to_toml
 
 
 def job_of(path: Path | None, resume: Path | None, overrides: Sequence[str]) -> JobConfig:
@@ -47,10 +45,7 @@ def _overridden(job: JobConfig, overrides: Sequence[str]) -> JobConfig:
             place[field] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             place[field] = text
-    try:
-        return msgspec.convert(table, JobConfig)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"--set: {str(error).replace('`$.', '`')}") from error
+    return job_from(table, source="--set")
 
 
 def train_job(

@@ -5,9 +5,10 @@ A job file is TOML; every table here is one of its tables. Nothing is read from 
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 import tomli_w
@@ -50,9 +51,14 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     vocabulary_size: int = 4096
     """Of a tokenizer trained on the text."""
     sequence_length: int = 128
+    """Tokens in a sequence."""
     heldout_fraction: float = 0.02
+    """Share of the sequences that is never trained on, for evaluation."""
 
     def __post_init__(self) -> None:
+        if not self.text:
+            # An empty path would be the current folder.
+            raise ConfigError('data.text is empty; give a text file, a folder, a .jsonl file, or "stdlib"')
         _at_least("data.vocabulary_size", self.vocabulary_size, 258)
         _at_least("data.sequence_length", self.sequence_length, 2)
         if not 0 <= self.heldout_fraction < 0.5:
@@ -63,28 +69,37 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """How long and in which portions."""
 
     steps: int = 100
+    """Of the whole run; a run that is resumed does what is left of them."""
     batch_size: int = 4
     """Sequences in a microbatch."""
     microbatches: int = 4
     """Microbatches in a step: the step's batch is batch_size x microbatches sequences."""
     learning_rate: float = 1e-3
+    """The full rate; the schedule says what of it a step takes."""
     gradient_clip: float = 1.0
     """Largest global norm of the gradients; 0 switches clipping off."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: operators run under autocast; weights, gradients and optimizer state stay in fp32."""
     compile: bool = False
+    """Let the plane compile each stage (`torch.compile`); a stage that does not compile runs eagerly."""
     seed: int = 0
+    """Of the initial weights, the order of the text, masking and dropout."""
     evaluate_every: int = 0
     """Steps between evaluations on held-out text; 0: only at the end."""
     evaluation_batches: int = 4
+    """Most held-out microbatches in an evaluation; 0: no evaluation."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 2
+    """Newest checkpoints that are kept; older ones of the run are removed."""
 
     def __post_init__(self) -> None:
         for field in ("steps", "batch_size", "microbatches", "keep_checkpoints"):
             _at_least(f"training.{field}", getattr(self, field), 1)
         for field in ("evaluate_every", "checkpoint_every", "evaluation_batches", "seed"):
             _at_least(f"training.{field}", getattr(self, field), 0)
+        if self.seed >= 1 << 63:
+            raise ConfigError(f"training.seed must be below 2^63, got {self.seed}")
         if not 0 < self.learning_rate < float("inf"):
             raise ConfigError(f"training.learning_rate must be > 0, got {self.learning_rate}")
         if not 0 <= self.gradient_clip < float("inf"):
@@ -126,14 +141,35 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 def parse_job(text: str, *, source: str = "the job file") -> JobConfig:
     """Parse a job file. Raises ConfigError naming the field, or the line of a syntax error."""
     try:
-        return msgspec.convert(tomllib.loads(text), JobConfig)
+        table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source} is not valid TOML: {error}") from error
+    return job_from(table, source=source)
+
+
+def job_from(table: dict[str, Any], *, source: str) -> JobConfig:
+    """Return the job that the tables of a job file describe. Raises ConfigError naming `source` and the field."""
+    try:
+        return msgspec.convert(table, JobConfig)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
     except msgspec.ValidationError as error:
-        field = str(error).replace("`$.", "`").replace("`$`", "the top level")
-        raise ConfigError(f"{source}: {field}") from error
+        raise ConfigError(f"{source}: {_explained(str(error))}") from error
+
+
+def _explained(text: str) -> str:
+    """Return msgspec's words with the field's plain name, and what would have been right there."""
+    path = match[1] if (match := re.search(r"`\$\.?([^`]*)`$", text)) else ""
+    kind: Any = JobConfig
+    for part in filter(None, path.split(".")):
+        is_table = isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+        kind = get_type_hints(kind).get(part) if is_table else None
+    hint = ""
+    if "enum value" in text:
+        hint = f"; it must be one of {', '.join(get_args(kind))}"
+    elif "unknown field" in text and kind is not None:
+        hint = f"; the fields there are {', '.join(get_type_hints(kind))}"
+    return text.replace("`$.", "`").replace("`$`", "the top level") + hint
 
 
 def read_job(path: Path) -> JobConfig:
