@@ -1,7 +1,8 @@
 """The share of each microbatch in a step's loss.
 
 A loss that averages over counted labels, as language models' do, must be weighted by how many each microbatch
-has, or the step's loss would depend on how its batch was cut into microbatches.
+has, or the step's loss would depend on how its batch was cut into microbatches. A causal model shifts its labels by
+one inside the graph, so that the first label of a row does not count; the graph says so.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from fusionai.errors import DataError
-from fusionai.graph.model import OpDag
+from fusionai.graph.model import OpDag, Ref, ValueName
+from fusionai.graph.vocabulary import operator
+from fusionai.tensor import TensorData
 from fusionai.training.data.batches import Batch
 
 IGNORED_LABEL = -100
@@ -26,12 +29,30 @@ def loss_weights(graph: OpDag, batch: Sequence[Batch]) -> tuple[float, ...]:
     labels = [item.name for item in graph.inputs if item.role == "labels" and item.type.dtype == "int64"]
     if not labels:
         return (1.0 / len(batch),) * len(batch)
-    counts = [
-        sum(
-            int(np.count_nonzero(np.frombuffer(microbatch[name].data, dtype="<i8") != IGNORED_LABEL)) for name in labels
-        )
-        for microbatch in batch
-    ]
+    skipped = {name: _skipped(graph, name) for name in labels}
+    counts = [sum(_counted(microbatch[name], skipped[name]) for name in labels) for microbatch in batch]
     if not sum(counts):
         raise DataError(f"every label of the batch is {IGNORED_LABEL}, so nothing counts in the loss")
     return tuple(count / sum(counts) for count in counts)
+
+
+def _counted(labels: TensorData, skipped: int) -> int:
+    """Return how many labels count, without the first `skipped` of each row."""
+    found = np.frombuffer(labels.data, dtype="<i8").reshape(labels.shape)
+    return int(np.count_nonzero((found[:, skipped:] if skipped else found) != IGNORED_LABEL))
+
+
+def _skipped(graph: OpDag, labels: ValueName) -> int:
+    """Return how many labels at the start of each row the graph cuts off before the loss."""
+    derived = {labels}
+    for node in graph.nodes:
+        source = node.args[0] if node.args else None
+        if not isinstance(source, Ref) or source.name not in derived:
+            continue
+        if node.op == "aten.slice.Tensor":
+            bound = operator(node.op).bind(node)
+            start = bound["start"]
+            if bound["dim"] in (1, -1) and isinstance(start, int) and start > 0:
+                return start
+        derived.update(node.outputs)
+    return 0
