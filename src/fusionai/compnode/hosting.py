@@ -100,7 +100,14 @@ class Hosting:
         async def ended(reason: str) -> None:
             self._drop(assignment.job)
 
-        return await StageHost.create(assignment, self._plane, self._wire, slowdown=self._slowdown, on_end=ended)
+        return await StageHost.create(
+            assignment,
+            self._plane,
+            self._wire,
+            limit_bytes=self._memory_bytes,
+            slowdown=self._slowdown,
+            on_end=ended,
+        )
 
     async def connect(self, job: JobId) -> None:
         """Link to the neighbours of a job.

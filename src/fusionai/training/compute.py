@@ -97,12 +97,12 @@ class ComputeThread:
             self._round = work
             self._wake.notify()
 
-    def deliver(self, slot: Slot, tensor: TensorData) -> None:
-        """Give a tensor to the current round's ledger (raises ProtocolError when it is not due)."""
+    def deliver(self, slot: Slot, tensor: TensorData, *, limit_bytes: int | None = None) -> None:
+        """Give a tensor to the current round's ledger; raises ProtocolError as `RoundLedger.deliver` does."""
         with self._wake:
             if self._round is None:
-                raise RuntimeError("no round is in progress")
-            if self._round.ledger.deliver(slot, tensor):
+                return  # every pass is done: a repetition
+            if self._round.ledger.deliver(slot, tensor, limit_bytes=limit_bytes):
                 self._wake.notify()
 
     async def stop(self) -> None:

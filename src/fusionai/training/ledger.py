@@ -74,18 +74,24 @@ class RoundLedger:
         self._running: set[int] = set()
         self._here: dict[Slot, TensorData] = {}
         self._seen: set[Slot] = set()
-        self._due = {slot for index in range(microbatches) for slot in self._slots(index)}
+        self._charged: dict[Slot, int] = {}
+        self._charged_bytes = 0
+        # Without the microbatch: a driver may ask for many, and what is due of each is the same.
+        self._due = {
+            (stage, value, gradient, peer_stage)
+            for stage, needs in self._needs.items()
+            for gradient, pairs in ((False, needs.forward), (True, needs.backward))
+            for value, peer_stage in pairs
+        }
 
-    def _slots(self, index: int) -> Iterable[Slot]:
-        for stage, needs in self._needs.items():
-            for value, source in needs.forward:
-                yield Slot(stage, index, value, False, source)
-            for value, target in needs.backward:
-                yield Slot(stage, index, value, True, target)
+    def deliver(self, slot: Slot, tensor: TensorData, *, limit_bytes: int | None = None) -> bool:
+        """Take a tensor in; False when it had come already.
 
-    def deliver(self, slot: Slot, tensor: TensorData) -> bool:
-        """Take a tensor in; False when it had come already. Raises ProtocolError when it is not due."""
-        if slot not in self._due:
+        Raises ProtocolError when it is not due. Tensors with a limit count towards it while they wait for their pass;
+        the one that would exceed it is refused.
+        """
+        due = (slot.stage, slot.value, slot.gradient, slot.peer_stage) in self._due
+        if not due or not 0 <= slot.index < self.microbatches:
             what = "gradient of" if slot.gradient else "value"
             raise ProtocolError(
                 f"stage {slot.stage} got {what} {slot.value!r} of microbatch {slot.index} from stage "
@@ -93,6 +99,14 @@ class RoundLedger:
             )
         if slot in self._seen:
             return False
+        if limit_bytes is not None:
+            if self._charged_bytes + tensor.nbytes > limit_bytes:
+                raise ProtocolError(
+                    f"{self._charged_bytes:,} bytes wait for their turn here and {tensor.nbytes:,} more came; this "
+                    f"machine offers {limit_bytes:,}"
+                )
+            self._charged[slot] = tensor.nbytes
+            self._charged_bytes += tensor.nbytes
         self._seen.add(slot)
         self._here[slot] = tensor
         return True
@@ -115,14 +129,18 @@ class RoundLedger:
         needs = self._needs[stage]
         if turn.direction == "forward":
             values = {
-                value: self._here.pop(Slot(stage, turn.index, value, False, source)) for value, source in needs.forward
+                value: self._pop(Slot(stage, turn.index, value, False, source)) for value, source in needs.forward
             }
             return Task(stage, turn, values, {})
         gradients: dict[ValueName, tuple[TensorData, ...]] = {}
         for value, target in needs.backward:
-            tensor = self._here.pop(Slot(stage, turn.index, value, True, target))
+            tensor = self._pop(Slot(stage, turn.index, value, True, target))
             gradients[value] = (*gradients.get(value, ()), tensor)
         return Task(stage, turn, {}, gradients)
+
+    def _pop(self, slot: Slot) -> TensorData:
+        self._charged_bytes -= self._charged.pop(slot, 0)
+        return self._here.pop(slot)
 
     def finish(self, task: Task) -> None:
         """Count a running pass as done."""

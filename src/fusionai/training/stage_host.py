@@ -22,6 +22,7 @@ from fusionai.graph.model import SubDag, Transfer, ValueName, WeightKey
 from fusionai.graph.sizes import concrete
 from fusionai.network.identity import PeerId
 from fusionai.tensor import FLOATING, TensorData
+from fusionai.training.admission import check_round, check_weights
 from fusionai.training.compute import ComputeThread, Round
 from fusionai.training.describe import stage_line
 from fusionai.training.ledger import RoundLedger, Slot, Task
@@ -34,6 +35,7 @@ from fusionai.training.messages import (
     Control,
     End,
     Failed,
+    Neighbour,
     Pull,
     Pulled,
     Ready,
@@ -51,15 +53,26 @@ LINK_TIMEOUT_S = 30.0
 LOAD_TIMEOUT_S = 100.0
 """How long the last weights may be on their way once the driver has sent them; less than the driver waits."""
 
+NEIGHBOUR_GRACE_S = 5.0
+"""How long the loss of a link to a neighbour is left to the driver, which knows better when a machine has died."""
+
 _MOST_MICROBATCHES = 65_536
 """Bound on a round's ledger, whatever a driver asks for."""
+
+_MOST_SIZES = 256
+"""Sizes remembered as checked."""
 
 
 class StageHost:
     """This machine's stages of one job. Make it with `create`."""
 
     def __init__(
-        self, assignment: Assignment, wire: JobWire, on_end: Callable[[str], Awaitable[None]], slowdown: float
+        self,
+        assignment: Assignment,
+        wire: JobWire,
+        on_end: Callable[[str], Awaitable[None]],
+        slowdown: float,
+        limit_bytes: int,
     ) -> None:
         self.assignment = assignment
         self.description = "; ".join(stage_line(subdag) for subdag in assignment.subdags)
@@ -68,6 +81,7 @@ class StageHost:
         self.memory_bytes = 0
         self._wire = wire
         self._on_end = on_end
+        self._limit_bytes = limit_bytes
         self._program: Program
         self._compute = ComputeThread(
             name=assignment.job,
@@ -86,8 +100,18 @@ class StageHost:
         self._next_round = 0
         self._current: Round | None = None
         self._committing: Round | None = None
-        self._early: list[tuple[PeerId, Boundary, TensorData]] = []
-        self._tied: dict[tuple[int, WeightKey, str], TensorData] = {}
+        self._begun = asyncio.Event()
+        """Replaced at each round's begin; set for the one that has begun, and when this part is closed."""
+        self._admitted: set[tuple[bool, tuple[tuple[str, int], ...]]] = set()
+        self._waiting_bytes = 0
+        self._pulling = asyncio.Lock()
+        self._tied: dict[tuple[WeightKey, str], TensorData] = {}
+        self._tied_types = {
+            weight.key: weight.type
+            for subdag in assignment.subdags
+            for weight in subdag.weights
+            if weight.key in assignment.tied
+        }
         self._arrived = asyncio.Event()
         self._loaded = 0
         self._round_bytes: dict[str, int] = defaultdict(int)
@@ -101,16 +125,19 @@ class StageHost:
         plane: Plane,
         wire: JobWire,
         *,
+        limit_bytes: int,
         slowdown: float = 1.0,
         on_end: Callable[[str], Awaitable[None]],
     ) -> StageHost:
         """Make the program of an assignment and take part in its job.
 
+        `limit_bytes` is what this machine offers: for the program, and as much again for tensors that wait.
         `slowdown` stretches every pass by that factor (lab mode). `on_end(reason)` is awaited once when the driver
         ends the job, its machine is lost, or this part failed. Raises GraphError for operators that the plane
-        cannot run.
+        cannot run, JobError for weights that exceed the limit.
         """
-        host = cls(assignment, wire, on_end, slowdown)
+        check_weights(assignment, limit_bytes)
+        host = cls(assignment, wire, on_end, slowdown, limit_bytes)
         try:
             host._program = await host._compute.call(lambda: plane.load(assignment.subdags, assignment.options))
         except BaseException:
@@ -130,6 +157,7 @@ class StageHost:
         if self._closed:
             return
         self._closed = True
+        self._begun.set()
         log.info("job %s ends here: %s", self.assignment.job, reason)
         self._wire.detach(self.assignment.job, self)
         me = asyncio.current_task()
@@ -138,7 +166,6 @@ class StageHost:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await self._compute.stop()
-        self._early.clear()
         self._tied.clear()
         self._program.close()
 
@@ -154,7 +181,7 @@ class StageHost:
             raise ProtocolError(f"{type(message).__name__} came from {peer[:12]}, which is not the driver")
         match message:
             case Begin():
-                self._begin(message)
+                await self._begin(message)
             case Commit():
                 self._commit(message)
             case Ready():
@@ -172,20 +199,13 @@ class StageHost:
         match header:
             case Boundary():
                 self._check_source(peer, header)
-                if self._current is not None and header.round == self._current.number:
-                    self._accept(self._current, header, tensor)
-                elif header.round == self._next_round:
-                    self._keep_early(peer, header, tensor)
-                elif header.round > self._next_round:
-                    raise ProtocolError(f"a tensor of round {header.round} came, but round {self._next_round} is next")
-                # Of an earlier round: a repetition of what has been counted, so it is dropped.
+                current = await self._round_of(header.round)
+                if current is not None:
+                    self._accept(
+                        current, header, tensor, limit_bytes=self._limit_bytes if peer != self._wire.me else None
+                    )
             case TiedGradient():
-                if peer not in self.assignment.tied.get(header.key, ()):
-                    raise ProtocolError(f"{peer[:12]} holds no tied weight {header.key!r}")
-                if header.round > self._next_round:
-                    raise ProtocolError(f"a tied gradient of round {header.round} came too early")
-                self._tied[header.round, header.key, peer] = tensor
-                self._arrived.set()
+                await self._keep_tied(peer, header, tensor)
             case Tensor():
                 if peer != self.assignment.owner:
                     raise ProtocolError(f"a weight came from {peer[:12]}, which is not the driver")
@@ -194,28 +214,78 @@ class StageHost:
                 self._arrived.set()
 
     async def on_peer_closed(self, peer: PeerId, error: NetworkError) -> None:
-        """The owner's loss ends this part; a neighbour's is the driver's to act on."""
+        """The owner's loss ends this part. A neighbour's does when the driver, whom it concerns first, does nothing."""
         if peer == self.assignment.owner:
             self._own(self._end(f"the owner's machine is lost: {error}"))
+        for neighbour in self.assignment.neighbours:
+            if neighbour.peer == peer != self.assignment.owner:
+                self._own(self._without(neighbour, error))
+
+    async def _without(self, neighbour: Neighbour, error: NetworkError) -> None:
+        """Fail when a link stays broken: its tensors are missing, and both machines may well be alive."""
+        if not isinstance(error, ProtocolError):
+            await asyncio.sleep(NEIGHBOUR_GRACE_S)
+        if self._wire.endpoint.link(PeerId(neighbour.peer)) is None:
+            raise JobError(f"its link to compnode {neighbour.name} is gone: {error}")
 
     # --- the round --------------------------------------------------------------------------------------------
 
-    def _begin(self, message: Begin) -> None:
+    async def _begin(self, message: Begin) -> None:
         if self._current is not None or self._committing is not None or message.round != self._next_round:
             raise ProtocolError(f"round {message.round} cannot begin; round {self._next_round} is next")
         count = len(message.loss_weights)
         if not 1 <= count <= _MOST_MICROBATCHES:
             raise ProtocolError(f"a round of {count} microbatches; at most {_MOST_MICROBATCHES} are allowed")
+        await self._admit(message)
+        if self._closed:
+            return
         ledger = RoundLedger(self.assignment.subdags, count, self.assignment.in_flight, train=message.train)
         current = Round(message.round, message.step, message.train, message.sizes, message.loss_weights, ledger)
         self._next_round += 1
         self._current = current
         self._round_bytes.clear()
         self._losses = {}
+        self._tied.clear()
         self._compute.begin(current)
-        early, self._early = self._early, []
-        for _, header, tensor in early:
-            self._accept(current, header, tensor)
+        begun, self._begun = self._begun, asyncio.Event()
+        begun.set()
+
+    async def _admit(self, message: Begin) -> None:
+        """Refuse sizes at which this share needs more memory than the machine offers, each pair of them once."""
+        key = (message.train, tuple(sorted(message.sizes.items())))
+        if key in self._admitted:
+            return
+        await asyncio.to_thread(
+            check_round, self.assignment, message.sizes, train=message.train, limit_bytes=self._limit_bytes
+        )
+        if len(self._admitted) < _MOST_SIZES:
+            self._admitted.add(key)
+
+    async def _round_of(self, number: int) -> Round | None:
+        """Return the round in progress if it has that number, None for one that is over; wait for the next one.
+
+        A neighbour hears of a round before this machine does. It is held back then, by its credit, until this machine
+        hears of it too, so that what comes early is bounded by the link's window.
+        """
+        if number > self._next_round:
+            raise ProtocolError(f"a tensor of round {number} came, but round {self._next_round} is next")
+        while number == self._next_round and not self._closed:
+            await self._begun.wait()
+        return self._current if self._current is not None and self._current.number == number else None
+
+    async def _keep_tied(self, peer: PeerId, header: TiedGradient, tensor: TensorData) -> None:
+        if peer not in self.assignment.tied.get(header.key, ()) or header.key not in self._tied_types:
+            raise ProtocolError(f"{peer[:12]} holds no tied weight {header.key[:80]!r}")
+        declared = self._tied_types[header.key]
+        if (tensor.dtype, tensor.shape) != (declared.dtype, declared.shape):
+            raise ProtocolError(
+                f"the gradient of {header.key!r} came as {tensor.dtype}{list(tensor.shape)}, but the weight is "
+                f"{declared.dtype}{list(declared.shape)}"
+            )
+        current = await self._round_of(header.round)
+        if current is not None and current.train:
+            self._tied.setdefault((header.key, peer), tensor)  # a repetition changes nothing
+            self._arrived.set()
 
     def _check_source(self, peer: PeerId, header: Boundary) -> None:
         peers = self.assignment.stage_peers
@@ -228,19 +298,13 @@ class StageHost:
         if peer != expected:
             raise ProtocolError(f"a tensor of stage {header.source} came from {peer[:12]}, which has other stages")
 
-    def _keep_early(self, peer: PeerId, header: Boundary, tensor: TensorData) -> None:
-        # A neighbour hears of the next round before this machine does, and may run at most `in_flight` ahead.
-        if len(self._early) >= _MOST_MICROBATCHES:
-            raise ProtocolError(f"more than {_MOST_MICROBATCHES} tensors came before their round began")
-        self._early.append((peer, header, tensor))
-
-    def _accept(self, current: Round, header: Boundary, tensor: TensorData) -> None:
+    def _accept(self, current: Round, header: Boundary, tensor: TensorData, *, limit_bytes: int | None = None) -> None:
         subdag = next((each for each in self.assignment.subdags if each.index == header.target), None)
         if subdag is None:
             raise ProtocolError(f"stage {header.target} is not on this machine")
         _check_type(subdag, header, tensor, current)
         slot = Slot(header.target, header.index, header.value, header.gradient, header.source)
-        self._compute.deliver(slot, tensor)
+        self._compute.deliver(slot, tensor, limit_bytes=limit_bytes)
 
     def _pass_done(self, current: Round, task: Task, outputs: dict[ValueName, TensorData]) -> None:
         subdag = next(each for each in self.assignment.subdags if each.index == task.stage)
@@ -278,6 +342,11 @@ class StageHost:
             self._outgoing[peer] = asyncio.Queue()
             self._own(self._send_all(PeerId(peer), self._outgoing[peer]))
         self._outgoing[peer].put_nowait((header, tensor))
+        self._waiting_bytes += tensor.nbytes
+        if self._waiting_bytes > self._limit_bytes:
+            # Training is bounded by what is in flight; an evaluation only by those who take its tensors.
+            text = f"{self._waiting_bytes:,} bytes wait to be sent, and the next compnode takes them too slowly"
+            self._own(self._fail(JobError(text)))
 
     def _accept_locally(self, header: Boundary, tensor: TensorData) -> None:
         assert self._current is not None
@@ -291,6 +360,7 @@ class StageHost:
             header, tensor = await queue.get()
             try:
                 await self._wire.send(peer, header, tensor)
+                self._waiting_bytes -= tensor.nbytes
             except PeerLost:
                 # The driver hears of the lost machine from the broker and from its own link, and names it.
                 log.info("job %s: %s is gone; a tensor for it is dropped", self.assignment.job, peer[:12])
@@ -333,12 +403,13 @@ class StageHost:
                     self._round_bytes[holder] += gradient.nbytes
                     await self._wire.send(PeerId(holder), header, gradient)
         for key, holders in self.assignment.tied.items():
-            due = [(current.number, key, holder) for holder in holders if holder != me]
+            due = [(key, holder) for holder in holders if holder != me]
             while not all(slot in self._tied for slot in due):
                 self._arrived.clear()
                 await self._arrived.wait()
-            parts = [mine[key] if holder == me else self._tied.pop((current.number, key, holder)) for holder in holders]
+            parts = [mine[key] if holder == me else self._tied[key, holder] for holder in holders]
             await self._compute.call(lambda key=key, parts=parts: self._program.set_gradient(key, parts))  # type: ignore[misc]
+        self._tied.clear()
 
     def _commit(self, message: Commit) -> None:
         committing, self._committing = self._committing, None
@@ -381,12 +452,14 @@ class StageHost:
                 raise type(error)(f"no link to compnode {neighbour.name}: {error}") from error
 
     async def _pull(self, message: Pull) -> None:
-        for key, state in message.tensors:
-            tensor = await self._compute.call(
-                lambda key=key, state=state: self._program.read(key, state)  # type: ignore[misc]
-            )
-            header = Pulled(self.assignment.job, key, state, tensor.dtype, tensor.shape)
-            await self._wire.send(PeerId(self.assignment.owner), header, tensor)
+        async with self._pulling:  # one copy of one tensor at a time, however many requests there are
+            for key, state in message.tensors:
+                tensor = await self._compute.call(
+                    lambda key=key, state=state: self._program.read(key, state)  # type: ignore[misc]
+                )
+                header = Pulled(self.assignment.job, key, state, tensor.dtype, tensor.shape)
+                await self._wire.send(PeerId(self.assignment.owner), header, tensor)
+                del tensor
 
     # --- ending -------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ computed once here and shared by all microbatches. They are computed without aut
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -22,6 +22,7 @@ from fusionai.execution.torch_plane.operators import (
     draws,
     in_inference,
     mutated_values,
+    shape_callable,
     torch_callable,
 )
 from fusionai.execution.torch_plane.tensors import TORCH_DTYPES
@@ -94,8 +95,11 @@ def specialise(
     """Build a stage for `sizes`.
 
     `mutable` are the buffers that some stage of the program writes to. Raises GraphError for an operator that
-    is not in the vocabulary, a missing size, or a reference to a value that the stage does not have.
+    is not in the vocabulary, a missing size, a reference to a value that the stage does not have, or an operator that
+    does not give what the sub-DAG says it does.
     """
+    # The sub-DAG is a stranger's, and what it may allocate was reckoned from the types that it declares.
+    _Builder(subdag, sizes, {}, mutable, train, torch.device("meta")).check_types()
     return _Builder(subdag, sizes, weights, mutable, train, device).build()
 
 
@@ -162,6 +166,35 @@ class _Builder:
             random=any(draws(node) for node in remaining),
             mutated=frozenset(weight.key for weight in self._subdag.weights if weight.name in mutated),
         )
+
+    def check_types(self) -> None:
+        """Run every call on tensors without memory. Raises GraphError where a result is not of the declared type."""
+        made = {output for node in self._subdag.nodes for output in node.outputs}
+        values = {name: self._empty(type) for name, type in self._types.items() if name not in made}
+        with torch.no_grad():
+            for node in self._nodes:
+                declared = [self._empty(self._types[output]) for output in node.outputs]
+                kwargs = self._kwargs(node, values)
+                if "device" in operator(node.op).by_name and node.op != "aten.to.device":
+                    kwargs["device"] = self._device  # a tensor made of numbers alone would be made for real
+                try:
+                    result = shape_callable(node.op)(*self._args(node, values), **kwargs)
+                except GraphError:
+                    raise
+                except Exception as error:  # whatever torch thinks of a stranger's arguments
+                    text = str(error).partition("\n")[0][:300]
+                    raise GraphError(f"operator {node.op!r} at {node.name[:80]!r} cannot run: {text}") from error
+                results = list(result) if isinstance(result, list | tuple) else [result]
+                found = [(each.dtype, each.shape) for each in results]
+                if found != [(each.dtype, each.shape) for each in declared]:
+                    raise GraphError(
+                        f"operator {node.op!r} at {node.name[:80]!r} gives {_listed(results)}, "
+                        f"but the OP-DAG says {_listed(declared)}"
+                    )
+                values.update(zip(node.outputs, results, strict=True))
+
+    def _empty(self, type: TensorType) -> Tensor:
+        return torch.empty(concrete(type, self._sizes), dtype=TORCH_DTYPES[type.dtype], device=self._device)
 
     def _feeds(self) -> Iterator[Feed]:
         for item in self._subdag.inputs:
@@ -288,6 +321,12 @@ def _types(subdag: SubDag) -> dict[ValueName, TensorType]:
         **{item.name: item.type for item in subdag.weights},
         **{item.value: item.type for item in subdag.receives},
     }
+
+
+def _listed(tensors: Sequence[Tensor]) -> str:
+    """Name the types of some tensors, the first few only."""
+    shown = [f"{str(each.dtype).removeprefix('torch.')}{list(each.shape)}" for each in tensors[:4]]
+    return ", ".join(shown) + (f" and {len(tensors) - 4} more" if len(tensors) > 4 else "")
 
 
 def _references(node: Node) -> Iterator[ValueName]:

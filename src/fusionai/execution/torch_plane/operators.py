@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fusionai.errors import GraphError
 from fusionai.execution.torch_plane.attention import attention
@@ -20,11 +21,41 @@ from fusionai.graph.vocabulary import operator
 
 ATTENTION = "fusion.attention"
 
+
+def _divided(dividend: Any, divisor: Any, *, rounding_mode: str | None) -> Any:
+    """Divide; the least integer by -1 gives itself, as negation does, where the processor would stop the process."""
+    whole = [
+        not each.is_floating_point() if isinstance(each, Tensor) else isinstance(each, int)
+        for each in (dividend, divisor)
+    ]
+    if rounding_mode != "trunc" or not all(whole):
+        return torch.ops.aten.div.Tensor_mode(dividend, divisor, rounding_mode=rounding_mode)
+    if not isinstance(divisor, Tensor):
+        return -dividend if divisor == -1 else torch.ops.aten.div.Tensor_mode(dividend, divisor, rounding_mode="trunc")
+    negated = divisor == -1
+    safe = torch.ops.aten.div.Tensor_mode(dividend, divisor.masked_fill(negated, 1), rounding_mode="trunc")
+    return torch.where(negated, -safe, safe)
+
+
 _OWN: Mapping[str, Callable[..., Any]] = {
     ATTENTION: attention,
     "transformers.grouped_mm_fallback.default": grouped_matmul,
+    "aten.div.Tensor_mode": _divided,
 }
 """Operators that are functions of this plane."""
+
+
+def _grouped_shape(tokens: Tensor, weights: Tensor, *_: Any, **__: Any) -> Tensor:
+    if tokens.dim() != 2 or weights.dim() != 3:
+        raise GraphError(f"grouped products take 2 and 3 axes here, got {tokens.dim()} and {weights.dim()}")
+    return tokens.new_empty(tokens.shape[0], weights.shape[2])
+
+
+_SHAPES: Mapping[str, Callable[..., Any]] = {
+    "transformers.grouped_mm_fallback.default": _grouped_shape,
+    "aten._grouped_mm.default": _grouped_shape,
+}
+"""What stands in, where only the result's type is asked for, for operators that torch cannot run without values."""
 
 _INFERENCE: Mapping[str, tuple[str, Argument]] = {
     "aten.dropout.default": ("train", False),
@@ -52,6 +83,11 @@ def torch_callable(name: str) -> Callable[..., Any]:
             "install the torch version that FusionAI names, or let another machine run this stage"
         )
     return found
+
+
+def shape_callable(name: str) -> Callable[..., Any]:
+    """Resolve an operator for tensors without memory. Raises GraphError like `torch_callable`."""
+    return _SHAPES.get(name) or torch_callable(name)
 
 
 def mutated_values(node: Node) -> frozenset[ValueName]:

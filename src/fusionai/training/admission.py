@@ -1,0 +1,46 @@
+"""What a share of a job may take of the machine that holds it. Reckoned here again, since the figures of an
+assignment are those of strangers: the owner, who wrote the graph and chooses the sizes, and the broker."""
+
+from __future__ import annotations
+
+from fusionai.errors import JobError
+from fusionai.graph.cost import stage_cost
+from fusionai.graph.model import Sizes, Weight, WeightKey
+from fusionai.graph.sizes import type_bytes
+from fusionai.training.messages import Assignment
+
+MOST_SYMBOLS = 64
+"""Symbols that a round may give numbers for; a broker takes no more."""
+
+
+def check_weights(assignment: Assignment, limit_bytes: int) -> None:
+    """Raise JobError when the weights, their gradients and optimizer states alone exceed `limit_bytes`."""
+    copies = 2 + len(assignment.options.optimizer.states)
+    weights: dict[WeightKey, Weight] = {each.key: each for subdag in assignment.subdags for each in subdag.weights}
+    need = sum(type_bytes(each.type, {}) * (copies if each.trainable else 1) for each in weights.values())
+    _check(need, limit_bytes, "the weights of this share with what training keeps for them take")
+
+
+def check_round(assignment: Assignment, sizes: Sizes, *, train: bool, limit_bytes: int) -> None:
+    """Raise JobError when a round at `sizes` needs more than `limit_bytes`, GraphError when it cannot be run at all.
+
+    Takes a millisecond for each few operators: call it in a thread.
+    """
+    if len(sizes) > MOST_SYMBOLS:
+        raise JobError(f"a round gives numbers for {len(sizes)} symbols; at most {MOST_SYMBOLS} are allowed")
+    states = len(assignment.options.optimizer.states)
+    need = working = 0
+    for subdag in assignment.subdags:
+        cost = stage_cost(subdag, sizes)
+        in_flight = assignment.in_flight.get(subdag.index, 1) if train else 0
+        need += cost.training_bytes(in_flight, states) - cost.transient_bytes
+        working = max(working, cost.transient_bytes)
+    _check(need + working, limit_bytes, f"a round at sizes {dict(list(sizes.items())[:8])} takes")
+
+
+def _check(need_bytes: int, limit_bytes: int, what: str) -> None:
+    if need_bytes > limit_bytes:
+        raise JobError(
+            f"{what} {need_bytes:,} bytes, but this machine offers {limit_bytes:,}; use smaller batches or more "
+            "compnodes"
+        )
