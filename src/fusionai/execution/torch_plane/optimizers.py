@@ -3,8 +3,8 @@
 The arithmetic is that of `torch.optim`'s default form, operator by operator, so that a job's weights equal those
 of a plain loop bit for bit (torch's fused AdamW rounds differently; where a gradient is zero but for rounding, as
 that of a key bias, AdamW makes a whole step of the difference). On the CPU it runs block by block, so that a
-block passes through memory once, not once for each operator: as fast as the fused form. Accelerators use torch's
-fused form.
+block passes through memory once, not once for each operator (figures: docs/decisions/0006). Accelerators use
+torch's fused form.
 """
 
 from __future__ import annotations
