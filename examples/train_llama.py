@@ -30,7 +30,7 @@ def source_bytes() -> Tensor:
 def main() -> None:
     """Train, then let the trained model continue a line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--run", help="run folder (default: a new one under runs)")
     arguments = parser.parse_args()
 
