@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from fusionai.errors import CheckpointError, ConfigError
-from fusionai.training.checkpoint import CheckpointReader, latest
+from fusionai.training.checkpoint import CheckpointReader, WeightFiles, latest
+from fusionai.training.checkpoint.manifest import MANIFEST
 
 
 def sample(folder: Path, prompt: str, *, tokens: int, temperature: float, seed: int) -> str:
@@ -23,8 +24,10 @@ def sample(folder: Path, prompt: str, *, tokens: int, temperature: float, seed: 
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {folder}")
     folder = latest(folder) or folder
-    if (folder / "fusionai.json").exists():
+    if (folder / MANIFEST).exists():
         CheckpointReader(folder).verify()
+    else:
+        WeightFiles(folder)  # made by others: no hashes, but its files must be whole
     try:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)

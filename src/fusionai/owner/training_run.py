@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import msgspec
 
 from fusionai.broker.messages import JobEnded, JobProgress, Launched, Submit
 from fusionai.compnode.member import Member
-from fusionai.errors import FusionError, JobError, NetworkError, StorageError
+from fusionai.errors import FusionError, JobError, NetworkError
 from fusionai.execution.plane import OptimizerConfig, ProgramOptions
 from fusionai.graph.cuts import cut
 from fusionai.graph.encoding import content_hash, encode
@@ -318,24 +317,22 @@ class _Loop:
 
     async def _save(self, done: int) -> None:
         path = self._folder.checkpoint(done)
-        try:
-            await save_checkpoint(
-                path,
-                self._graph,
-                self._driver,
-                self._job.files,
-                job=self._job.name,
-                optimizer=self._job.optimizer,
-                step=done,
-                seed=self._job.training.seed,
-            )
-        except StorageError:
-            log.exception("the checkpoint of step %d could not be written", done)
-            raise
+        await save_checkpoint(
+            path,
+            self._graph,
+            self._driver,
+            self._job.files,
+            job=self._job.name,
+            optimizer=self._job.optimizer,
+            step=done,
+            seed=self._job.training.seed,
+        )
         await asyncio.to_thread(prune, self._folder.path, self._job.training.keep_checkpoints)
         self._saved = str(path)
         self._observer.saved(self._saved)
 
 
 def _bytes(result: RoundResult) -> int:
-    return int(math.fsum(sum(report.bytes_sent.values()) for report in result.reports.values()))
+    """Return the tensor bytes that went between machines in a round: between stages, and inputs to stages elsewhere."""
+    between = sum(sum(report.bytes_sent.values()) for report in result.reports.values())
+    return between + sum(result.fed_bytes.values())

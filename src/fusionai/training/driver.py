@@ -83,6 +83,8 @@ class RoundResult:
     seconds: float
     reports: Mapping[str, Report]
     """By peer."""
+    fed_bytes: Mapping[str, int]
+    """Bytes of graph inputs that the driver sent to other machines, by receiving peer."""
 
 
 class Driver:
@@ -104,6 +106,7 @@ class Driver:
             if item.role != "positions"
         ]
         self._round = 0
+        self._fed_bytes: dict[str, int] = {}
         self._longest_s = 0.0
         self._reports: dict[str, Report] = {}
         self._reported = asyncio.Event()
@@ -195,7 +198,7 @@ class Driver:
             what = "the loss" if not math.isfinite(result.loss) else "the norm of the gradients"
             value = result.loss if not math.isfinite(result.loss) else result.gradient_norm
             raise JobError(
-                f"{what} is {value} at step {step}; the step was not applied. Lower training.learning_rate, "
+                f"{what} is {value} at step {step + 1}; the step was not applied. Lower training.learning_rate, "
                 "or set training.gradient_clip, and resume from the last good checkpoint"
             )
         return result
@@ -209,6 +212,7 @@ class Driver:
     ) -> RoundResult:
         start_s = time.perf_counter()
         self._reports.clear()
+        self._fed_bytes.clear()
         begin = Begin(self.job, self._round, step, train, self._sizes(batch), tuple(weights))
         await self._tell(begin)
         feeding = asyncio.ensure_future(self._feed(batch))
@@ -229,6 +233,7 @@ class Driver:
             gradient_norm=math.sqrt(square_sum) if square_sum >= 0 else math.nan,
             seconds=seconds,
             reports=dict(self._reports),
+            fed_bytes=dict(self._fed_bytes),
         )
 
     async def _feed(self, batch: Sequence[Batch]) -> None:
@@ -238,6 +243,8 @@ class Driver:
                 tensor = microbatch[name]
                 header = Boundary(self.job, self._round, index, name, -1, stage, False, tensor.dtype, tensor.shape)
                 await self._wire.send(peer, header, tensor)
+                if peer != self._wire.me:
+                    self._fed_bytes[peer] = self._fed_bytes.get(peer, 0) + tensor.nbytes
 
     async def _all_reported(self) -> None:
         limit_s = max(_LEAST_STALL_S, 20 * self._longest_s)

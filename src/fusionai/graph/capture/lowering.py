@@ -142,7 +142,12 @@ class _Lowering:
         self._root[_storage(value)] = (kind.name.lower(), key)
 
     def _type(self, value: Tensor, node: fx.Node) -> TensorType:
-        return TensorType(dtype_name(value.dtype), tuple(self._size(size, node) for size in value.shape))
+        try:
+            dtype = dtype_name(value.dtype)
+        except GraphError as error:
+            where = f"{_operator_name(node)} in {_place(node)}"
+            raise GraphError(f"{where} cannot be captured: {error}; compute with one of these instead") from None
+        return TensorType(dtype, tuple(self._size(size, node) for size in value.shape))
 
     def _size(self, size: Any, node: fx.Node) -> Dim:
         if isinstance(size, int):

@@ -12,7 +12,7 @@ from fusionai.errors import CheckpointError
 MANIFEST = "fusionai.json"
 FORMAT = 1
 
-REMEDY = "take the previous checkpoint of the run"
+REMEDY = "delete that checkpoint and go on from the previous one of the run"
 
 
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,7 +60,7 @@ def read_manifest(folder: Path) -> Manifest:
         text = path.read_bytes()
     except FileNotFoundError as error:
         missing = "does not exist" if not folder.is_dir() else f"is no checkpoint: it has no {MANIFEST}"
-        raise CheckpointError(f"{folder} {missing}; give the folder of a checkpoint, or {REMEDY}") from error
+        raise CheckpointError(f"{folder} {missing}; give the folder of a checkpoint") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
