@@ -152,8 +152,8 @@ def test_the_capture_holds_every_kind_of_message(run: Run, name: str) -> None:
             continue
         assert {ASSIGNMENT, "broker.assign", "train.tensor", "train.ready", "train.pull", "train.end"} <= set(kinds)
         assert kinds.count("train.begin") == kinds.count("train.commit") == STEPS
-        # Of every microbatch a hidden state from one side and its gradient from the other.
-        assert kinds.count("train.boundary") == 2 * STEPS * MICROBATCHES
+        # Of every microbatch a hidden state from one side and its gradient from the other; more where layers are cut.
+        assert kinds.count("train.boundary") >= 2 * STEPS * MICROBATCHES
 
 
 # --- tokens and labels ---------------------------------------------------------------------------------------
