@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusionai.errors import ConfigError
+from fusionai.execution.own_thread import in_own_thread
 from fusionai.network.loop import run as run_loop
 from fusionai.owner.language_model import prepare_language_model
 from fusionai.owner.membership import OwnerOptions, joined
@@ -77,5 +78,7 @@ async def _train(
     # Join first: a wrong token is told before minutes are spent on the model.
     async with joined(owner) as member:
         folder.write("job.toml", to_toml(job))
-        prepared = await asyncio.to_thread(prepare_language_model, job, folder, resume=checkpoint)
+        prepared = await asyncio.to_thread(
+            in_own_thread, lambda: prepare_language_model(job, folder, resume=checkpoint)
+        )
         return await train(prepared, member, folder, observer)

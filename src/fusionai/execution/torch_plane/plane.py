@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fusionai.errors import GraphError
+from fusionai.execution.own_thread import in_own_thread
 from fusionai.execution.plane import Calibration, Plane, Program, ProgramOptions
 from fusionai.execution.torch_plane import devices
 from fusionai.execution.torch_plane.calibration import calibrate
@@ -35,7 +36,7 @@ class TorchPlane(Plane):
                 yield name
 
     def calibrate(self, device: str, *, seconds: float = 2.0) -> Calibration:
-        return calibrate(device, seconds)
+        return in_own_thread(lambda: calibrate(device, seconds))
 
     def set_threads(self, count: int) -> None:
         devices.set_threads(count)
