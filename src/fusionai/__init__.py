@@ -1,7 +1,7 @@
-"""FusionAI: pool ordinary GPUs over the internet to train and serve models none of them could hold alone.
+"""FusionAI: pool ordinary GPUs over the internet to train models that none of them could hold alone.
 
-The Python API is `train`, `load_weights` and `local_pool`; `fusionai.errors` holds what they raise. They are
-imported when first used, so that the command line starts without torch.
+The Python API is `train`, `load_weights` and `local_pool`, with the types of their arguments; `fusionai.errors` holds
+what they raise. All are imported when first used, so that the command line starts without torch.
 """
 
 from __future__ import annotations
@@ -9,12 +9,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fusionai.execution.plane import OptimizerConfig
     from fusionai.owner.api import load_weights, train
     from fusionai.owner.local_pool import LocalPool as local_pool
+    from fusionai.owner.membership import OwnerOptions
+    from fusionai.owner.training_run import Observer, StepEvent, TrainingResult
+    from fusionai.training.learning_rate import ScheduleConfig
 
-__all__ = ["load_weights", "local_pool", "train"]
+__all__ = [
+    "Observer",
+    "OptimizerConfig",
+    "OwnerOptions",
+    "ScheduleConfig",
+    "StepEvent",
+    "TrainingResult",
+    "load_weights",
+    "local_pool",
+    "train",
+]
 
 _PLACES = {
+    "Observer": ("fusionai.owner.training_run", "Observer"),
+    "OptimizerConfig": ("fusionai.execution.plane", "OptimizerConfig"),
+    "OwnerOptions": ("fusionai.owner.membership", "OwnerOptions"),
+    "ScheduleConfig": ("fusionai.training.learning_rate", "ScheduleConfig"),
+    "StepEvent": ("fusionai.owner.training_run", "StepEvent"),
+    "TrainingResult": ("fusionai.owner.training_run", "TrainingResult"),
     "load_weights": ("fusionai.owner.api", "load_weights"),
     "local_pool": ("fusionai.owner.local_pool", "LocalPool"),
     "train": ("fusionai.owner.api", "train"),

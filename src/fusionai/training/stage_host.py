@@ -407,7 +407,7 @@ class StageHost:
             while not all(slot in self._tied for slot in due):
                 self._arrived.clear()
                 await self._arrived.wait()
-            parts = [mine[key] if holder == me else self._tied[key, holder] for holder in holders]
+            parts = [mine[key] if holder == me else self._tied[key, holder] for holder in reversed(holders)]
             await self._compute.call(lambda key=key, parts=parts: self._program.set_gradient(key, parts))  # type: ignore[misc]
         self._tied.clear()
 
