@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -93,6 +94,7 @@ class Broker:
         self._launcher = Launcher(self._state, self._prober, self._lifecycle)
         self._registered: dict[PeerId, tuple[Link, MemberRecord]] = {}
         self._closing = False
+        self._status: asyncio.Task[bytes] | None = None
         self._requests: dict[str, Callable[[MemberRecord, bytes], Awaitable[bytes]]] = {
             kind_of(Submit): self._on_submit,
             kind_of(StatusQuery): self._on_status,
@@ -266,6 +268,14 @@ class Broker:
         return encode(await self._launcher.submit(member, message))
 
     async def _on_status(self, member: MemberRecord, payload: bytes) -> bytes:
+        # Of a large pool it takes long to make: all who asked by now get the same.
+        if self._status is None:
+            self._status = asyncio.get_running_loop().create_task(self._fresh_status())
+        return await asyncio.shield(self._status)
+
+    async def _fresh_status(self) -> bytes:
+        await asyncio.sleep(0)
+        self._status = None
         return encode(self.status())
 
     async def _on_measure(self, member: MemberRecord, payload: bytes) -> bytes:

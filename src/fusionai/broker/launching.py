@@ -37,6 +37,8 @@ ASSIGN_TIMEOUT_S = 120.0
 CONNECT_TIMEOUT_S = 60.0
 MOST_GRAPHS = 8
 """OP-DAGs waiting for their request, of all owners."""
+MOST_SUBMISSIONS = 8
+"""Submissions in work, each with its whole OP-DAG in memory."""
 
 
 class Launcher:
@@ -48,6 +50,8 @@ class Launcher:
         self._prober = prober
         self._lifecycle = lifecycle
         self._planning = asyncio.Lock()
+        self._submitting: set[PeerId] = set()
+        self._in_work = 0
 
     async def submit(self, owner: MemberRecord, message: Submit) -> Launched:
         """Plan and launch a job; when this returns, its machines hold their shares and are linked.
@@ -57,11 +61,24 @@ class Launcher:
             PlacementError: no plan fits, or nobody is there.
             FusionError: what a machine answered, with its name. Nobody holds anything of the job then.
         """
-        data = await self.graphs.take(owner.peer, message.graph_hash, timeout_s=GRAPH_TIMEOUT_S)
+        if self._state.jobs.of_owner(owner.peer) or owner.peer in self._submitting:
+            raise JobError(f"{owner.name} has a job on this pool already; wait for its end, or run a second owner")
+        self._submitting.add(owner.peer)
+        try:
+            data = await self.graphs.take(owner.peer, message.graph_hash, timeout_s=GRAPH_TIMEOUT_S)
+            if self._in_work >= MOST_SUBMISSIONS:
+                raise JobError(f"the broker works on {self._in_work} submissions already; submit again in a minute")
+            self._in_work += 1
+            try:
+                return await self._launch(owner, message, data)
+            finally:
+                self._in_work -= 1
+        finally:
+            self._submitting.discard(owner.peer)
+
+    async def _launch(self, owner: MemberRecord, message: Submit, data: bytes) -> Launched:
         graph = await asyncio.to_thread(_decoded, data, message)
         del data
-        if self._state.jobs.of_owner(owner.peer):
-            raise JobError(f"{owner.name} has a job on this pool already; wait for its end, or run a second owner")
         job = JobId(secrets.token_hex(6))
         async with self._planning:
             plan, members = await self._plan(owner, message, graph)

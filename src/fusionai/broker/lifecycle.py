@@ -35,6 +35,8 @@ class Lifecycle:
         self._recovery_s = recovery_s
         self._waiting: dict[PeerId, asyncio.Task[None]] = {}
         self._progress_s: dict[JobId, float] = {}
+        self._releasing: set[PeerId] = set()
+        """Members that are being told to drop jobs; one that does not listen is told nothing more meanwhile."""
 
     # --- what happens to members ------------------------------------------------------------------------------
 
@@ -92,11 +94,15 @@ class Lifecycle:
     def heartbeat(self, peer: PeerId, message: Heartbeat) -> None:
         """Compare what a compnode holds with what it should hold."""
         leased = self._state.registry.job_of(peer)
+        unwanted = []
         for held in message.holds:
             record = self._state.jobs.get(JobId(held))
             if record is None or record.state in OVER:
                 reason = "the broker does not know it" if record is None else f"it is {record.state}"
-                self._state.tell(peer, Release(JobId(held), reason))
+                unwanted.append(Release(JobId(held), reason))
+        if unwanted and peer not in self._releasing and (task := self._state.tell(peer, *unwanted)) is not None:
+            self._releasing.add(peer)
+            task.add_done_callback(lambda _: self._releasing.discard(peer))
         record = None if leased is None else self._state.jobs.get(leased)
         if record is not None and record.state == "running" and record.job not in message.holds:
             # It dropped the job by itself: the owner is gone, or its part failed and the owner knows.

@@ -63,13 +63,14 @@ class PoolState:
         """Send a request to a member, and wait until it has obeyed."""
         await self.link(peer).request(kind_of(message), encode(message), timeout_s=timeout_s)
 
-    def tell(self, peer: PeerId, message: msgspec.Struct) -> None:
-        """Send a notice in the background; a member that is gone misses it."""
-        self.tasks.start(self._tell(peer, message), f"tell {kind_of(message)}")
+    def tell(self, peer: PeerId, *messages: msgspec.Struct) -> asyncio.Task[None] | None:
+        """Send notices in the background; a member that is gone misses them."""
+        return self.tasks.start(self._tell(peer, messages), f"tell {kind_of(messages[0])}")
 
-    async def _tell(self, peer: PeerId, message: msgspec.Struct) -> None:
+    async def _tell(self, peer: PeerId, messages: tuple[msgspec.Struct, ...]) -> None:
         try:
             async with asyncio.timeout(_TELL_TIMEOUT_S):
-                await self.link(peer).notify(kind_of(message), encode(message))
+                for message in messages:
+                    await self.link(peer).notify(kind_of(message), encode(message))
         except (NetworkError, TimeoutError) as error:
-            log.info("%s could not be told %s: %s", self.registry.name(peer), kind_of(message), error)
+            log.info("%s could not be told %s: %s", self.registry.name(peer), kind_of(messages[0]), error)

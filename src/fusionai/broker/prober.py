@@ -18,6 +18,7 @@ from fusionai.broker.messages import Expect, Probe, Probed
 from fusionai.broker.pool import PoolState
 from fusionai.broker.records import PRESENT, LinkRecord, MemberRecord
 from fusionai.broker.tasks import Tasks
+from fusionai.broker.validation import check_link
 from fusionai.errors import FusionError, NetworkError
 from fusionai.network.identity import PeerId
 from fusionai.network.probe import probe_link
@@ -138,11 +139,14 @@ class Prober:
         if not self._free(peer):
             return None
         found = await probe_link(self._state.link(peer), seconds=self._seconds)
+        there, back = LinkProfile(found.rtt_s, found.up_bytes_per_s), LinkProfile(found.rtt_s, found.down_bytes_per_s)
+        check_link(there)  # half of it is what the member says
+        check_link(back)
         return LinkRecord(
             source=self._state.endpoint.peer_id,
             target=peer,
-            there=LinkProfile(found.rtt_s, found.up_bytes_per_s),
-            back=LinkProfile(found.rtt_s, found.down_bytes_per_s),
+            there=there,
+            back=back,
             measured_s=self._state.now_s(),
         )
 
@@ -159,6 +163,8 @@ class Prober:
                 await self._state.order(target.peer, Expect(source.peer), timeout_s=_EXPECT_TIMEOUT_S)
                 probe = Probe(target.peer, target.addresses)
                 found = await self._state.ask(source.peer, probe, Probed, timeout_s=_PROBE_TIMEOUT_S)
+                check_link(found.there)
+                check_link(found.back)
                 return LinkRecord(
                     source=source.peer,
                     target=target.peer,

@@ -15,6 +15,8 @@ _MOST_ADDRESSES = 8
 _MOST_TEXT = 1000
 _MOST_CONFIG = 256 << 10
 _MOST_ENTRIES = 1024
+_MOST_HELD = 16
+"""Jobs of one member: a compnode has one, an owner eight. A status lists them of all members, in one message."""
 _MOST_MICROBATCHES = 65_536
 _MOST_SIZE = 1 << 40
 
@@ -66,7 +68,7 @@ def check_link(profile: LinkProfile) -> None:
 def check_heartbeat(message: Heartbeat) -> None:
     """Raises ProtocolError."""
     _require(0 <= message.busy < 1e6 and 0 <= message.memory_bytes < _MOST_SIZE << 10, "a figure is out of range")
-    _require(len(message.holds) <= 64, "a heartbeat names too many jobs")
+    _require(len(message.holds) <= _MOST_HELD, "a heartbeat names too many jobs")
     _require(
         all(len(job) <= 64 and len(line) <= _MOST_TEXT for job, line in message.holds.items()),
         "a heartbeat's text is too long",
@@ -78,7 +80,7 @@ def check_heartbeat(message: Heartbeat) -> None:
 def check_progress(message: JobProgress) -> None:
     """Raises ProtocolError."""
     _require(0 <= message.step <= message.steps, "a step is not within its job's")
-    _require(message.tokens_per_s >= 0, "a throughput is below 0")
+    _require(math.isfinite(message.tokens_per_s) and message.tokens_per_s >= 0, "a throughput is not a figure above 0")
 
 
 def check_submit(message: Submit) -> None:

@@ -24,6 +24,7 @@ from fusionai.broker.messages import (
     Registered,
     Release,
 )
+from fusionai.broker.parcels import MOST_BYTES as PARCEL_BYTES
 from fusionai.broker.parcels import ParcelInbox, unpack
 from fusionai.broker.tasks import Tasks
 from fusionai.broker.validation import check_name
@@ -121,6 +122,10 @@ class Member:
         self.profile = profile
         self.address: str | None = None
         """Where it listens, after `start`."""
+        if limits is None and role == "compnode" and profile is not None:
+            # No tensor of a job is larger than the memory offered; an assignment may be as large as a parcel.
+            most = max(PARCEL_BYTES, min(profile.memory_bytes, Limits().bulk_body_bytes))
+            limits = Limits(bulk_body_bytes=most)
         self.endpoint = Endpoint(identity, self, authorise=self._authorise, limits=limits, lab=lab, name=name)
         self.wire = JobWire(self.endpoint)
         """Carries the messages of jobs."""

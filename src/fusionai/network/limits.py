@@ -23,7 +23,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     window_bytes: int = 64 * _MIB
     """Bulk bytes a peer may send ahead of what this side's handler has finished with."""
     open_requests: int = 1024
-    """Requests of one peer that may be in work at once."""
+    """Requests of one peer that may be in work at once; together they may hold `queued_bytes`."""
     queued_messages: int = 1024
     queued_bytes: int = 32 * _MIB
     """Control messages waiting for the handler; beyond either bound the link's control side is not read."""

@@ -114,6 +114,7 @@ class Link:
         self._numbers = 0
         self._answers: dict[int, tuple[str, asyncio.Future[bytes]]] = {}
         self._working: dict[int, asyncio.Task[None]] = {}
+        self._working_bytes = 0
         self._inbox = Inbox(limits, pause=control.pause_reading, resume=control.resume_reading)
         self._arrivals: deque[tuple[Bulk, bytearray, int]] = deque()
         self._arrived = asyncio.Event()
@@ -372,13 +373,20 @@ class Link:
         """Work on a request in a task of its own."""
         if call.number in self._working:
             raise ProtocolError(f"request number {call.number} is used twice")
-        if len(self._working) >= self._limits.open_requests:
+        full = self._working_bytes + len(payload) > self._limits.queued_bytes
+        if len(self._working) >= self._limits.open_requests or (full and self._working):
             text = f"{len(self._working)} requests of this peer are unanswered already; wait for some"
             self._control.send(FrameType.FAILURE, Failure(call.number, "NetworkError", text))
             return
         task = self._spawn(self._answer(call, payload))
         self._working[call.number] = task
-        task.add_done_callback(lambda _: self._working.pop(call.number, None))
+        size = len(payload)
+        self._working_bytes += size
+        task.add_done_callback(lambda _: self._worked(call.number, size))
+
+    def _worked(self, number: int, size: int) -> None:
+        self._working.pop(number, None)
+        self._working_bytes -= size
 
     async def _answer(self, call: Call, payload: bytes) -> None:
         failure: Failure | None = None

@@ -14,6 +14,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+_MOST_EXECUTED = 512
+"""Microbatches of a round that is executed to the end: a strange job may name many, and a planner tries many plans."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageTimes:
@@ -152,6 +155,16 @@ class _Run:
 def pipeline_times(stages: Sequence[StageTimes], edges: Sequence[Edge], microbatches: int) -> PipelineTimes:
     """Return the times of one round of 1F1B over `stages` joined by `edges`.
 
-    Raises ValueError when the in-flight limits would lock the pipeline.
+    Long rounds are not executed to the end: once the pipeline is full, each further microbatch takes as long as the
+    one before. Raises ValueError when the in-flight limits would lock the pipeline.
     """
-    return _Run(stages, edges, microbatches).run()
+    if microbatches <= _MOST_EXECUTED:
+        return _Run(stages, edges, microbatches).run()
+    half, whole = (_Run(stages, edges, count).run() for count in (_MOST_EXECUTED // 2, _MOST_EXECUTED))
+    times = (microbatches - _MOST_EXECUTED) / (_MOST_EXECUTED - _MOST_EXECUTED // 2)
+    share = microbatches / _MOST_EXECUTED
+    return PipelineTimes(
+        whole.makespan_s + times * (whole.makespan_s - half.makespan_s),
+        {machine: busy_s * share for machine, busy_s in whole.busy_s.items()},
+        {link: busy_s * share for link, busy_s in whole.link_busy_s.items()},
+    )
