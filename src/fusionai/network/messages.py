@@ -167,4 +167,6 @@ def short_text(error: BaseException) -> str:
 
 def error_from(name: str, text: str) -> FusionError:
     """Return the error that a peer described; a class not in `fusionai.errors` becomes NetworkError."""
-    return _ERRORS.get(name, NetworkError)(text[:_MAX_TEXT])
+    # It will be shown to people: no control characters for their terminals.
+    shown = "".join(each if each.isprintable() or each == "\n" else " " for each in text[:_MAX_TEXT])
+    return _ERRORS.get(name, NetworkError)(shown)

@@ -36,6 +36,7 @@ from fusionai.training.messages import (
     Report,
     Tensor,
 )
+from fusionai.training.reports import flaw, printable, total
 from fusionai.training.wire import JobWire
 
 log = logging.getLogger(__name__)
@@ -107,11 +108,12 @@ class Driver:
         ]
         self._round = 0
         self._fed_bytes: dict[str, int] = {}
+        self._microbatches = 0
         self._longest_s = 0.0
         self._reports: dict[str, Report] = {}
         self._reported = asyncio.Event()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._sink: Callable[[Pulled, TensorData], Awaitable[None]] | None = None
+        self._sink: Callable[[PeerId, Pulled, TensorData], Awaitable[None]] | None = None
         wire.attach(job, self)
 
     # --- Receiver ---------------------------------------------------------------------------------------------
@@ -125,10 +127,15 @@ class Driver:
         machine = self._machine(peer)
         if isinstance(message, Report):
             if message.round == self._round and peer not in self._reports:
+                others = {self._wire.me, *(each.peer for each in self.machines)}
+                problem = flaw(message, machine.subdags, self._microbatches, others)
+                if problem is not None:
+                    self.fail(f"compnode {machine.name} ({self._holding(machine)}) reports {problem}")
+                    return b""
                 self._reports[peer] = message
                 self._reported.set()
         elif isinstance(message, Failed):
-            self.fail(f"compnode {machine.name} ({self._holding(machine)}) failed: {message.text}")
+            self.fail(f"compnode {machine.name} ({self._holding(machine)}) failed: {printable(message.text)}")
         return b""
 
     async def on_tensor(self, peer: PeerId, header: Bulk, tensor: TensorData) -> None:
@@ -136,7 +143,7 @@ class Driver:
         machine = self._machine(peer)
         if not isinstance(header, Pulled) or self._sink is None or header.key not in machine.keys:
             raise ProtocolError(f"compnode {machine.name} sent a tensor that was not asked for")
-        await self._sink(header, tensor)
+        await self._sink(peer, header, tensor)
 
     async def on_peer_closed(self, peer: PeerId, error: NetworkError) -> None:
         """The loss of any machine of the job ends it."""
@@ -197,11 +204,18 @@ class Driver:
         if not finite:
             what = "the loss" if not math.isfinite(result.loss) else "the norm of the gradients"
             value = result.loss if not math.isfinite(result.loss) else result.gradient_norm
+            source = "" if what == "the loss" else self._source(result)
             raise JobError(
-                f"{what} is {value} at step {step + 1}; the step was not applied. Lower training.learning_rate, "
-                "or set training.gradient_clip, and resume from the last good checkpoint"
+                f"{what} is {value}{source} at step {step + 1}; the step was not applied. Lower "
+                "training.learning_rate, or set training.gradient_clip, and resume from the last good checkpoint"
             )
         return result
+
+    def _source(self, result: RoundResult) -> str:
+        """Name the machines whose gradients are not finite; where it is all of them, the trouble is everybody's."""
+        reports = result.reports
+        names = [each.name for each in self.machines if not math.isfinite(reports[each.peer].square_sum)]
+        return f" (gradients of {', '.join(names)})" if 0 < len(names) < len(self.machines) else ""
 
     async def evaluate(self, batch: Sequence[Batch], weights: Sequence[float]) -> RoundResult:
         """Return the loss on held-out microbatches; changes nothing."""
@@ -212,6 +226,7 @@ class Driver:
     ) -> RoundResult:
         start_s = time.perf_counter()
         self._reports.clear()
+        self._microbatches = len(batch)
         self._fed_bytes.clear()
         begin = Begin(self.job, self._round, step, train, self._sizes(batch), tuple(weights))
         await self._tell(begin)
@@ -227,9 +242,9 @@ class Driver:
         losses = {index: loss for report in self._reports.values() for index, loss in report.losses.items()}
         if losses.keys() != set(range(len(batch))):
             raise JobError(f"the losses of microbatches {sorted(set(range(len(batch))) - losses.keys())} did not come")
-        square_sum = math.fsum(report.square_sum for report in self._reports.values())
+        square_sum = total(report.square_sum for report in self._reports.values())
         return RoundResult(
-            loss=math.fsum(weights[index] * loss for index, loss in losses.items()),
+            loss=total(weights[index] * loss for index, loss in losses.items()),
             gradient_norm=math.sqrt(square_sum) if square_sum >= 0 else math.nan,
             seconds=seconds,
             reports=dict(self._reports),
@@ -278,9 +293,10 @@ class Driver:
         seen: set[WeightKey] = set()
         missing: set[tuple[WeightKey, str | None]] = set()
         arrived = asyncio.Event()
+        asked = self._wire.me
 
-        async def take(header: Pulled, tensor: TensorData) -> None:
-            if (header.key, header.state) not in missing:
+        async def take(peer: PeerId, header: Pulled, tensor: TensorData) -> None:
+            if peer != asked or (header.key, header.state) not in missing:
                 raise ProtocolError(f"{header.key!r} was not asked for, or came twice")
             await sink(header.key, header.state, tensor)
             missing.discard((header.key, header.state))
@@ -290,11 +306,18 @@ class Driver:
             # Bulk and control are not ordered against each other: an answer may overtake its tensors.
             while missing:
                 arrived.clear()
-                await asyncio.wait_for(arrived.wait(), PULL_TIMEOUT_S)
+                try:
+                    await asyncio.wait_for(arrived.wait(), PULL_TIMEOUT_S)
+                except TimeoutError:
+                    name = self._machine(asked).name
+                    raise JobError(
+                        f"compnode {name} sent no tensor for {PULL_TIMEOUT_S:.0f} s: it is stalled"
+                    ) from None
 
         self._sink = take
         try:
             for machine in self.machines:
+                asked = machine.peer
                 wanted: list[tuple[WeightKey, str | None]] = []
                 for subdag in machine.subdags:
                     for weight in subdag.weights:

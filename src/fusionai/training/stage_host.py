@@ -236,7 +236,11 @@ class StageHost:
         count = len(message.loss_weights)
         if not 1 <= count <= _MOST_MICROBATCHES:
             raise ProtocolError(f"a round of {count} microbatches; at most {_MOST_MICROBATCHES} are allowed")
-        await self._admit(message)
+        try:
+            await self._admit(message)
+        except FusionError as error:
+            self._own(self._fail(error))  # so that the driver hears why
+            return
         if self._closed:
             return
         ledger = RoundLedger(self.assignment.subdags, count, self.assignment.in_flight, train=message.train)
