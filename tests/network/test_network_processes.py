@@ -82,7 +82,8 @@ def test_killed_peer_is_seen_at_once(loop: object) -> None:
         with child() as (process, peer, address):
             node = Node("parent")
             link = await node.endpoint.connect(peer, [address], timeout_s=10)
-            waiting = asyncio.create_task(link.request("digests", b"99", timeout_s=60))
+            # More than any machine sends before the kill, or the answer comes first.
+            waiting = asyncio.create_task(link.request("digests", b"1000000", timeout_s=60))
             bulk = asyncio.create_task(_flood(link))
             await asyncio.sleep(0.2)
             began_s = time.monotonic()
