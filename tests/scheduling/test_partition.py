@@ -37,6 +37,7 @@ def random_line(seed: int, *, devices: int, positions: int, tight_memory: bool =
         seconds_DPP=seconds_PP[None] / speed[:, None, None],
         fixed_bytes_PP=ranges(weights),
         flight_bytes_PP=ranges(kept),
+        heap_microbatches_D=random.integers(0, 2, devices).astype(float),
         budget_bytes_D=budget,
         hop_s_EEP=hop,
         hop_busy_s_EEP=hop_busy,
@@ -63,6 +64,7 @@ def brute_force(line: Line, counts: list[int]) -> float:
                 for stage in range(count):
                     start, stop = bounds[stage], bounds[stage + 1]
                     held = min(line.microbatches, count - stage + line.outer_stages_after)
+                    held += line.heap_microbatches_D[order[stage]]
                     need = line.fixed_bytes_PP[start, stop] + held * line.flight_bytes_PP[start, stop]
                     fits = fits and need <= line.budget_bytes_D[order[stage]]
                     latency += line.seconds_DPP[order[stage], start, stop]
@@ -115,7 +117,7 @@ def test_order_search_is_valid_and_near_the_optimum(seed: int, monkeypatch: pyte
 
 def check_limits(line: Line, found: Split) -> None:
     for place, (device, start, stop) in enumerate(zip(found.devices, found.bounds, found.bounds[1:], strict=False)):
-        held = line.in_flight(len(found.devices) - place)
+        held = line.in_flight(len(found.devices) - place) + line.heap_microbatches_D[device]
         need = line.fixed_bytes_PP[start, stop] + held * line.flight_bytes_PP[start, stop]
         assert need <= line.budget_bytes_D[device]
 

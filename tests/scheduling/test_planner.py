@@ -154,7 +154,8 @@ def test_slow_links_get_more_in_flight() -> None:
 
 
 def whole_need_bytes(graph: OpDag, in_flight: int) -> float:
-    return stage_cost(cut(graph, [])[0], SIZES).training_bytes(in_flight, 2) * MEMORY_MARGIN
+    # On a CPU the heap holds one microbatch's activations more.
+    return stage_cost(cut(graph, [])[0], SIZES).training_bytes(in_flight + 1, 2) * MEMORY_MARGIN
 
 
 def test_memory_is_respected() -> None:
@@ -171,9 +172,10 @@ def test_memory_is_respected() -> None:
 
 def test_predicted_memory_is_that_of_the_stages() -> None:
     graph = decoder(8)
-    made = plan(graph, pool(member("a"), member("b"), member("c")), compnodes=3)
+    made = plan(graph, pool(member("a"), member("b", device="cuda:0"), member("c")), compnodes=3)
     for stage, subdag in zip(made.stages, cut(graph, made.cuts), strict=True):
-        assert stage.predicted.memory_bytes == stage_cost(subdag, SIZES).training_bytes(stage.in_flight, 2)
+        held = stage.in_flight + (stage.peer != "p-b")  # a CPU's heap holds one microbatch more
+        assert stage.predicted.memory_bytes == stage_cost(subdag, SIZES).training_bytes(held, 2)
 
 
 def test_less_is_held_in_flight_where_memory_is_short() -> None:
@@ -183,7 +185,7 @@ def test_less_is_held_in_flight_where_memory_is_short() -> None:
     roomy = plan(graph, pool(*members), compnodes=2, sizes=sizes, microbatches=16)
     assert roomy.stages[0].in_flight >= 2
     halves = [stage_cost(subdag, sizes) for subdag in cut(graph, roomy.cuts)]
-    offer = int(max(cost.training_bytes(1, 2) for cost in halves) * MEMORY_MARGIN * 1.2)
+    offer = int(max(cost.training_bytes(2, 2) for cost in halves) * MEMORY_MARGIN * 1.1)
     tight = [member("a", memory_bytes=offer), member("b", memory_bytes=offer)]
     made = plan(graph, pool(*tight), compnodes=2, sizes=sizes, microbatches=16)
     assert made.stages[0].in_flight == 1

@@ -16,7 +16,14 @@ from fusionai.graph.cost import StageCost, stage_cost
 from fusionai.graph.cuts import boundary_bytes, cut
 from fusionai.graph.model import OpDag, Sizes
 from fusionai.graph.sizes import type_bytes
-from fusionai.scheduling.estimator import backward_s, delay_s, forward_s, send_s, update_s
+from fusionai.scheduling.estimator import (
+    backward_s,
+    delay_s,
+    forward_s,
+    send_s,
+    training_memory_bytes,
+    update_s,
+)
 from fusionai.scheduling.explain import seconds_text, stage_lines
 from fusionai.scheduling.pipeline import Edge, PipelineTimes, StageTimes, pipeline_times
 from fusionai.scheduling.plan import Plan, StagePlan, StagePrediction
@@ -170,7 +177,9 @@ class _Stages:
         for subdag, cost, peer, count in zip(self._subdags, self._costs, self._peers, in_flight, strict=True):
             # One stage at a time computes, and a weight that two of them share is held once.
             transient[peer] = max(transient[peer], cost.transient_bytes)
-            needs[peer] += cost.training_bytes(count, task.optimizer_states) - cost.transient_bytes
+            device = task.member(peer).device
+            memory_bytes = training_memory_bytes(cost, device, count, task.optimizer_states)
+            needs[peer] += memory_bytes - cost.transient_bytes
             for weight in {weight.key: weight for weight in subdag.weights}.values():
                 if weight.key in held[peer]:
                     copies = 2 + task.optimizer_states if weight.trainable else 1
@@ -249,11 +258,12 @@ class _Stages:
 
     def _prediction(self, stage: int, cost: StageCost, in_flight: int) -> StagePrediction:
         task, (forward, backward) = self._task, self._seconds[stage]
+        device = task.member(self._peers[stage]).device
         return StagePrediction(
             forward_s=forward,
             backward_s=backward,
-            update_s=update_s(cost, task.member(self._peers[stage]).device, task.optimizer_states),
-            memory_bytes=cost.training_bytes(in_flight, task.optimizer_states),
+            update_s=update_s(cost, device, task.optimizer_states),
+            memory_bytes=training_memory_bytes(cost, device, in_flight, task.optimizer_states),
             send_s=self._sending_s(stage),
         )
 

@@ -46,6 +46,8 @@ class Line:
     """Memory of range [i, j) whatever is in flight."""
     flight_bytes_PP: Floats
     """Memory of range [i, j) for each microbatch in flight."""
+    heap_microbatches_D: Floats
+    """Microbatches whose memory is taken besides those in flight (`estimator.heap_microbatches`)."""
     budget_bytes_D: Floats
     hop_s_EEP: Floats
     """(D+1, D+1, P): seconds from device a to device b and back at position p; inf where they cannot be linked."""
@@ -146,8 +148,9 @@ def _frontier(
 
 def _masked(line: Line, limit_s: float, stages_left: int) -> Floats:
     """Return seconds (D, P, P) with inf where a range is too slow or too large for a device."""
-    need_PP = line.fixed_bytes_PP + line.in_flight(stages_left) * line.flight_bytes_PP
-    allowed = (line.seconds_DPP <= limit_s) & (need_PP[None] <= line.budget_bytes_D[:, None, None])
+    held_D = line.in_flight(stages_left) + line.heap_microbatches_D
+    need_DPP = line.fixed_bytes_PP[None] + held_D[:, None, None] * line.flight_bytes_PP[None]
+    allowed = (line.seconds_DPP <= limit_s) & (need_DPP <= line.budget_bytes_D[:, None, None])
     return np.where(allowed, line.seconds_DPP, np.inf)
 
 
@@ -259,7 +262,8 @@ def _best_of_order(line: Line, order: Sequence[int], limit_s: float) -> Split | 
     after = outside
     choices: list[NDArray[np.intp]] = []
     for left, device in enumerate(reversed(order), start=1):
-        need_PP = line.fixed_bytes_PP + line.in_flight(left) * line.flight_bytes_PP
+        held = line.in_flight(left) + line.heap_microbatches_D[device]
+        need_PP = line.fixed_bytes_PP + held * line.flight_bytes_PP
         allowed = (line.seconds_DPP[device] <= limit_s) & (need_PP <= line.budget_bytes_D[device])
         onward_P = hops[device, after] + latency_P
         total_PP = np.where(allowed, line.seconds_DPP[device], np.inf) + onward_P[None]

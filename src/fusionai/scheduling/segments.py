@@ -16,7 +16,7 @@ from fusionai.graph.cost import StageCost, stage_cost
 from fusionai.graph.cuts import cut
 from fusionai.graph.model import OpDag, Sizes, SubDag
 from fusionai.graph.sizes import type_bytes
-from fusionai.scheduling.estimator import backward_s, delay_s, forward_s
+from fusionai.scheduling.estimator import backward_s, delay_s, forward_s, heap_microbatches
 from fusionai.scheduling.partition import Line
 from fusionai.scheduling.profile import DeviceProfile, Member, Pool
 
@@ -167,6 +167,7 @@ def make_line(
         seconds_DPP=seconds,
         fixed_bytes_PP=segments.fixed_bytes_PP,
         flight_bytes_PP=segments.flight_bytes_PP,
+        heap_microbatches_D=np.asarray([heap_microbatches(each.device) for each in members], dtype=np.float64),
         budget_bytes_D=np.asarray(budgets_bytes, dtype=np.float64),
         hop_s_EEP=hop,
         hop_busy_s_EEP=busy,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusionai.errors import PlacementError
+from fusionai.scheduling.estimator import heap_microbatches, training_memory_bytes
 from fusionai.scheduling.evaluation import Evaluated, Task
 from fusionai.scheduling.explain import bytes_text
 from fusionai.scheduling.profile import Member
@@ -38,8 +39,8 @@ def nothing_fits(task: Task, segments: Segments, members: Sequence[Member], coun
             "most; lower placement.compnodes"
         )
     states = task.optimizer_states
-    smallest = max(cost.training_bytes(1, states) for cost in segments.costs) * MEMORY_MARGIN
     best = max(members, key=lambda each: each.device.memory_bytes)
+    smallest = max(training_memory_bytes(cost, best.device, 1, states) for cost in segments.costs) * MEMORY_MARGIN
     offer = best.device.memory_bytes
     if smallest > offer:
         return PlacementError(
@@ -48,7 +49,8 @@ def nothing_fits(task: Task, segments: Segments, members: Sequence[Member], coun
             f"{bytes_text(smallest - offer)} more, raise its --memory, or lower training.batch_size"
         )
     last = len(segments.costs)
-    flight = float(segments.flight_bytes_PP[0, last])
+    held = 1 + min(heap_microbatches(each.device) for each in members)
+    flight = held * float(segments.flight_bytes_PP[0, last])
     need = (float(segments.fixed_bytes_PP[0, last]) + flight) * MEMORY_MARGIN
     used = sorted((each.device.memory_bytes for each in members), reverse=True)[: max(counts)]
     text = (
