@@ -38,10 +38,10 @@ def configuration() -> dict[str, Any]:
     }
 
 
-def model() -> Any:
-    """Return the model, initialised from a fixed seed."""
+def model(**changes: Any) -> Any:
+    """Return the model, initialised from a fixed seed, with `changes` to its configuration."""
     torch.manual_seed(0)
-    settings = configuration()
+    settings = configuration() | changes
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     return transformers.AutoModelForCausalLM.from_config(config).train()
 

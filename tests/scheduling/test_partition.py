@@ -35,6 +35,7 @@ def random_line(seed: int, *, devices: int, positions: int, tight_memory: bool =
     budget = random.uniform(0.3, 0.9, devices) * total if tight_memory else np.full(devices, 1e9)
     return Line(
         seconds_DPP=seconds_PP[None] / speed[:, None, None],
+        delay_s_DPP=seconds_PP[None] / speed[:, None, None] * random.uniform(0.5, 1),
         fixed_bytes_PP=ranges(weights),
         flight_bytes_PP=ranges(kept),
         heap_microbatches_D=random.integers(0, 2, devices).astype(float),
@@ -67,7 +68,7 @@ def brute_force(line: Line, counts: list[int]) -> float:
                     held += line.heap_microbatches_D[order[stage]]
                     need = line.fixed_bytes_PP[start, stop] + held * line.flight_bytes_PP[start, stop]
                     fits = fits and need <= line.budget_bytes_D[order[stage]]
-                    latency += line.seconds_DPP[order[stage], start, stop]
+                    latency += line.delay_s_DPP[order[stage], start, stop]
                     bottleneck = max(bottleneck, line.seconds_DPP[order[stage], start, stop])
                 if fits:
                     best = min(best, latency + (line.microbatches - 1) * bottleneck)

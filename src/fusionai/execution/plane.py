@@ -152,6 +152,14 @@ class Program(ABC):
         `Transfer.gradient`.
         """
 
+    def finish_backward(self) -> None:
+        """Compute what the last `backward` left for later, so that its boundary gradients could be sent first.
+
+        A plane may leave gradients of weights; then this does them, and so does any later call that needs them.
+        Nothing by default.
+        """
+        return None
+
     @abstractmethod
     def discard(self, microbatch: MicrobatchKey | None = None) -> None:
         """Forget what is kept for a microbatch in every stage; with None, all of them and the gradients."""

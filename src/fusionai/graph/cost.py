@@ -58,6 +58,8 @@ class StageCost:
     receive_gradient_bytes: int
     send_gradient_bytes: int
     """Their gradients: received for what was sent, sent for what was received."""
+    deferred_flops: int = 0
+    """Of the backward FLOPs of matrix products, those that may be done after the boundary gradients have left."""
     inputs: dict[str, int] = field(default_factory=dict)
     """Bytes of each graph input that the stage reads."""
 
@@ -127,6 +129,9 @@ def _stage_cost(stage: StageCalls) -> StageCost:
         forward_bytes += cost.forward_bytes
         backward_bytes += cost.backward_bytes
     memory = stage_memory(stage)
+    # The gradient of a weight takes as many FLOPs as the forward product.
+    deferred = [bound for bound in stage.calls if bound.node.name in memory.deferred]
+    deferred_flops = sum(_node_cost(stage, bound).forward_flops for bound in deferred)
     weights = {weight.key: weight for weight in subdag.weights}.values()
     trainable = sum(type_bytes(weight.type, {}) for weight in weights if weight.trainable)
     other = sum(type_bytes(weight.type, {}) for weight in weights if not weight.trainable)
@@ -146,6 +151,7 @@ def _stage_cost(stage: StageCalls) -> StageCost:
         send_bytes=total_bytes(stage.nbytes, {each.value for each in subdag.sends}),
         receive_gradient_bytes=sum(stage.nbytes[each.value] for each in subdag.sends if each.gradient),
         send_gradient_bytes=sum(stage.nbytes[each.value] for each in subdag.receives if each.gradient),
+        deferred_flops=deferred_flops,
         inputs={item.name: stage.nbytes[item.name] for item in subdag.inputs},
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from fusionai.graph.model import Node, OpDag, Ref, SubDag, ValueName, Weight
@@ -128,6 +129,31 @@ def weighted_nodes(graph: OpDag) -> frozenset[int]:
                 shown.update(node.outputs)
             else:
                 found.add(place)
+    return frozenset(found)
+
+
+def deferrable(subdag: SubDag) -> frozenset[str]:
+    """Return the names of the linear calls whose weight's gradient may be computed after the boundary gradients.
+
+    Nothing in backward waits for the gradient of a weight. Of a weight that is read more than once, the parts of the
+    gradient must add up in the order of a single process, so those are left alone. So is a stage that sends no
+    gradient, since nobody waits for it.
+    """
+    if not any(each.gradient for each in subdag.receives):
+        return frozenset()
+    keys = Counter(weight.key for weight in subdag.weights)
+    users = Counter(name for node in subdag.nodes for name in reads(node))
+    single = {
+        weight.name
+        for weight in subdag.weights
+        if weight.trainable and keys[weight.key] == 1 and users[weight.name] == 1
+    }
+    found = set()
+    for node in subdag.nodes:
+        if node.op == "aten.linear.default":
+            weight = operator(node.op).bind(node)["weight"]
+            if isinstance(weight, Ref) and weight.name in single:
+                found.add(node.name)
     return frozenset(found)
 
 

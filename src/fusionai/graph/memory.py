@@ -2,6 +2,9 @@
 
 Autograd keeps what `Operator.saves` names from forward to backward; a tensor kept twice, or through views, counts once.
 Boundary tensors are kept too: the received ones are the leaves that gradients are for, the sent ones the roots.
+
+Gradients of weights may be left until the boundary gradients are out, so that these travel meanwhile
+(`dependencies.deferrable`). What they are computed from stays alive until then, up to `MOST_DEFERRED_BYTES`.
 """
 
 from __future__ import annotations
@@ -12,7 +15,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fusionai.graph.calls import BoundCall, StageCalls, total_bytes
+from fusionai.graph.dependencies import deferrable
 from fusionai.graph.model import ValueName
+
+MOST_DEFERRED_BYTES = 256 << 20
+"""Inputs and gradients of linear calls that may be kept past their turn in backward: the price of sending boundary
+gradients earlier must not be a machine's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +33,8 @@ class StageMemory:
     """Rotary tables, masks and the like: computed once, shared by all microbatches."""
     transient_bytes: int
     """Most that forward or backward of one microbatch holds beyond what is kept."""
+    deferred: frozenset[str]
+    """Nodes whose weight's gradient is computed after the boundary gradients are out."""
 
 
 def stage_memory(stage: StageCalls) -> StageMemory:
@@ -39,11 +49,12 @@ def stage_memory(stage: StageCalls) -> StageMemory:
     extra = [_extra(stage, bound) for bound in stage.calls]
     saved_bytes = total_bytes(stage.nbytes, kept) + sum(extra)
     forward = _forward_peak(stage, kept, extra, held)
-    backward = _backward_peak(stage, [each - held for each in saving], extra, boundary, saved_bytes)
+    backward, deferred = _backward_peak(stage, [each - held for each in saving], extra, boundary, saved_bytes)
     return StageMemory(
         saved_bytes=saved_bytes,
         fixed_bytes=total_bytes(stage.nbytes, fixed & used),
         transient_bytes=max(0, forward - saved_bytes, backward - saved_bytes),
+        deferred=deferred,
     )
 
 
@@ -131,6 +142,10 @@ class _Gradients:
         self._owners[buffer] += 1
         self._buffer[value] = buffer
 
+    def hold(self, value: ValueName) -> None:
+        """Keep the gradient of a value alive to the end."""
+        self._owners[self._buffer[value]] += 1
+
     def drop(self, value: ValueName) -> None:
         """Forget the gradient of a value, if there is one."""
         buffer = self._buffer.pop(value, None)
@@ -156,8 +171,11 @@ def _backward_peak(
     extra: list[int],
     boundary: set[ValueName],
     saved_bytes: int,
-) -> int:
-    """Return the most bytes alive at once in backward: what forward kept and is not used up, and gradients."""
+) -> tuple[int, frozenset[str]]:
+    """Return the most bytes alive at once in backward, and the calls whose weight's gradient is left to its end.
+
+    Alive are what forward kept and is not used up, and gradients.
+    """
     first_use: dict[ValueName, int] = {}
     for place, values in enumerate(saving):
         for value in values:
@@ -174,13 +192,27 @@ def _backward_peak(
     arrived = sum(stage.nbytes[value] * (count + (count > 1)) for value, count in parts.items())
     kept = saved_bytes + arrived
     peak = kept + gradients.total_bytes
+    may_wait, deferred = deferrable(stage.subdag), set[str]()
+    held: set[ValueName] = set()
+    held_bytes = largest_bytes = 0
     for place in range(len(stage.calls) - 1, -1, -1):
         bound = stage.calls[place]
         if not stage.is_graded(bound):
-            kept -= total_bytes(stage.nbytes, freed.get(place, ()))
+            kept -= total_bytes(stage.nbytes, set(freed.get(place, ())) - held)
             continue
         through = _passed_through(stage, bound)
         wanted = [value for value in bound.reads if value in stage.graded]
+        if bound.node.name in may_wait:
+            output, used = bound.node.outputs[0], {stage.owner(value) for value in bound.values("input")}
+            more = stage.nbytes[output] + total_bytes(stage.nbytes, used - held)
+            if held_bytes + more <= MOST_DEFERRED_BYTES:
+                weight = bound.values("weight")[0]
+                deferred.add(bound.node.name)
+                wanted.remove(weight)
+                gradients.hold(output)
+                held |= used
+                held_bytes += more
+                largest_bytes = max(largest_bytes, stage.nbytes[weight])
         # Incoming gradients live on while the call's own are made.
         made = total_bytes(stage.nbytes, (value for value in wanted if value not in through))
         workspace = bound.traits.backward_workspace
@@ -192,8 +224,8 @@ def _backward_peak(
         for output in bound.node.outputs:
             gradients.drop(output)
         peak = max(peak, kept + gradients.total_bytes)
-        kept -= total_bytes(stage.nbytes, freed.get(place, ())) + extra[place]
-    return peak
+        kept -= total_bytes(stage.nbytes, set(freed.get(place, ())) - held) + extra[place]
+    return max(peak, kept + gradients.total_bytes + largest_bytes), frozenset(deferred)
 
 
 _PASSING = frozenset({"add", "clone"})

@@ -68,6 +68,11 @@ def backward_s(cost: StageCost, device: DeviceProfile, precision: str) -> float:
     )
 
 
+def deferred_s(cost: StageCost, device: DeviceProfile, precision: str) -> float:
+    """Return the seconds of a microbatch's backward that follow the sending of its boundary gradients."""
+    return cost.deferred_flops / flops_rate(device, _FALLBACK_CLASS, precision) if cost.deferred_flops else 0.0
+
+
 def update_s(cost: StageCost, device: DeviceProfile, optimizer_states: int) -> float:
     """Return the seconds of one optimizer update, the gradients' norm included.
 

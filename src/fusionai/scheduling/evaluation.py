@@ -18,6 +18,7 @@ from fusionai.graph.model import OpDag, Sizes
 from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.estimator import (
     backward_s,
+    deferred_s,
     delay_s,
     forward_s,
     send_s,
@@ -102,6 +103,10 @@ class _Stages:
             (forward_s(cost, device, task.precision), backward_s(cost, device, task.precision))
             for cost, device in zip(self._costs, devices, strict=True)
         ]
+        self._deferred_s = [
+            min(seconds[1], deferred_s(cost, device, task.precision))
+            for cost, device, seconds in zip(self._costs, devices, self._seconds, strict=True)
+        ]
         self._edges = self._make_edges()
 
     def _make_edges(self) -> list[Edge]:
@@ -123,8 +128,10 @@ class _Stages:
     def times(self, in_flight: Sequence[int]) -> PipelineTimes:
         """Work through the schedule."""
         stages = [
-            StageTimes(peer, forward, backward, held)
-            for peer, (forward, backward), held in zip(self._peers, self._seconds, in_flight, strict=True)
+            StageTimes(peer, forward, backward, held, deferred)
+            for peer, (forward, backward), held, deferred in zip(
+                self._peers, self._seconds, in_flight, self._deferred_s, strict=True
+            )
         ]
         return pipeline_times(stages, self._edges, self._task.microbatches)
 
@@ -154,7 +161,11 @@ class _Stages:
         trips = [forward + backward for forward, backward in self._seconds]
         for stage in reversed(range(len(trips))):
             onward = [
-                trips[edge.target] + edge.forward_s + 2 * edge.delay_s + (edge.backward_s or 0.0)
+                trips[edge.target]
+                - self._deferred_s[edge.target]
+                + edge.forward_s
+                + 2 * edge.delay_s
+                + (edge.backward_s or 0.0)
                 for edge in self._edges
                 if edge.source == stage
             ]

@@ -42,6 +42,8 @@ class Line:
 
     seconds_DPP: Floats
     """Seconds of range [i, j) on device d; inf where j <= i."""
+    delay_s_DPP: Floats
+    """Those of them that delay a microbatch: what is computed after its gradients have left does not."""
     fixed_bytes_PP: Floats
     """Memory of range [i, j) whatever is in flight."""
     flight_bytes_PP: Floats
@@ -147,11 +149,11 @@ def _frontier(
 
 
 def _masked(line: Line, limit_s: float, stages_left: int) -> Floats:
-    """Return seconds (D, P, P) with inf where a range is too slow or too large for a device."""
+    """Return delays (D, P, P) with inf where a range is too slow or too large for a device."""
     held_D = line.in_flight(stages_left) + line.heap_microbatches_D
     need_DPP = line.fixed_bytes_PP[None] + held_D[:, None, None] * line.flight_bytes_PP[None]
     allowed = (line.seconds_DPP <= limit_s) & (need_DPP <= line.budget_bytes_D[:, None, None])
-    return np.where(allowed, line.seconds_DPP, np.inf)
+    return np.where(allowed, line.delay_s_DPP, np.inf)
 
 
 def _hops(line: Line, limit_s: float) -> Floats:
@@ -167,9 +169,8 @@ def _make(line: Line, devices: Sequence[int], bounds: Sequence[int]) -> Split:
         latency_s += float(line.hop_s_EEP[before, after, position])
         bottleneck_s = max(bottleneck_s, float(line.hop_busy_s_EEP[before, after, position]))
     for device, start, stop in zip(devices, bounds, bounds[1:], strict=False):
-        seconds = float(line.seconds_DPP[device, start, stop])
-        latency_s += seconds
-        bottleneck_s = max(bottleneck_s, seconds)
+        latency_s += float(line.delay_s_DPP[device, start, stop])
+        bottleneck_s = max(bottleneck_s, float(line.seconds_DPP[device, start, stop]))
     return Split(tuple(devices), tuple(bounds), latency_s, bottleneck_s)
 
 
@@ -266,7 +267,7 @@ def _best_of_order(line: Line, order: Sequence[int], limit_s: float) -> Split | 
         need_PP = line.fixed_bytes_PP + held * line.flight_bytes_PP
         allowed = (line.seconds_DPP[device] <= limit_s) & (need_PP <= line.budget_bytes_D[device])
         onward_P = hops[device, after] + latency_P
-        total_PP = np.where(allowed, line.seconds_DPP[device], np.inf) + onward_P[None]
+        total_PP = np.where(allowed, line.delay_s_DPP[device], np.inf) + onward_P[None]
         choices.append(np.argmin(total_PP, axis=1))
         latency_P = np.min(total_PP, axis=1)
         after = device

@@ -27,6 +27,8 @@ class StageTimes:
     backward_s: float
     in_flight: int
     """Most microbatches between forward and backward; may not rise from a stage to one that it feeds."""
+    deferred_s: float = 0.0
+    """The part of `backward_s` that is computed after the boundary gradients have left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,8 @@ class _Run:
         self.position[stage] += 1
         if backward:
             for edge in self.backward_edges[stage]:
-                self._send(times.machine, edge.source, index, edge.backward_s or 0.0, edge.delay_s, end_s, True)
+                sent_s = end_s - times.deferred_s
+                self._send(times.machine, edge.source, index, edge.backward_s or 0.0, edge.delay_s, sent_s, True)
         else:
             for edge in self.forward_edges[stage]:
                 self._send(times.machine, edge.target, index, edge.forward_s, edge.delay_s, end_s, False)

@@ -16,7 +16,7 @@ from fusionai.graph.cost import StageCost, stage_cost
 from fusionai.graph.cuts import cut
 from fusionai.graph.model import OpDag, Sizes, SubDag
 from fusionai.graph.sizes import type_bytes
-from fusionai.scheduling.estimator import backward_s, delay_s, forward_s, heap_microbatches
+from fusionai.scheduling.estimator import backward_s, deferred_s, delay_s, forward_s, heap_microbatches
 from fusionai.scheduling.partition import Line
 from fusionai.scheduling.profile import DeviceProfile, Member, Pool
 
@@ -144,6 +144,12 @@ def make_line(
         return forward_s(cost, device, precision) + backward_s(cost, device, precision)
 
     seconds = np.stack([_ranges([both_s(cost, member.device) for cost in segments.costs]) for member in members])
+    hidden = np.stack(
+        [_ranges([deferred_s(cost, member.device, precision) for cost in segments.costs]) for member in members]
+    )
+    hidden = np.where(np.isfinite(hidden), hidden, 0.0)
+    if len(segments.outer) == segments.outer_after:
+        hidden[:, 0] = 0.0  # nobody waits for the first stage's gradients
     count, positions = len(members), len(segments.positions)
     hop = np.full((count + 1, count + 1, positions), np.inf)
     busy = np.full((count + 1, count + 1, positions), np.inf)
@@ -165,6 +171,7 @@ def make_line(
             busy[a, b] = np.maximum(forward, gradient)
     return Line(
         seconds_DPP=seconds,
+        delay_s_DPP=seconds - hidden,
         fixed_bytes_PP=segments.fixed_bytes_PP,
         flight_bytes_PP=segments.flight_bytes_PP,
         heap_microbatches_D=np.asarray([heap_microbatches(each.device) for each in members], dtype=np.float64),

@@ -162,7 +162,7 @@ class ComputeThread:
         assert self._program is not None
         program, turn = self._program, task.turn
         key = MicrobatchKey(current.step, turn.index)
-        before = self.busy_s
+        before, posted = self.busy_s, False
         if turn.direction == "forward":
             outputs = self._timed(
                 lambda: program.forward(task.stage, key, current.sizes, task.values, train=current.train)
@@ -170,6 +170,11 @@ class ComputeThread:
         else:
             weight = current.loss_weights[turn.index]
             outputs = self._timed(lambda: program.backward(task.stage, key, task.gradients, weight))
+            # The boundary gradients travel while the plane computes what it left for later.
+            task.gradients.clear()
+            self._post(self._on_pass, current, task, outputs)
+            posted = True
+            self._timed(program.finish_backward)
         spent = self.busy_s - before
         current.busy_s += spent
         seconds = current.forward_s if turn.direction == "forward" else current.backward_s
@@ -182,7 +187,8 @@ class ComputeThread:
         # The values were the pass's inputs: let go of them now, so that their memory is free before the next.
         task.values.clear()
         task.gradients.clear()
-        self._post(self._on_pass, current, task, outputs)
+        if not posted:
+            self._post(self._on_pass, current, task, outputs)
         if complete:
             self._post(self._on_complete, current)
 

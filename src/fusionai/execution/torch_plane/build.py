@@ -7,7 +7,7 @@ computed once here and shared by all microbatches. They are computed without aut
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -91,16 +91,20 @@ def specialise(
     mutable: frozenset[WeightKey],
     train: bool,
     device: torch.device,
+    deferred: frozenset[str] = frozenset(),
+    linear: Callable[..., Tensor] | None = None,
 ) -> StageFunction:
     """Build a stage for `sizes`.
 
-    `mutable` are the buffers that some stage of the program writes to. Raises GraphError for an operator that
+    `mutable` are the buffers that some stage of the program writes to. `linear` stands in for `aten.linear` at the
+    nodes named in `deferred`. Raises GraphError for an operator that
     is not in the vocabulary, a missing size, a reference to a value that the stage does not have, or an operator that
     does not give what the sub-DAG says it does.
     """
     # The sub-DAG is a stranger's, and what it may allocate was reckoned from the types that it declares.
     _Builder(subdag, sizes, {}, mutable, train, torch.device("meta")).check_types()
-    return _Builder(subdag, sizes, weights, mutable, train, device).build()
+    replaced = dict.fromkeys(deferred, linear) if linear is not None else {}
+    return _Builder(subdag, sizes, weights, mutable, train, device, replaced).build()
 
 
 class _Builder:
@@ -114,12 +118,14 @@ class _Builder:
         mutable: frozenset[WeightKey],
         train: bool,
         device: torch.device,
+        replaced: Mapping[str, Callable[..., Tensor]] | None = None,
     ) -> None:
         self._subdag = subdag
         self._sizes = sizes
         self._weights = weights
         self._mutable = mutable
         self._device = device
+        self._replaced = replaced or {}
         nodes = (node if train else in_inference(node) for node in subdag.nodes)
         self._nodes = [node for node in nodes if node is not None]
         self._types = _types(subdag)
@@ -241,7 +247,8 @@ class _Builder:
         mask = self._mask(node)
         if mask is not None:
             kwargs["mask_TT"] = names[self._masks[mask]]
-        made = graph.create_node("call_function", torch_callable(node.op), args, kwargs, name=f"v{len(names)}")
+        function = self._replaced.get(node.name) or torch_callable(node.op)
+        made = graph.create_node("call_function", function, args, kwargs, name=f"v{len(names)}")
         if operator(node.op).outputs == 1:
             names[node.outputs[0]] = made
             return

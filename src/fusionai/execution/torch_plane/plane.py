@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+# The shape rules that check a stranger's graph load this, 0.1 GB, at their first use. Loaded here, it is there before a
+# compnode measures how much memory is free, and no job waits for it.
+import torch._dynamo  # noqa: F401
+
 from fusionai.errors import GraphError
 from fusionai.execution.own_thread import in_own_thread
 from fusionai.execution.plane import Calibration, Plane, Program, ProgramOptions

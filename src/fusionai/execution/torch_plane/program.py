@@ -15,6 +15,7 @@ from fusionai.errors import GraphError, JobError
 from fusionai.execution.plane import MicrobatchKey, Program, ProgramOptions
 from fusionai.execution.torch_plane.build import Feed, StageFunction, mutated_keys, specialise
 from fusionai.execution.torch_plane.compiling import StageCall, compiled
+from fusionai.execution.torch_plane.deferred import DeferredProducts
 from fusionai.execution.torch_plane.devices import apply_threads, release_cached_memory, torch_device
 from fusionai.execution.torch_plane.optimizers import Optimizer
 from fusionai.execution.torch_plane.randomness import random_seed, seeded
@@ -22,6 +23,7 @@ from fusionai.execution.torch_plane.retained import distinct_bytes, saved_tensor
 from fusionai.execution.torch_plane.tensors import from_data, storage_address, to_data
 from fusionai.execution.torch_plane.tied import TiedGradients
 from fusionai.execution.torch_plane.weights import Weights
+from fusionai.graph.dependencies import deferrable, reads
 from fusionai.graph.model import Sizes, SubDag, ValueName, WeightKey
 from fusionai.tensor import TensorData
 
@@ -65,6 +67,7 @@ class TorchProgram(Program):
         self._mutable = frozenset[WeightKey]().union(*(mutated_keys(subdag) for subdag in subdags))
         self._optimizer = Optimizer(options.optimizer, self._device)
         self._tied = TiedGradients(subdags)
+        self._deferred = DeferredProducts()
         self._functions: OrderedDict[tuple[object, ...], _Ready] = OrderedDict()
         self._kept: dict[tuple[int, MicrobatchKey], _Kept] = {}
         self._buffers_before: dict[WeightKey, Tensor] = {}
@@ -125,6 +128,7 @@ class TorchProgram(Program):
         train: bool = True,
     ) -> dict[ValueName, TensorData]:
         apply_threads()
+        self._deferred.flush()
         subdag = self._subdag(stage)
         if train and (stage, microbatch) in self._kept:
             raise JobError(f"{_name(stage, microbatch)} has gone forward already and waits for its backward")
@@ -159,6 +163,7 @@ class TorchProgram(Program):
         loss_weight: float = 1.0,
     ) -> dict[ValueName, TensorData]:
         apply_threads()
+        self._deferred.flush()
         subdag = self._subdag(stage)
         kept = self._kept.get((stage, microbatch))
         if kept is None:
@@ -185,11 +190,16 @@ class TorchProgram(Program):
             weight.grad = self._tied.add(key, microbatch, weight.grad, before)
         return result
 
+    def finish_backward(self) -> None:
+        apply_threads()
+        self._deferred.flush()
+
     def discard(self, microbatch: MicrobatchKey | None = None) -> None:
         if microbatch is not None:
             self._kept = {key: kept for key, kept in self._kept.items() if key[1] != microbatch}
             return
         self._kept.clear()
+        self._deferred.clear()
         self._clear_gradients()
         for key, before in self._buffers_before.items():
             self._weights.get(key).copy_(before)
@@ -235,12 +245,22 @@ class TorchProgram(Program):
                 mutable=self._mutable,
                 train=train,
                 device=self._device,
+                deferred=self._deferred_calls(subdag) if train else frozenset(),
+                linear=self._deferred.linear,
             )
             ready = self._functions[key] = _Ready(function)
             if len(self._functions) > _FUNCTIONS_KEPT:
                 self._functions.popitem(last=False)
         self._functions.move_to_end(key)
         return ready
+
+    def _deferred_calls(self, subdag: SubDag) -> frozenset[str]:
+        """Return the linear calls whose weight's gradient is left to `finish_backward`."""
+        if self._options.compile:
+            return frozenset()  # a compiled backward is one piece
+        tied = {weight.name for weight in subdag.weights if weight.key in self._tied.keys(subdag.index)}
+        nodes = {node.name: node for node in subdag.nodes}
+        return frozenset(name for name in deferrable(subdag) if tied.isdisjoint(reads(nodes[name])))
 
     def _feeds(
         self, function: StageFunction, values: Mapping[ValueName, TensorData], name: str
@@ -322,7 +342,7 @@ class TorchProgram(Program):
 
     def gradient_square_sum(self, skip: Sequence[WeightKey] = ()) -> float:
         apply_threads()
-        self._gather_tied()
+        self._gather_gradients()
         norms = [
             torch.linalg.vector_norm(weight.grad)
             for key, weight in self._weights.trainable()
@@ -332,7 +352,7 @@ class TorchProgram(Program):
 
     def read_gradient(self, key: WeightKey) -> TensorData:
         weight = self._trained(key)
-        self._gather_tied()
+        self._gather_gradients()
         return to_data(torch.zeros_like(weight) if weight.grad is None else weight.grad, copy=True)
 
     def set_gradient(self, key: WeightKey, gradients: Sequence[TensorData]) -> None:
@@ -344,19 +364,20 @@ class TorchProgram(Program):
         total = from_data(gradients[0], self._device).clone()
         for data in gradients[1:]:
             total += from_data(data, self._device)
-        self._gather_tied()
+        self._gather_gradients()
         weight.grad = total
 
     def update(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
         self._check_open()
         apply_threads()
-        self._gather_tied()
+        self._gather_gradients()
         self._optimizer.update(self._weights.trainable(), learning_rate, gradient_scale)
         self._clear_gradients()
         self._buffers_before.clear()
 
-    def _gather_tied(self) -> None:
-        """Add the shares of tied weights' gradients that still wait for another stage."""
+    def _gather_gradients(self) -> None:
+        """Add what was left for later, and the shares of tied weights that still wait for another stage."""
+        self._deferred.flush()
         for stage in self._subdags:
             for key in self._tied.keys(stage):
                 weight = self._weights.get(key)
@@ -393,6 +414,7 @@ class TorchProgram(Program):
     def close(self) -> None:
         self._closed = True
         self._kept.clear()
+        self._deferred.clear()
         self._functions.clear()
         self._optimizer.clear()
         self._buffers_before.clear()

@@ -1,0 +1,102 @@
+"""Linear layers whose weight's gradient is computed after the boundary gradients have been handed out.
+
+Nothing in backward waits for the gradient of a weight, but a neighbour waits for the boundary gradients. So a linear
+layer's backward computes the gradient of its input only, and notes what its weight's takes; the products are made once
+the boundary gradients are on their way. It is the split of a backward pass that zero-bubble schedules are made of
+(Qi et al., arXiv 2401.10241), used within a 1F1B turn.
+
+The results are those of torch bit for bit: the same products, added to the accumulated gradients in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fusionai.execution.torch_plane.tensors import storage_address, storage_bytes
+from fusionai.graph.memory import MOST_DEFERRED_BYTES
+
+# Shapes: N = rows (all leading axes together), I = inputs, O = outputs
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    weight: Tensor
+    gradient_NO: Tensor
+    input_NI: Tensor
+
+    def add(self) -> None:
+        """Add the weight's gradient of one microbatch to what has accumulated, as torch does."""
+        made_OI = torch.mm(self.gradient_NO.t(), self.input_NI).to(self.weight.dtype)
+        if self.weight.grad is None:
+            self.weight.grad = made_OI
+        else:
+            self.weight.grad.add_(made_OI)
+
+
+class DeferredProducts:
+    """The products that wait; at most `MOST_DEFERRED_BYTES` of tensors are kept for them."""
+
+    def __init__(self) -> None:
+        self._waiting: list[_Product] = []
+        self._held: dict[int, int] = {}
+        """Bytes by storage: layers side by side share an input."""
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Compute `aten.linear`, with the gradient of `weight`, a leaf, left to `flush`."""
+        used = weight
+        if torch.is_autocast_enabled(input.device.type):
+            dtype = torch.get_autocast_dtype(input.device.type)
+            input, used = input.to(dtype), weight.detach().to(dtype)
+            bias = bias.to(dtype) if bias is not None else None
+        return cast("Tensor", _Linear.apply(self, weight, used, input, bias))  # type: ignore[no-untyped-call]
+
+    def add(self, product: _Product) -> None:
+        """Keep a product for later, or make it at once when too much is kept."""
+        tensors = (product.gradient_NO, product.input_NI)
+        more = {storage_address(each): storage_bytes(each) for each in tensors}
+        if sum({**self._held, **more}.values()) > MOST_DEFERRED_BYTES:
+            product.add()
+            return
+        self._held |= more
+        self._waiting.append(product)
+
+    def flush(self) -> None:
+        """Make every product that waits."""
+        if not self._waiting:
+            return
+        with torch.no_grad():
+            self._waiting.reverse()
+            while self._waiting:
+                self._waiting.pop().add()
+        self._held.clear()
+
+    def clear(self) -> None:
+        """Forget every product that waits."""
+        self._waiting.clear()
+        self._held.clear()
+
+
+class _Linear(torch.autograd.Function):
+    """`aten.linear` whose backward leaves the weight's gradient to a `DeferredProducts`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, products: DeferredProducts, weight: Tensor, used: Tensor, input: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.products, ctx.weight = products, weight
+        ctx.save_for_backward(input, used)
+        return cast("Tensor", torch.ops.aten.linear.default(input, used, bias))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, Tensor | None, Tensor | None]:
+        (gradient,) = gradients
+        input, used = ctx.saved_tensors
+        gradient_NO = gradient.reshape(-1, gradient.shape[-1])
+        ctx.products.add(_Product(ctx.weight, gradient_NO, input.reshape(-1, input.shape[-1])))
+        back = torch.mm(gradient_NO, used).view(input.shape) if ctx.needs_input_grad[3] else None
+        back_bias = gradient_NO.sum(0) if ctx.needs_input_grad[4] else None
+        return None, None, None, back, back_bias
