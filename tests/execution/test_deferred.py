@@ -196,4 +196,5 @@ def test_memory_estimate_holds_with_what_waits(limit_bytes: int, monkeypatch: py
             peak = max(peak, living)
     # What came over the link is the caller's memory, and counted in what is saved.
     said = cost.saved_bytes - cost.receive_bytes + cost.transient_bytes + cost.trainable_bytes
-    assert 0.8 * said < peak <= said
+    # An allocation and a free at one time stamp come in any order: one tensor more.
+    assert 0.8 * said < peak <= said + cost.receive_bytes
