@@ -85,10 +85,10 @@ def update_s(cost: StageCost, device: DeviceProfile, optimizer_states: int) -> f
 def heap_microbatches(device: DeviceProfile) -> int:
     """Return how many microbatches' activations a device's allocator holds beyond those alive.
 
-    A C heap cannot give the holes of one microbatch's tensors to the next one's while smaller ones lie between them:
-    with glibc 2.36 the peak was above the living bytes by 0.8 to 1.2 times one microbatch's activations, at all of six
-    widths, batches and lengths and whatever was in flight (docs/benchmarks.md, memory). The allocators of GPUs are
-    taken to lose nothing; that is assumed, not measured.
+    A C heap cannot give the holes of one microbatch's tensors to the next one's while smaller ones lie between them.
+    With glibc 2.36 the peak was above the living bytes by the activations of 0.3 to 2.3 microbatches, median 1.2, over
+    six widths, batches and lengths (docs/benchmarks.md, memory): the more, the smaller they were. The allocators of
+    GPUs are taken to lose nothing; that is assumed, not measured.
     """
     return 1 if device.device == "cpu" else 0
 
