@@ -114,17 +114,14 @@ def image_batch(batch_size: int) -> Callable[[int, int], Batch]:
 def named_parts(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return a state dict with GPT-2's joint biases of queries, keys and values parted.
 
-    A bias on the keys of softmax attention has no effect, so its gradient is rounding noise around zero, and AdamW makes
-    whole steps of it: weights that end in "key.bias" are compared with an absolute bound.
+    A bias on the keys of softmax attention has no effect, so its gradient is rounding noise around zero, and AdamW
+    makes whole steps of it: weights that end in "key.bias" are compared with an absolute bound.
     """
     found: dict[str, torch.Tensor] = {}
     for key, tensor in state.items():
         if key.endswith("c_attn.bias"):
-            stem = key.removesuffix("bias")
-            found |= {
-                f"{stem}{name}.bias": part
-                for name, part in zip(("query", "key", "value"), tensor.chunk(3), strict=True)
-            }
+            for name, part in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                found[f"{key.removesuffix('bias')}{name}.bias"] = part
         else:
             found[key] = tensor
     return found
