@@ -94,6 +94,7 @@ def test_every_entry_is_found_by_its_name() -> None:
         ("V100 32GB", "NVIDIA V100 SXM2 32GB"),
         # As drivers name them.
         ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 SXM 80GB"),
+        ("NVIDIA A100-SXM4-40GB", "NVIDIA A100 SXM 40GB"),
         ("NVIDIA A100-PCIE-40GB", "NVIDIA A100 PCIe 40GB"),
         ("NVIDIA H100 80GB HBM3", "NVIDIA H100 SXM"),
         ("Tesla V100-SXM2-16GB", "NVIDIA V100 SXM2 16GB"),
@@ -111,6 +112,8 @@ def test_names_that_people_use(name: str, found: str) -> None:
     [
         ("H100", ["NVIDIA H100 PCIe", "NVIDIA H100 SXM"]),
         ("a100 80gb", ["NVIDIA A100 PCIe 80GB", "NVIDIA A100 SXM 80GB"]),
+        ("A100 40GB", ["NVIDIA A100 PCIe 40GB", "NVIDIA A100 SXM 40GB"]),
+        ("A100 SXM", ["NVIDIA A100 SXM 40GB", "NVIDIA A100 SXM 80GB"]),
         ("V100", ["NVIDIA V100 SXM2 16GB", "NVIDIA V100 SXM2 32GB"]),
     ],
 )
