@@ -18,11 +18,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "network": set(),
     "execution": {"graph"},
     "scheduling": {"graph"},
+    "simulation": {"graph", "scheduling"},
     "training": {"graph", "network", "execution", "scheduling"},
     "broker": {"graph", "network", "execution", "scheduling", "training"},
     "compnode": {"graph", "network", "execution", "scheduling", "training", "broker"},
-    "owner": {"graph", "network", "execution", "scheduling", "training", "broker", "compnode"},
-    "cli": {"graph", "network", "execution", "scheduling", "training", "broker", "compnode", "owner"},
+    "owner": {"graph", "network", "execution", "scheduling", "simulation", "training", "broker", "compnode"},
+    "cli": {"graph", "network", "execution", "scheduling", "simulation", "training", "broker", "compnode", "owner"},
 }
 """Which folders a folder may import; `errors` and `tensor` are for all."""
 
@@ -83,7 +84,7 @@ def test_only_execution_touches_autograd_and_devices() -> None:
             assert forbidden not in text, f"{path}: {forbidden}"
 
 
-@pytest.mark.parametrize("package", ["graph", "scheduling", "network"])
+@pytest.mark.parametrize("package", ["graph", "scheduling", "simulation", "network"])
 def test_imports_without_torch(package: str) -> None:
     """The IR, the planner and the network load on a machine without torch."""
     modules = [

@@ -58,7 +58,7 @@ async def _serve(arguments: argparse.Namespace, folder: Path) -> int:
     from fusionai.cli.lab_file import read_lab
     from fusionai.cli.stopping import stop_event
     from fusionai.compnode.agent import Agent, AgentConfig
-    from fusionai.compnode.hardware import parse_memory
+    from fusionai.scheduling.memory_amount import parse_memory
 
     stop = stop_event()
     screen = console(arguments)

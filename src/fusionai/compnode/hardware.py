@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -23,24 +22,6 @@ _FREE_SHARE = 0.6
 """Share of the free memory that a compnode offers when its provider does not say: browsers and builds grow too."""
 _DEVICE_SHARE = 0.85
 """The same for a GPU: its driver, its libraries and its fragmentation need the rest."""
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
-
-
-def parse_memory(text: str) -> int:
-    """Return the bytes of such as "8GB", "512MiB" or "2e9".
-
-    Raises:
-        ConfigError: the text is no amount of memory.
-    """
-    match = re.fullmatch(r"\s*([0-9.eE+]+)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
-    try:
-        count = int(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
-    except (ValueError, KeyError, OverflowError):
-        count = 0
-    if count <= 0:
-        raise ConfigError(f"{text!r} is no amount of memory; write such as 8GB or 512MiB")
-    return count
 
 
 def choose_device(plane: Plane, device: str | None) -> str:

@@ -1,0 +1,1 @@
+"""Published figures of hardware, what share of them work reaches, and pools described by a file."""
