@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from msgspec.structs import replace
 from small_graphs import (
     GraphMaker,
     Pipeline,
@@ -85,7 +86,7 @@ def test_boundary_gradients_come_before_those_of_weights(monkeypatch: pytest.Mon
         assert torch.equal(tensor(program.read_gradient(name)), leaves[name].grad), name  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("then", ["read_gradient", "gradient_square_sum", "update", "next pass", "set_gradient"])
+@pytest.mark.parametrize("then", ["read_gradient", "gradient_norms", "update", "next pass", "set_gradient"])
 def test_what_was_left_is_done_by_whatever_needs_it(then: str) -> None:
     subdags, weights = linear_stack()
     found = []
@@ -100,8 +101,8 @@ def test_what_was_left_is_done_by_whatever_needs_it(then: str) -> None:
         match then:
             case "read_gradient":
                 found.append(tensor(program.read_gradient("second")))
-            case "gradient_square_sum":
-                found.append(torch.tensor(program.gradient_square_sum()))
+            case "gradient_norms":
+                found.append(torch.tensor(list(program.gradient_norms().values())))
             case "update":
                 program.update(0.1)
                 found.append(tensor(program.read("second")))
@@ -122,7 +123,7 @@ def test_discarded_with_the_step() -> None:
     Pipeline(subdags, dict.fromkeys(range(2), program)).forward(KEY, {"s0": 4}, {"x": torch.ones(4, 6)})
     program.backward(1, KEY, {}, 1.0)
     program.discard()
-    assert program.gradient_square_sum() == 0
+    assert program.gradient_norms() == {}
 
 
 @pytest.mark.parametrize("limit_bytes", [0, 700, 256 << 20], ids=["none waits", "some wait", "all wait"])
@@ -160,6 +161,66 @@ def test_the_limit_bounds_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         Pipeline(subdags, dict.fromkeys(range(2), program)).forward(KEY, {"s0": 4}, {"x": torch.ones(4, 6)})
         program.backward(1, KEY, {}, 1.0)
         assert len(program._deferred._waiting) == most  # type: ignore[attr-defined]
+
+
+ODD_LINEARS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]] = {
+    "weight of one axis": ((4, 6), (6,), None),
+    "input of one axis": ((6,), (5, 6), (5,)),
+    "bias of two axes": ((4, 6), (5, 6), (1, 5)),
+    "bias of one element": ((4, 6), (5, 6), (1,)),
+    "four axes": ((2, 3, 4, 6), (5, 6), (5,)),
+    "nothing in it": ((0, 6), (5, 6), (5,)),
+}
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["contiguous", "not contiguous"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64 under bf16"])
+@pytest.mark.parametrize("case", ODD_LINEARS)
+def test_any_linear_is_that_of_torch_bit_for_bit(case: str, precision: str, turned: bool) -> None:
+    shapes = ODD_LINEARS[case]
+    torch.manual_seed(2)
+    dtype = torch.float64 if precision == "fp64 under bf16" else torch.float32
+    found = []
+    source = torch.randn(shapes[0][::-1] if turned else shapes[0], dtype=dtype)
+    weight, bias = (None if shape is None else torch.randn(shape, dtype=dtype) for shape in shapes[1:])
+    for own in (True, False):
+        leaves = [each.clone().requires_grad_() for each in (source, weight, bias) if each is not None]
+        products = deferred.DeferredProducts()
+        linear = products.linear if own else torch.ops.aten.linear.default
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
+            first = leaves[0].permute(*reversed(range(source.dim()))) if turned else leaves[0]
+            result = linear(first, *leaves[1:])
+        result.square().sum().backward()
+        products.flush()
+        found.append([result.detach(), *(leaf.grad for leaf in leaves)])
+    for mine, wanted in zip(*found, strict=True):
+        assert mine is not None
+        assert mine.dtype == wanted.dtype
+        assert torch.equal(mine, wanted)
+
+
+def test_a_failed_product_leaves_nothing_behind() -> None:
+    products = deferred.DeferredProducts()
+    weight = torch.zeros(3, 2, requires_grad=True)
+    products.add(deferred._Product(weight, torch.ones(4, 3), torch.ones(5, 2)))
+    with pytest.raises(RuntimeError):
+        products.flush()
+    assert list(products.tensors()) == []
+    assert products._held == {}
+    products.flush()
+
+
+def test_tied_weights_and_odd_shapes_do_not_wait() -> None:
+    weights = language_model_weights()
+    subdags = cut(language_model_graph(weights), [12])
+    names = {node.name: node for node in subdags[1].nodes}
+    shapes = {weight.name: weight for weight in subdags[1].weights}
+    for name in deferrable(subdags[1]):
+        weight = shapes[names[name].args[1].name]  # type: ignore[union-attr]
+        assert len(weight.type.shape) == 2
+        assert not weight.aliases
+    tied = [replace(weight, aliases=("another.name",)) for weight in subdags[1].weights]
+    assert deferrable(replace(subdags[1], weights=tuple(tied))) == frozenset()
 
 
 def test_cost_counts_what_can_wait() -> None:

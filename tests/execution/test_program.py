@@ -410,7 +410,7 @@ def test_discard_frees_and_forgets() -> None:
     with pytest.raises(FusionError, match="did not go forward"):
         program.backward(1, MicrobatchKey(0, 0), {})
     pipeline.backward(MicrobatchKey(0, 1), 1.0)
-    assert program.gradient_square_sum() > 0
+    assert sum(program.gradient_norms().values()) > 0
     program.discard()
-    assert program.gradient_square_sum() == 0
+    assert program.gradient_norms() == {}
     assert program.optimizer_step() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from small_graphs import (
     train_plainly,
 )
 
-from fusionai.execution.plane import MicrobatchKey, OptimizerConfig, Program, ProgramOptions
+from fusionai.execution.plane import Clipping, MicrobatchKey, OptimizerConfig, Plane, Program, ProgramOptions
 from fusionai.execution.planes import plane
 
 torch.set_num_threads(1)
@@ -160,16 +161,37 @@ def test_gradients_scale_and_norm() -> None:
     Pipeline(subdags, {0: program}).backward(MicrobatchKey(0, 0), 1.0)
     language_model_loss(expected, token_batch(0, 0)).backward()
     norm = torch.nn.utils.clip_grad_norm_(expected.values(), 0.1)
-    assert program.gradient_square_sum() == pytest.approx(float(norm) ** 2, rel=1e-5)
-    without = program.gradient_square_sum(skip=["embedding"])
-    share = tensor(program.read_gradient("embedding")).square().sum().item()
-    assert without + share == pytest.approx(float(norm) ** 2, rel=1e-5)
-    program.update(1e-2, gradient_scale=float(0.1 / (norm + 1e-6)))
+    norms = program.gradient_norms()
+    assert norms.keys() == expected.keys()
+    assert program.gradient_norms(skip=["embedding"]).keys() == expected.keys() - {"embedding"}
+    clipping = plane("torch").clipping([norms[name] for name in expected], 0.1)
+    assert clipping.norm == float(norm)
+    program.update(1e-2, gradient_scale=clipping.factor)
     reference(ADAMW, expected).step()
     for name, value in expected.items():
-        torch.testing.assert_close(tensor(program.read(name)), value.detach(), rtol=1e-5, atol=1e-7)
-    assert program.gradient_square_sum() == 0
+        assert torch.equal(tensor(program.read(name)), value.detach()), name
+    assert program.gradient_norms() == {}
     assert not tensor(program.read_gradient("embedding")).any()
+
+
+def test_clipping_is_that_of_torch() -> None:
+    for norms, limit in (([3.0, 4.0], 1.0), ([0.3, 0.4], 1.0), ([1e-9], 0.5), ([7.0] * 300, 0.25), ([], 1.0)):
+        weights = [torch.zeros(1, requires_grad=True) for _ in norms]
+        for weight, norm in zip(weights, norms, strict=True):
+            weight.grad = torch.full((1,), norm)
+        found = plane("torch").clipping(norms, limit)
+        assert found.norm == float(torch.nn.utils.clip_grad_norm_(weights, limit))
+        for weight, norm in zip(weights, norms, strict=True):
+            assert torch.equal(torch.full((1,), norm) * found.factor, weight.grad)  # type: ignore[arg-type]
+    assert plane("torch").clipping([3.0, 4.0], 0.0) == Clipping(5.0, 1.0)
+    assert math.isnan(plane("torch").clipping([math.nan, 1.0], 1.0).norm)
+    assert plane("torch").clipping([math.inf, 1.0], 1.0).norm == math.inf
+
+
+def test_a_plane_without_a_clipping_of_its_own_has_the_plain_one() -> None:
+    assert Plane.clipping(plane("torch"), [3.0, 4.0], 1.0) == Clipping(5.0, 0.2)
+    assert Plane.clipping(plane("torch"), [3.0, 4.0], 0.0) == Clipping(5.0, 1.0)
+    assert math.isnan(Plane.clipping(plane("torch"), [math.nan], 1.0).norm)
 
 
 def test_sizes_may_change_between_microbatches() -> None:

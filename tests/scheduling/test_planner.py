@@ -118,6 +118,17 @@ def test_nothing_is_faster_by_the_schedule_itself(rtt_s: float, bytes_per_s: flo
     assert plan(graph, offered, microbatches=microbatches).predicted_step_s <= 1.02 * best
 
 
+@pytest.mark.parametrize("microbatches", [1, 2, 3])
+def test_what_ends_the_step_is_seen_where_microbatches_are_few(microbatches: int) -> None:
+    """A stage of one operator before the others would hide their last products, were they not to end the step."""
+    members = [member("a", gflops=20), member("b", gflops=100), member("c", gflops=50)]
+    offered = pool(*members, rtt_s=5e-3, bytes_per_s=1e8, owner=OWNER)
+    made, alone = (
+        plan(decoder(2, hidden=512), offered, microbatches=microbatches, compnodes=compnodes) for compnodes in (0, 1)
+    )
+    assert made.predicted_step_s <= alone.predicted_step_s
+
+
 def test_slow_compnodes_and_slow_links_are_left_out() -> None:
     graph = decoder(12)
     made = plan(graph, pool(member("a"), member("b"), member("snail", gflops=0.1)))

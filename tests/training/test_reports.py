@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from fusionai.graph.model import Input, SubDag, TensorType, ValueName
+from fusionai.graph.model import Input, SubDag, TensorType, ValueName, Weight, WeightKey
 from fusionai.training.ledger import RoundLedger
 from fusionai.training.messages import JobId, Report
 from fusionai.training.reports import flaw, printable, total
@@ -19,7 +19,7 @@ LAST = SubDag(
     1,
     {},
     tuple(Input(name, TensorType("float32", (2,)), "data", False) for name in NAMES),
-    (),
+    (Weight(ValueName("w"), WeightKey("w"), TensorType("float32", (2,)), "parameter", True),),
     (),
     {},
     (),
@@ -27,13 +27,13 @@ LAST = SubDag(
     ValueName("loss"),
 )
 FIRST = replace(LAST, index=0, loss=None)
-GOOD = Report(JobId("j"), 0, {}, 1.5, 0.1, 0.2, {"b": 8}, 1000, {0: 0.1}, {0: 0.2})
+GOOD = Report(JobId("j"), 0, {}, {WeightKey("w"): 1.5}, 0.1, 0.2, {"b": 8}, 1000, {0: 0.1}, {0: 0.2})
 
 
 def test_honest_reports() -> None:
     assert flaw(GOOD, [FIRST], 2, {"a", "b"}) is None
     losses = {0: 0.5, 1: math.nan}
-    with_losses = replace(GOOD, losses=losses, square_sum=math.inf, forward_s={1: 1.0}, backward_s={})
+    with_losses = replace(GOOD, losses=losses, norms={"w": math.inf}, forward_s={1: 1.0}, backward_s={})
     assert flaw(with_losses, [LAST], 2, {"a", "b"}) is None, "a job's own trouble is no lie"
 
 
@@ -41,7 +41,8 @@ def test_honest_reports() -> None:
     "lie",
     [
         {"losses": {0: math.nan}},
-        {"square_sum": -1.0},
+        {"norms": {"w": -1.0}},
+        {"norms": {"another's": 1.0}},
         {"busy_s": math.nan},
         {"wall_s": -1.0},
         {"forward_s": {7: 1.0}},

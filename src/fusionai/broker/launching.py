@@ -155,6 +155,7 @@ class Launcher:
             back=message.back,
             compnodes=message.compnodes,
             cuts=message.cuts,
+            split_backward=not message.options.compile,
         )
         chosen = {PeerId(stage.peer) for stage in plan.stages} | {owner.peer}
         lost = [records[peer].name for peer in chosen if self._state.endpoint.link(peer) is None]

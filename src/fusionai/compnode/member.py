@@ -147,6 +147,8 @@ class Member:
             heartbeat=None if role == "observer" else self._heartbeat,
             on_registered=self._on_registered,
         )
+        self.plane = plane
+        """What runs this machine's stages; None for an observer."""
         self._hosting = Hosting(
             self.wire,
             plane,

@@ -14,6 +14,7 @@ sessions on the same program, and nothing here changes.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
@@ -83,6 +84,15 @@ class Calibration(msgspec.Struct, frozen=True):
     """Achieved bandwidth of elementwise operators, bytes read plus written."""
     overhead_s: float
     """Seconds that one small operator takes, the dispatch included."""
+
+
+class Clipping(msgspec.Struct, frozen=True):
+    """How a step's gradients are to be clipped."""
+
+    norm: float
+    """Of all gradients together."""
+    factor: float
+    """What each is multiplied by; 1 leaves them as they are."""
 
 
 class Program(ABC):
@@ -165,8 +175,8 @@ class Program(ABC):
         """Forget what is kept for a microbatch in every stage; with None, all of them and the gradients."""
 
     @abstractmethod
-    def gradient_square_sum(self, skip: Sequence[WeightKey] = ()) -> float:
-        """Sum of squares of all accumulated gradients, each weight once, those in `skip` left out."""
+    def gradient_norms(self, skip: Sequence[WeightKey] = ()) -> dict[WeightKey, float]:
+        """Norm of each weight's accumulated gradient, those in `skip` and weights without one left out."""
 
     @abstractmethod
     def read_gradient(self, key: WeightKey) -> TensorData:
@@ -216,6 +226,15 @@ class Plane(ABC):
     @abstractmethod
     def calibrate(self, device: str, *, seconds: float = 2.0) -> Calibration:
         """Measure what a device achieves, in about `seconds`."""
+
+    def clipping(self, norms: Sequence[float], limit: float) -> Clipping:
+        """Return the norm of gradients whose norms are given, and the factor that brings it to `limit`, 0 for none.
+
+        `norms` are in the order of the model's weights. A plane rounds as its framework's own clipping does, so that a
+        clipped step equals that of a single process bit for bit.
+        """
+        norm = math.sqrt(total) if (total := sum(each * each for each in norms)) >= 0 else math.nan
+        return Clipping(norm, limit / norm if 0 < limit < norm else 1.0)
 
     @abstractmethod
     def set_threads(self, count: int) -> None:

@@ -135,9 +135,9 @@ def weighted_nodes(graph: OpDag) -> frozenset[int]:
 def deferrable(subdag: SubDag) -> frozenset[str]:
     """Return the names of the linear calls whose weight's gradient may be computed after the boundary gradients.
 
-    Nothing in backward waits for the gradient of a weight. Of a weight that is read more than once, the parts of the
-    gradient must add up in the order of a single process, so those are left alone. So is a stage that sends no
-    gradient, since nobody waits for it.
+    Nothing in backward waits for the gradient of a weight. Of a weight that is read more than once, or is tied to
+    another, the parts of the gradient must add up in the order of a single process, so those are left alone. So is a
+    stage that sends no gradient, since nobody waits for it.
     """
     if not any(each.gradient for each in subdag.receives):
         return frozenset()
@@ -146,13 +146,17 @@ def deferrable(subdag: SubDag) -> frozenset[str]:
     single = {
         weight.name
         for weight in subdag.weights
-        if weight.trainable and keys[weight.key] == 1 and users[weight.name] == 1
+        if weight.trainable and not weight.aliases and keys[weight.key] == 1 and users[weight.name] == 1
     }
+    shapes = {weight.name: weight.type.shape for weight in subdag.weights}
     found = set()
     for node in subdag.nodes:
         if node.op == "aten.linear.default":
-            weight = operator(node.op).bind(node)["weight"]
-            if isinstance(weight, Ref) and weight.name in single:
+            arguments = operator(node.op).bind(node)
+            weight, bias = arguments["weight"], arguments["bias"]
+            if not isinstance(weight, Ref) or weight.name not in single or len(shapes[weight.name]) != 2:
+                continue
+            if bias is None or (isinstance(bias, Ref) and shapes.get(bias.name) == shapes[weight.name][:1]):
                 found.add(node.name)
     return frozenset(found)
 

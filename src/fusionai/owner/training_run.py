@@ -121,7 +121,15 @@ async def train(
     try:
         machines = _machines(graph, launched, member)
         folder.write("plan.json", msgspec.json.format(msgspec.json.encode(launched.plan)).decode())
-        driver = Driver(launched.job, member.wire, graph, machines, gradient_clip=job.training.gradient_clip)
+        assert member.plane is not None, "an owner has a plane"
+        driver = Driver(
+            launched.job,
+            member.wire,
+            graph,
+            machines,
+            gradient_clip=job.training.gradient_clip,
+            clipping=member.plane.clipping,
+        )
         member.on_job_lost(launched.job, driver.fail)
         observer.launched(launched, machines)
         resumed = job.optimizer.states if job.first_step else ()

@@ -50,6 +50,8 @@ class Task:
     privacy: Literal["private", "open"]
     front: int
     back: int
+    split_backward: bool = True
+    """Whether boundary gradients leave before those of weights are computed; a compiled backward is one piece."""
 
     def member(self, peer: str) -> Member:
         """Return a machine by its peer."""
@@ -104,7 +106,7 @@ class _Stages:
             for cost, device in zip(self._costs, devices, strict=True)
         ]
         self._deferred_s = [
-            min(seconds[1], deferred_s(cost, device, task.precision))
+            min(seconds[1], deferred_s(cost, device, task.precision)) if task.split_backward else 0.0
             for cost, device, seconds in zip(self._costs, devices, self._seconds, strict=True)
         ]
         self._edges = self._make_edges()

@@ -129,7 +129,7 @@ class _Run:
         self.position[stage] += 1
         if backward:
             for edge in self.backward_edges[stage]:
-                sent_s = end_s - times.deferred_s
+                sent_s = max(start_s, end_s - times.deferred_s)
                 self._send(times.machine, edge.source, index, edge.backward_s or 0.0, edge.delay_s, sent_s, True)
         else:
             for edge in self.forward_edges[stage]:

@@ -30,8 +30,14 @@ from fusionai.scheduling.shortage import no_link_with_owner, nothing_fits, owner
 _MOST_POSITIONS = 160
 """More cut points than this are thinned out: the solver's tables grow with their square."""
 
-_POLISHING_WORK = 20_000
-"""Operators that may be cut and costed again to improve a plan: about a second."""
+_POLISHING_WORK = 10_000
+"""Operators that may be cut and costed again to improve a candidate: about half a second."""
+
+_MOST_POLISHED = 3
+"""Best candidates that are polished."""
+
+_FEW_MICROBATCHES = 16
+"""Up to so many, what the last microbatch leaves to compute matters, and candidates are sought with it and without."""
 
 _CORRECTIONS = 3
 """How often the solver is told that a machine holds less than it reckoned with."""
@@ -52,12 +58,15 @@ def plan_training(
     back: int,
     compnodes: int = 0,
     cuts: Sequence[int] | None = None,
+    split_backward: bool = True,
 ) -> Plan:
     """Return the fastest plan. Blocks for up to seconds: call it in a thread.
 
     Nodes [0, front) and [back, N) run on the owner's machine; the graph must be arranged for that already.
     `compnodes` is how many others to use, 0 for as many as serve best. `cuts` are cut positions strictly between
     `front` and `back` to use instead of the planner's; they decide how many compnodes are used, not which.
+
+    `split_backward`: see `evaluation.Task`.
 
     Raises PlacementError with what is missing when no plan meets the constraints, and ConfigError for `cuts` that do
     not suit the graph or `compnodes`.
@@ -74,6 +83,7 @@ def plan_training(
         privacy=privacy,
         front=front,
         back=back,
+        split_backward=split_backward,
     )
     if not pool.members:
         raise PlacementError(
@@ -88,8 +98,10 @@ def plan_training(
     for limit in _limits(microbatches, max(counts) + len(segments.outer)):
         fitting, too_large = _search(task, segments, members, counts, limit)
         if fitting:
-            best = min(fitting, key=lambda each: each.plan.predicted_step_s)
-            best = _polished(task, segments, best, limit)
+            # Polishing ends in a local minimum: where it starts matters.
+            fitting = sorted(fitting, key=lambda each: each.plan.predicted_step_s)[:_MOST_POLISHED]
+            polished = [_polished(task, segments, each, limit) for each in fitting]
+            best = min(polished, key=lambda each: each.plan.predicted_step_s)
             return _explained(task, best.plan, members, chosen=bool(compnodes) or cuts is not None)
         owner_failure = too_large or owner_failure
     raise owner_too_small(task, owner_failure) if owner_failure else nothing_fits(task, segments, members, counts)
@@ -148,17 +160,21 @@ def _search(
     place = {member.peer: index for index, member in enumerate(members)}
     owner_failure: Evaluated | None = None
     for _ in range(1 + _CORRECTIONS):
-        line = make_line(
-            segments,
-            members,
-            task.owner,
-            task.pool,
-            microbatches=task.microbatches,
-            precision=task.precision,
-            budgets_bytes=budgets,
-            in_flight_limit=limit,
-        )
-        tried = [_evaluated(task, segments, members, each, limit) for each in split(line, counts)]
+        found: dict[tuple[tuple[int, ...], tuple[int, ...]], Split] = {}
+        for hide_deferred in _hidings(task):
+            line = make_line(
+                segments,
+                members,
+                task.owner,
+                task.pool,
+                microbatches=task.microbatches,
+                precision=task.precision,
+                budgets_bytes=budgets,
+                in_flight_limit=limit,
+                hide_deferred=hide_deferred,
+            )
+            found |= {(each.devices, each.bounds): each for each in split(line, counts)}
+        tried = [_evaluated(task, segments, members, each, limit) for each in found.values()]
         if fitting := [each for each in tried if not each.overloaded(task)]:
             return fitting, None
         shrunk = False
@@ -175,6 +191,13 @@ def _search(
         if not shrunk:
             break
     return [], owner_failure
+
+
+def _hidings(task: Task) -> tuple[bool, ...]:
+    """Return for which of the solver's numbers to search (`make_line`)."""
+    if not task.split_backward:
+        return (False,)
+    return (True, False) if task.microbatches <= _FEW_MICROBATCHES else (True,)
 
 
 def _polished(task: Task, segments: Segments, best: Evaluated, limit: int) -> Evaluated:

@@ -137,8 +137,13 @@ def make_line(
     precision: str,
     budgets_bytes: Sequence[float],
     in_flight_limit: int,
+    hide_deferred: bool = True,
 ) -> Line:
-    """Return the solver's numbers for `members` on the segments."""
+    """Return the solver's numbers for `members` on the segments.
+
+    With `hide_deferred`, what a stage computes after its gradients have left delays no microbatch. That is so except
+    for the last one of a step: its stages end with it, so where microbatches are few the other numbers may find more.
+    """
 
     def both_s(cost: StageCost, device: DeviceProfile) -> float:
         return forward_s(cost, device, precision) + backward_s(cost, device, precision)
@@ -148,7 +153,9 @@ def make_line(
         [_ranges([deferred_s(cost, member.device, precision) for cost in segments.costs]) for member in members]
     )
     hidden = np.where(np.isfinite(hidden), hidden, 0.0)
-    if len(segments.outer) == segments.outer_after:
+    if not hide_deferred:
+        hidden[:] = 0.0
+    elif len(segments.outer) == segments.outer_after:
         hidden[:, 0] = 0.0  # nobody waits for the first stage's gradients
     count, positions = len(members), len(segments.positions)
     hop = np.full((count + 1, count + 1, positions), np.inf)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fusionai.errors import DataError, JobError, NetworkError, PeerLost, ProtocolError
+from fusionai.execution.plane import Clipping
 from fusionai.graph.model import OpDag, Sizes, SubDag, WeightKey
 from fusionai.graph.sizes import concrete
 from fusionai.network.identity import PeerId
@@ -81,6 +82,8 @@ class RoundResult:
     """Weighted mean over the microbatches."""
     gradient_norm: float
     """Global norm before clipping; 0 in an evaluation."""
+    gradient_scale: float
+    """What clipping multiplies the gradients by."""
     seconds: float
     reports: Mapping[str, Report]
     """By peer."""
@@ -92,13 +95,22 @@ class Driver:
     """Drives one job, from the loading of weights to the last pull."""
 
     def __init__(
-        self, job: JobId, wire: JobWire, graph: OpDag, machines: Sequence[Machine], *, gradient_clip: float
+        self,
+        job: JobId,
+        wire: JobWire,
+        graph: OpDag,
+        machines: Sequence[Machine],
+        *,
+        gradient_clip: float,
+        clipping: Callable[[Sequence[float], float], Clipping],
     ) -> None:
+        """`clipping` is the owner's plane's: gradients are clipped as its framework does it, to `gradient_clip`."""
         self.job = job
         self.machines = tuple(machines)
         self._wire = wire
         self._graph = graph
         self._clip = gradient_clip
+        self._clipping = clipping
         self._readers = [
             (machine.peer, subdag.index, item.name)
             for machine in machines
@@ -106,6 +118,7 @@ class Driver:
             for item in subdag.inputs
             if item.role != "positions"
         ]
+        self._order = tuple(dict.fromkeys(weight.key for weight in graph.weights if weight.trainable))
         self._round = 0
         self._fed_bytes: dict[str, int] = {}
         self._microbatches = 0
@@ -196,11 +209,7 @@ class Driver:
         """
         result = await self._run_round(step, batch, weights, train=True)
         finite = math.isfinite(result.loss) and math.isfinite(result.gradient_norm)
-        scale = 1.0
-        if finite and 0 < self._clip < result.gradient_norm:
-            # The 1e-6 is torch.nn.utils.clip_grad_norm_'s, so that a clipped step equals torch's.
-            scale = self._clip / (result.gradient_norm + 1e-6)
-        await self._tell(Commit(self.job, self._round - 1, learning_rate, scale, finite))
+        await self._tell(Commit(self.job, self._round - 1, learning_rate, result.gradient_scale, finite))
         if not finite:
             what = "the loss" if not math.isfinite(result.loss) else "the norm of the gradients"
             value = result.loss if not math.isfinite(result.loss) else result.gradient_norm
@@ -214,7 +223,11 @@ class Driver:
     def _source(self, result: RoundResult) -> str:
         """Name the machines whose gradients are not finite; where it is all of them, the trouble is everybody's."""
         reports = result.reports
-        names = [each.name for each in self.machines if not math.isfinite(reports[each.peer].square_sum)]
+        names = [
+            each.name
+            for each in self.machines
+            if not all(math.isfinite(norm) for norm in reports[each.peer].norms.values())
+        ]
         return f" (gradients of {', '.join(names)})" if 0 < len(names) < len(self.machines) else ""
 
     async def evaluate(self, batch: Sequence[Batch], weights: Sequence[float]) -> RoundResult:
@@ -242,10 +255,12 @@ class Driver:
         losses = {index: loss for report in self._reports.values() for index, loss in report.losses.items()}
         if losses.keys() != set(range(len(batch))):
             raise JobError(f"the losses of microbatches {sorted(set(range(len(batch))) - losses.keys())} did not come")
-        square_sum = total(report.square_sum for report in self._reports.values())
+        norms = {key: norm for report in self._reports.values() for key, norm in report.norms.items()}
+        clipping = self._clipping([norms[key] for key in self._order if key in norms], self._clip)
         return RoundResult(
             loss=total(weights[index] * loss for index, loss in losses.items()),
-            gradient_norm=math.sqrt(square_sum) if square_sum >= 0 else math.nan,
+            gradient_norm=clipping.norm,
+            gradient_scale=clipping.factor,
             seconds=seconds,
             reports=dict(self._reports),
             fed_bytes=dict(self._fed_bytes),

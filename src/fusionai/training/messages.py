@@ -111,8 +111,8 @@ class Report(msgspec.Struct, frozen=True, tag="train.report"):
     round: int
     losses: dict[int, float]
     """Loss by microbatch, from the machine that computes it; empty elsewhere."""
-    square_sum: float
-    """Sum of squared gradients of the weights this machine answers for (0 in an evaluation)."""
+    norms: dict[WeightKey, float]
+    """Norms of the gradients of the weights this machine answers for; empty in an evaluation."""
     busy_s: float
     wall_s: float
     """Seconds computing, and seconds from the round's begin to its last microbatch."""

@@ -20,8 +20,11 @@ def flaw(report: Report, subdags: Sequence[SubDag], microbatches: int, peers: Co
     due = set(range(microbatches)) if any(subdag.loss is not None for subdag in subdags) else set()
     if report.losses.keys() != due:
         return f"losses of {len(report.losses)} microbatches, where {len(due)} are due"
-    if report.square_sum < 0:
-        return f"a sum of squares of {report.square_sum}"
+    trained = {weight.key for subdag in subdags for weight in subdag.weights if weight.trainable}
+    if not report.norms.keys() <= trained:
+        return "norms of gradients of weights that it does not train"
+    if any(norm < 0 for norm in report.norms.values()):
+        return f"a norm of {min(report.norms.values())}"
     stages = {subdag.index for subdag in subdags}
     if not stages.issuperset(report.forward_s) or not stages.issuperset(report.backward_s):
         return "times of stages that it does not have"

@@ -371,11 +371,11 @@ class StageHost:
                 return
 
     async def _round_done(self, current: Round) -> None:
-        square_sum = 0.0
+        norms: dict[WeightKey, float] = {}
         if current.train:
             await self._sum_tied(current)
             others = [key for key, holders in self.assignment.tied.items() if holders[0] != self._wire.me]
-            square_sum = await self._compute.call(lambda: self._program.gradient_square_sum(others))
+            norms = await self._compute.call(lambda: self._program.gradient_norms(others))
             self._committing = current
         self.memory_bytes = await self._compute.call(self._program.memory_bytes)
         self._current = None
@@ -383,7 +383,7 @@ class StageHost:
             self.assignment.job,
             current.number,
             dict(self._losses),
-            square_sum,
+            norms,
             current.busy_s,
             time.perf_counter() - current.started_s,
             dict(self._round_bytes),

@@ -10,6 +10,7 @@ The results are those of torch bit for bit: the same products, added to the accu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -47,8 +48,12 @@ class DeferredProducts:
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute `aten.linear`, with the gradient of `weight`, a leaf, left to `flush`."""
+        plain_bias = bias is None or bias.shape == weight.shape[:1]
+        if weight.dim() != 2 or not plain_bias or not input.is_contiguous():
+            # torch computes and adds these in other orders.
+            return cast("Tensor", torch.ops.aten.linear.default(input, weight, bias))
         used = weight
-        if torch.is_autocast_enabled(input.device.type):
+        if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(input.device.type)
             input, used = input.to(dtype), weight.detach().to(dtype)
             bias = bias.to(dtype) if bias is not None else None
@@ -69,10 +74,17 @@ class DeferredProducts:
         if not self._waiting:
             return
         with torch.no_grad():
-            self._waiting.reverse()
-            while self._waiting:
-                self._waiting.pop().add()
-        self._held.clear()
+            products, self._waiting = self._waiting, []
+            self._held.clear()
+            products.reverse()
+            while products:
+                products.pop().add()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield what is kept."""
+        for product in self._waiting:
+            yield product.gradient_NO
+            yield product.input_NI
 
     def clear(self) -> None:
         """Forget every product that waits."""

@@ -340,15 +340,16 @@ class TorchProgram(Program):
 
     # --- gradients and updates -----------------------------------------------------------------------------
 
-    def gradient_square_sum(self, skip: Sequence[WeightKey] = ()) -> float:
+    def gradient_norms(self, skip: Sequence[WeightKey] = ()) -> dict[WeightKey, float]:
         apply_threads()
         self._gather_gradients()
-        norms = [
-            torch.linalg.vector_norm(weight.grad)
+        found = {
+            key: torch.linalg.vector_norm(weight.grad)
             for key, weight in self._weights.trainable()
             if weight.grad is not None and key not in skip
-        ]
-        return float(torch.stack(norms).double().square().sum()) if norms else 0.0
+        }
+        # One transfer from the device, not one for each weight.
+        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
 
     def read_gradient(self, key: WeightKey) -> TensorData:
         weight = self._trained(key)
@@ -404,6 +405,7 @@ class TorchProgram(Program):
         total += distinct_bytes(self._tied.tensors(), counted)
         total += distinct_bytes(self._optimizer.tensors(), counted)
         total += distinct_bytes(self._buffers_before.values(), counted)
+        total += distinct_bytes(self._deferred.tensors(), counted)
         for ready in self._functions.values():
             total += distinct_bytes(ready.function.fixed, counted)
         for kept in self._kept.values():
