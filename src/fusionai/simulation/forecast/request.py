@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -45,6 +46,10 @@ class Request:
         (subdag,) = cut(self.graph, [])
         return subdag
 
+    def using(self, compnodes: int) -> Request:
+        """Return the same request for another number of machines."""
+        return dataclasses.replace(self, compnodes=compnodes)
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -73,21 +78,18 @@ def with_owner(what_if: WhatIfPool, privacy: Literal["private", "open"]) -> What
     if privacy == "private":
         raise ConfigError(
             "owner is missing: of a private job, parts of the model stay on the owner's machine; add an [owner] table "
-            "that describes it, or use placement.privacy = \"open\" if the machines may see the data"
+            'that describes it, or use placement.privacy = "open" if the machines may see the data'
         )
     taken = {each.peer for each in what_if.members}
     name = _DRIVER if _DRIVER not in taken else f"{_DRIVER} (not in the pool file)"
     driver = Member(peer=name, name=name, device=what_if.members[0].device, dialable=True)
-    return WhatIfPool(
-        members=what_if.members,
+    return dataclasses.replace(
+        what_if,
         owner=driver,
         hardware=(*what_if.hardware, None),
         up_bytes_per_s=np.append(what_if.up_bytes_per_s, np.inf),
         down_bytes_per_s=np.append(what_if.down_bytes_per_s, np.inf),
-        regions=what_if.regions,
         region=np.append(what_if.region, what_if.region[0]),
-        rtt_s=what_if.rtt_s,
-        cap_bytes_per_s=what_if.cap_bytes_per_s,
     )
 
 

@@ -1,0 +1,76 @@
+"""Pools that differ from a given one in one thing: another machine, or better links."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import msgspec
+import numpy as np
+
+from fusionai.graph.cost import stage_cost
+from fusionai.graph.cuts import boundary_bytes, cut
+from fusionai.scheduling.estimator import backward_s, forward_s, send_s
+from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.profile import LinkProfile
+from fusionai.simulation.forecast.request import Request, Setting
+from fusionai.simulation.hardware.what_if_pool import WhatIfPool
+
+
+def best_machine(request: Request, what_if: WhatIfPool) -> int:
+    """Return the index of the member that computes this job fastest, the first of several."""
+    whole = stage_cost(request.whole(), request.sizes)
+    seconds = [
+        forward_s(whole, each.device, request.precision) + backward_s(whole, each.device, request.precision)
+        for each in what_if.members
+    ]
+    return int(np.argmin(seconds))
+
+
+def one_more(what_if: WhatIfPool, index: int) -> WhatIfPool:
+    """Return the pool with a second machine like member `index`: the same device, region and lines of its own."""
+    like, last = what_if.members[index], len(what_if.members)
+    name = f"another {like.name}"
+    twin = msgspec.structs.replace(like, peer=name, name=name)
+    hardware = [*what_if.hardware]
+    hardware.insert(last, what_if.hardware[index])
+    return dataclasses.replace(
+        what_if,
+        members=(*what_if.members, twin),
+        hardware=tuple(hardware),
+        up_bytes_per_s=np.insert(what_if.up_bytes_per_s, last, what_if.up_bytes_per_s[index]),
+        down_bytes_per_s=np.insert(what_if.down_bytes_per_s, last, what_if.down_bytes_per_s[index]),
+        region=np.insert(what_if.region, last, what_if.region[index]),
+    )
+
+
+def uplinks_doubled(what_if: WhatIfPool) -> WhatIfPool:
+    """Return the pool in which every machine, the owner's too, sends twice as fast; downlinks and routes stay."""
+    return dataclasses.replace(what_if, up_bytes_per_s=2 * what_if.up_bytes_per_s)
+
+
+def link_doubled(setting: Setting, one: str, other: str) -> Setting:
+    """Return the setting in which the link between two peers carries twice as much, in both directions.
+
+    Gradients go back the way that activations came, so one direction alone would leave the other one to wait for.
+    """
+    pool = setting.pool
+    faster = {
+        f"{source}>{target}": LinkProfile(link.rtt_s, 2 * link.bandwidth_bytes_per_s)
+        for source, target in ((one, other), (other, one))
+        for link in (pool.link(source, target),)
+    }
+    return dataclasses.replace(setting, pool=msgspec.structs.replace(pool, links={**pool.links, **faster}))
+
+
+def busiest_link(request: Request, plan: Plan, setting: Setting) -> tuple[str, str] | None:
+    """Return the link that a plan keeps busy longest, as (source, target) peers; None if nothing is sent."""
+    peers = [stage.peer for stage in plan.stages]
+    busy_s: Counter[tuple[str, str]] = Counter()
+    stages = cut(request.graph, plan.cuts)
+    for (source, target), (forward, gradients) in boundary_bytes(stages, request.sizes).items():
+        one, other = peers[source], peers[target]
+        if one != other:
+            busy_s[one, other] += send_s(forward, setting.pool.link(one, other))
+            busy_s[other, one] += send_s(gradients, setting.pool.link(other, one))
+    return max(busy_s, key=lambda link: busy_s[link]) if busy_s else None
