@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fusionai.execution.own_thread import in_own_thread
 from fusionai.graph.capture import capture_transformers
 from fusionai.graph.encoding import content_hash
 from fusionai.graph.privacy import arrange_private
@@ -36,7 +35,7 @@ def forecast_job(job: JobConfig, what_if: WhatIfPool) -> Forecast:
         GraphError: the model cannot become an OP-DAG, or cannot be cut privately.
         PlacementError: no plan meets the constraints; the text says what is missing.
     """
-    return forecast(in_own_thread(lambda: request_of(job)), what_if)
+    return forecast(request_of(job), what_if)
 
 
 def request_of(job: JobConfig) -> Request:
@@ -68,7 +67,7 @@ def request_of(job: JobConfig) -> Request:
 def _vocabulary(job: JobConfig, source: Path | None) -> Vocabulary | None:
     """Return the vocabulary to plan for: the configuration's, else the named tokenizer's, else of one to be trained.
 
-    A tokenizer trained on a short text may get fewer tokens than it may have; the plan then reckons with a few too many.
+    A tokenizer trained on a short text may get fewer tokens than it may have; the plan then reckons with too many.
     """
     if source is not None:
         return None

@@ -7,8 +7,7 @@ from collections.abc import Hashable, Iterator
 import msgspec
 
 from fusionai.errors import PlacementError
-from fusionai.graph.cost import StageCost, stage_cost
-from fusionai.graph.cuts import cut
+from fusionai.graph.cost import StageCost
 from fusionai.scheduling.estimator import training_memory_bytes
 from fusionai.scheduling.explain import bytes_text
 from fusionai.scheduling.profile import DeviceProfile, Member
@@ -37,12 +36,12 @@ class Alone(msgspec.Struct, frozen=True, kw_only=True):
 def each_alone(request: Request, what_if: WhatIfPool, setting: Setting, pool_step_s: float) -> tuple[Alone, ...]:
     """Return what each kind of machine would do by itself, the fastest first; those that hold too little come last.
 
-    Every figure is a plan's. Machines that are alike in all that a plan sees are planned for once. The owner's machine is
-    tried with the whole job unless it only drives, in an open job.
+    Every figure is a plan's. Machines that are alike in all that a plan sees are planned for once. The owner's machine,
+    where the pool has one, is tried with the whole job.
     """
     found = [_with_member(request, setting, group, pool_step_s) for group in _groups(what_if, setting)]
-    if request.privacy == "private":
-        found.insert(0, _at_home(request, setting.owner, pool_step_s))
+    if what_if.owner is not None:
+        found.insert(0, _at_home(request, what_if.owner, pool_step_s))
     return tuple(sorted(found, key=lambda each: each.predicted_step_s or float("inf")))
 
 
@@ -59,7 +58,7 @@ def _groups(what_if: WhatIfPool, setting: Setting) -> Iterator[list[Member]]:
 
 def _with_member(request: Request, setting: Setting, group: list[Member], pool_step_s: float) -> Alone:
     member, with_owner = group[0], request.privacy == "private"
-    if lacking := _lacking(request, _compnodes_share(request), member.device):
+    if lacking := _lacking(request, request.shared_cost, member.device):
         return _unfit(member, len(group), lacking, with_owner=with_owner)
     try:
         step_s = plan_with(request, setting, member).predicted_step_s
@@ -69,8 +68,7 @@ def _with_member(request: Request, setting: Setting, group: list[Member], pool_s
 
 
 def _at_home(request: Request, owner: Member, pool_step_s: float) -> Alone:
-    whole = stage_cost(request.whole(), request.sizes)
-    if lacking := _lacking(request, whole, owner.device):
+    if lacking := _lacking(request, request.whole_cost, owner.device):
         return _unfit(owner, 1, lacking, with_owner=False)
     try:
         step_s = plan_at_home(request, owner).predicted_step_s
@@ -79,15 +77,8 @@ def _at_home(request: Request, owner: Member, pool_step_s: float) -> Alone:
     return _fit(request, owner, 1, step_s, pool_step_s, with_owner=False)
 
 
-def _compnodes_share(request: Request) -> StageCost:
-    """Return the cost of all that may be distributed."""
-    ends = [position for position in (request.front, request.back) if 0 < position < len(request.graph.nodes)]
-    stages = cut(request.graph, ends)
-    return stage_cost(stages[1 if request.front else 0], request.sizes)
-
-
 def _lacking(request: Request, cost: StageCost, device: DeviceProfile) -> str:
-    """Return why a stage cannot fit a device whatever the schedule, "" if it may. Spares planning for what cannot be."""
+    """Return why a stage cannot fit a device, "" if it may: whatever the schedule, so nothing need be planned."""
     need = training_memory_bytes(cost, device, 1, request.optimizer_states) * MEMORY_MARGIN
     if need <= device.memory_bytes:
         return ""

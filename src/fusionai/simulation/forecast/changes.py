@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import defaultdict
 
 import msgspec
 import numpy as np
 
-from fusionai.graph.cost import stage_cost
 from fusionai.graph.cuts import boundary_bytes, cut
 from fusionai.scheduling.estimator import backward_s, forward_s, send_s
 from fusionai.scheduling.plan import Plan
@@ -19,7 +18,7 @@ from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 
 def best_machine(request: Request, what_if: WhatIfPool) -> int:
     """Return the index of the member that computes this job fastest, the first of several."""
-    whole = stage_cost(request.whole(), request.sizes)
+    whole = request.whole_cost
     seconds = [
         forward_s(whole, each.device, request.precision) + backward_s(whole, each.device, request.precision)
         for each in what_if.members
@@ -66,7 +65,7 @@ def link_doubled(setting: Setting, one: str, other: str) -> Setting:
 def busiest_link(request: Request, plan: Plan, setting: Setting) -> tuple[str, str] | None:
     """Return the link that a plan keeps busy longest, as (source, target) peers; None if nothing is sent."""
     peers = [stage.peer for stage in plan.stages]
-    busy_s: Counter[tuple[str, str]] = Counter()
+    busy_s: defaultdict[tuple[str, str], float] = defaultdict(float)
     stages = cut(request.graph, plan.cuts)
     for (source, target), (forward, gradients) in boundary_bytes(stages, request.sizes).items():
         one, other = peers[source], peers[target]

@@ -9,7 +9,6 @@ from typing import Literal
 import msgspec
 
 from fusionai.errors import PlacementError
-from fusionai.graph.cost import stage_cost
 from fusionai.scheduling.bound import least_step_s
 from fusionai.scheduling.explain import holding
 from fusionai.scheduling.plan import Plan
@@ -84,7 +83,8 @@ def forecast(request: Request, what_if: WhatIfPool, *, clock_s: Callable[[], flo
     Each what-if is planned for anew, as the broker would. `clock_s` times the planning.
 
     Raises:
-        ConfigError: the job is private and the pool has no owner, it has too many machines, or the job's cuts are wrong.
+        ConfigError: the job is private and the pool has no owner, there are too many machines, or the job's cuts are
+            wrong.
         PlacementError: no plan meets the constraints; the text says what is missing.
     """
     full = with_owner(what_if, request.privacy)
@@ -102,7 +102,7 @@ def forecast(request: Request, what_if: WhatIfPool, *, clock_s: Callable[[], flo
         bound_step_s=bound_step_s,
         bound_share=bound_step_s / plan.predicted_step_s,
         planning_s=planning_s,
-        alone=each_alone(request, full, setting, plan.predicted_step_s),
+        alone=each_alone(request, what_if, setting, plan.predicted_step_s),
         what_if=_changes(request, full, setting, plan),
         assumed=assumptions(what_if),
     )
@@ -111,7 +111,7 @@ def forecast(request: Request, what_if: WhatIfPool, *, clock_s: Callable[[], flo
 def _bound_s(request: Request, setting: Setting) -> float:
     computing = setting.machines if request.privacy == "private" else setting.pool.members
     return least_step_s(
-        stage_cost(request.whole(), request.sizes),
+        request.whole_cost,
         [each.device for each in computing],
         microbatches=request.microbatches,
         precision=request.precision,

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import msgspec
 import numpy as np
 
 from fusionai.errors import ConfigError
+from fusionai.graph.cost import StageCost, stage_cost
 from fusionai.graph.cuts import cut
-from fusionai.graph.model import OpDag, Sizes, SubDag
+from fusionai.graph.model import OpDag, Sizes
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.planner import plan_training
 from fusionai.scheduling.profile import Member, Pool
@@ -41,10 +43,17 @@ class Request:
     """How many machines to use; 0: as many as serve best."""
     cuts: tuple[int, ...] | None = None
 
-    def whole(self) -> SubDag:
-        """Return the whole graph as one stage."""
-        (subdag,) = cut(self.graph, [])
-        return subdag
+    @cached_property
+    def whole_cost(self) -> StageCost:
+        """Cost of the whole graph as one stage."""
+        (whole,) = cut(self.graph, [])
+        return stage_cost(whole, self.sizes)
+
+    @cached_property
+    def shared_cost(self) -> StageCost:
+        """Cost of all that may be distributed, as one stage."""
+        ends = [position for position in (self.front, self.back) if 0 < position < len(self.graph.nodes)]
+        return stage_cost(cut(self.graph, ends)[1 if self.front else 0], self.sizes)
 
     def using(self, compnodes: int) -> Request:
         """Return the same request for another number of machines."""
