@@ -32,7 +32,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from fusionai.cli.console import console, print_result
     from fusionai.cli.forecast_words import sentences
-    from fusionai.errors import ConfigError
     from fusionai.simulation.hardware.pool_file import read_pool
 
     # The quick mistakes first: torch takes seconds to load.
@@ -41,13 +40,6 @@ def run(arguments: argparse.Namespace) -> int:
     from fusionai.owner.what_if import forecast_job
 
     job = job_of(arguments.job, None, arguments.overrides)
-    if what_if.owner is None and job.placement.privacy == "private":
-        from fusionai.simulation.forecast.request import with_owner
-
-        try:
-            with_owner(what_if, job.placement.privacy)
-        except ConfigError as error:
-            raise ConfigError(f"{arguments.pool}: {error}") from error
     found = forecast_job(job, what_if)
     screen = console(arguments)
     _show(screen, found)
@@ -62,12 +54,13 @@ def _show(screen: Console, found: Forecast) -> None:
 
     from fusionai.scheduling.explain import bytes_text, seconds_text
 
-    table = Table("stage", "machine", "device", "holds", "memory", "a microbatch", "busy", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "machine", "holds", "memory of offer", "a microbatch", "busy"):
+        table.add_column(column, overflow="fold")
     for each in found.stages:
         table.add_row(
             str(each.stage),
             each.machine,
-            each.device,
             each.holds,
             f"{bytes_text(each.memory_bytes)} of {bytes_text(each.offered_bytes)}",
             seconds_text(each.seconds),

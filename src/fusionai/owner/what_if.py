@@ -20,7 +20,7 @@ from fusionai.owner.model_configuration import (
     vocabulary_of,
 )
 from fusionai.simulation.forecast.forecast import Forecast, forecast
-from fusionai.simulation.forecast.request import Request
+from fusionai.simulation.forecast.request import Request, with_owner
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 from fusionai.training.config import JobConfig
 from fusionai.training.data.tokenizer import END_ID, load_tokenizer
@@ -35,6 +35,7 @@ def forecast_job(job: JobConfig, what_if: WhatIfPool) -> Forecast:
         GraphError: the model cannot become an OP-DAG, or cannot be cut privately.
         PlacementError: no plan meets the constraints; the text says what is missing.
     """
+    with_owner(what_if, job.placement.privacy)  # refused before seconds are spent on the capture
     return forecast(request_of(job), what_if)
 
 

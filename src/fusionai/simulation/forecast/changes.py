@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from fusionai.graph.cuts import boundary_bytes, cut
-from fusionai.scheduling.estimator import backward_s, forward_s, send_s
+from fusionai.scheduling.estimator import backward_s, flops_rate, forward_s, send_s
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.profile import LinkProfile
 from fusionai.simulation.forecast.request import Request, Setting
@@ -18,12 +18,15 @@ from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 
 def best_machine(request: Request, what_if: WhatIfPool) -> int:
     """Return the index of the member that computes this job fastest, the first of several."""
-    whole = request.whole_cost
-    seconds = [
-        forward_s(whole, each.device, request.precision) + backward_s(whole, each.device, request.precision)
-        for each in what_if.members
-    ]
-    return int(np.argmin(seconds))
+    whole, precision = request.whole_cost, request.precision
+
+    def slowness(index: int) -> tuple[float, float]:
+        device = what_if.members[index].device
+        seconds = forward_s(whole, device, precision) + backward_s(whole, device, precision)
+        # Small models keep no GPU busy and take the same time on each: then the one that could do more.
+        return seconds, -flops_rate(device, "matmul", precision)
+
+    return min(range(len(what_if.members)), key=slowness)
 
 
 def one_more(what_if: WhatIfPool, index: int) -> WhatIfPool:

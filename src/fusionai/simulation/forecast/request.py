@@ -86,8 +86,8 @@ def with_owner(what_if: WhatIfPool, privacy: Literal["private", "open"]) -> What
         return what_if
     if privacy == "private":
         raise ConfigError(
-            "owner is missing: of a private job, parts of the model stay on the owner's machine; add an [owner] table "
-            'that describes it, or use placement.privacy = "open" if the machines may see the data'
+            "the pool file has no [owner] table, but of a private job parts of the model stay on the owner's machine; "
+            'add the table, or use placement.privacy = "open" if the machines may see the data'
         )
     taken = {each.peer for each in what_if.members}
     name = _DRIVER if _DRIVER not in taken else f"{_DRIVER} (not in the pool file)"
