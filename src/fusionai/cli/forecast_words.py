@@ -28,7 +28,8 @@ def sentences(found: Forecast) -> Iterator[str]:
         f"It took {seconds_text(found.planning_s)} to plan."
     )
     yield from (f"{line[0].upper()}{line[1:]}." for line in found.plan.explanation if line.startswith("left out: "))
-    yield _alone(found)
+    if found.alone:
+        yield _alone(found)
     yield from (_change(change) for change in found.what_if.values())
     yield ""
     for each in found.assumed:

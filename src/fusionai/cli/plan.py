@@ -25,6 +25,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         dest="overrides",
         help="override a field of the job file, such as training.microbatches=64",
     )
+    parser.add_argument(
+        "--no-what-if",
+        action="store_false",
+        dest="what_ifs",
+        help="the plan alone, without single machines and better pools: a fourth of the time for large models",
+    )
     parser.set_defaults(run_command=run)
 
 
@@ -40,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fusionai.owner.what_if import forecast_job
 
     job = job_of(arguments.job, None, arguments.overrides)
-    found = forecast_job(job, what_if)
+    found = forecast_job(job, what_if, what_ifs=arguments.what_ifs)
     screen = console(arguments)
     _show(screen, found)
     for line in sentences(found):

@@ -26,8 +26,10 @@ from fusionai.training.config import JobConfig
 from fusionai.training.data.tokenizer import END_ID, load_tokenizer
 
 
-def forecast_job(job: JobConfig, what_if: WhatIfPool) -> Forecast:
+def forecast_job(job: JobConfig, what_if: WhatIfPool, *, what_ifs: bool = True) -> Forecast:
     """Return what a pool would give a job. Blocks for seconds, with large models and pools for half a minute.
+
+    Without `what_ifs` neither single machines nor better pools are planned for, which takes most of that time.
 
     Raises:
         ConfigError: a field of the job is wrong, its configuration cannot be had, or the pool lacks an owner.
@@ -36,7 +38,7 @@ def forecast_job(job: JobConfig, what_if: WhatIfPool) -> Forecast:
         PlacementError: no plan meets the constraints; the text says what is missing.
     """
     with_owner(what_if, job.placement.privacy)  # refused before seconds are spent on the capture
-    return forecast(request_of(job), what_if)
+    return forecast(request_of(job), what_if, what_ifs=what_ifs)
 
 
 def request_of(job: JobConfig) -> Request:

@@ -77,10 +77,20 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     lab: bool = False
 
 
-def forecast(request: Request, what_if: WhatIfPool, *, clock_s: Callable[[], float] = time.perf_counter) -> Forecast:
+def forecast(
+    request: Request,
+    what_if: WhatIfPool,
+    *,
+    what_ifs: bool = True,
+    clock_s: Callable[[], float] = time.perf_counter,
+) -> Forecast:
     """Return what a pool would give a job. Blocks for seconds, with large models and pools for half a minute.
 
-    Each what-if is planned for anew, as the broker would. `clock_s` times the planning.
+    Args:
+        request: the job.
+        what_if: the pool.
+        what_ifs: whether single machines and better pools are planned for, too, each anew as a broker would.
+        clock_s: times the planning.
 
     Raises:
         ConfigError: the job is private and the pool has no owner, there are too many machines, or the job's cuts are
@@ -102,8 +112,8 @@ def forecast(request: Request, what_if: WhatIfPool, *, clock_s: Callable[[], flo
         bound_step_s=bound_step_s,
         bound_share=bound_step_s / plan.predicted_step_s,
         planning_s=planning_s,
-        alone=each_alone(request, what_if, setting, plan.predicted_step_s),
-        what_if=_changes(request, full, setting, plan),
+        alone=each_alone(request, what_if, setting, plan.predicted_step_s) if what_ifs else (),
+        what_if=_changes(request, full, setting, plan) if what_ifs else {},
         assumed=assumptions(what_if),
     )
 
@@ -167,7 +177,11 @@ def _changes(request: Request, what_if: WhatIfPool, setting: Setting, plan: Plan
         one, other = (next(each.name for each in setting.machines if each.peer == peer) for peer in link)
         what = f"twice the bandwidth between {one} and {other}, both ways"
         add("bottleneck_link_doubled", what, link_doubled(setting, *link))
-    add("uplinks_doubled", "twice the bandwidth of every machine's uplink", setting_of(uplinks_doubled(what_if)))
+    add(
+        "uplinks_doubled",
+        "twice the bandwidth of every uplink, downlinks as they are",
+        setting_of(uplinks_doubled(what_if)),
+    )
     return found
 
 
