@@ -270,7 +270,7 @@ def test_too_little_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     weak = {**OWNER, "memory": "1MB"}
     status, line = refused(capsys, job, "--pool", pool_file(tmp_path, machine(), owner=weak))
     assert status == 3
-    assert "its machine offers 1 MB" in line
+    assert "its machine, owner, offers 1 MB" in line
     hidden = {**OWNER, "dialable": False}
     pool = pool_file(tmp_path, machine(name="cellar", dialable=False), owner=hidden)
     status, line = refused(capsys, job, "--pool", pool)
