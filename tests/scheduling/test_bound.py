@@ -60,7 +60,7 @@ def fields(member: Member) -> dict[str, object]:
     return {name: getattr(member.device, name) for name in DeviceProfile.__struct_fields__}
 
 
-@pytest.mark.parametrize(("count", "device", "microbatches"), product((1, 3), ("cpu", "cuda:0"), (1, 8)))
+@pytest.mark.parametrize(("count", "device", "microbatches"), list(product((1, 3), ("cpu", "cuda:0"), (1, 8))))
 def test_no_plan_is_faster(count: int, device: str, microbatches: int) -> None:
     members = [member(f"m{k}", gflops=40.0 * (k + 1), device=device) for k in range(count)]
     links = pool(*members, rtt_s=0.0, bytes_per_s=1e15)

@@ -28,8 +28,8 @@ def owner_too_small(task: Task, smallest: Evaluated) -> PlacementError:
     offered, need = task.owner.device.memory_bytes, smallest.needs_bytes[task.owner.peer]
     return PlacementError(
         f"the owner's own stages (what touches its data) need {bytes_text(need)}, but its machine, {task.owner.name}, "
-        f"offers {bytes_text(offered)}, {bytes_text(need - offered)} too little; lower training.batch_size, raise the memory "
-        'offered, or use placement.privacy = "open" if the compnodes may see the data'
+        f"offers {bytes_text(offered)}, {bytes_text(need - offered)} too little; lower training.batch_size, raise the "
+        'memory offered, or use placement.privacy = "open" if the compnodes may see the data'
     )
 
 

@@ -171,7 +171,7 @@ def _changes(request: Request, what_if: WhatIfPool, setting: Setting, plan: Plan
     larger = request.using(request.compnodes + 1) if request.compnodes and request.cuts is None else request
     like = what_if.members[best]
     more = setting_of(one_more(what_if, best))
-    add("one_more_machine", f"one more {like.device.name}, linked as {like.name} is", more, larger)
+    add("one_more_machine", f"one more machine like {like.name} ({like.device.name})", more, larger)
     link = busiest_link(request, plan, setting)
     if link is not None:
         one, other = (next(each.name for each in setting.machines if each.peer == peer) for peer in link)
