@@ -25,21 +25,22 @@ LLAMA: dict[str, Any] = {
 }
 
 
-def job(privacy: str = "open", task: str = "causal", **config: Any) -> JobConfig:
+def job(text: Path, **config: Any) -> JobConfig:
+    text.write_text("some words, again and again\n" * 200, encoding="utf-8")
     table = {
         "name": "t",
-        "model": {"config": {**LLAMA, **config}, "task": task},
+        "model": {"config": {**LLAMA, **config}},
         # Just the bytes and the two special tokens: what any text gives.
-        "data": {"vocabulary_size": 258, "sequence_length": 16},
+        "data": {"text": str(text), "vocabulary_size": 258, "sequence_length": 16},
         "training": {"batch_size": 3, "microbatches": 5},
-        "placement": {"privacy": privacy},
+        "placement": {"privacy": "open"},
     }
     return job_from(table, source="job.toml")
 
 
 @pytest.mark.parametrize("config", [{}, {"vocab_size": 1000}, {"tie_word_embeddings": True}])
 def test_the_graph_is_the_one_that_is_trained(config: dict[str, Any], tmp_path: Path) -> None:
-    asked = job(**config)
+    asked = job(tmp_path / "text.txt", **config)
     request, prepared = request_of(asked), prepare_language_model(asked, RunFolder(tmp_path / "run"))
     assert request.graph_hash == content_hash(prepared.graph)
     assert request.tokens_per_step == prepared.tokens_per_step == 3 * 5 * 16

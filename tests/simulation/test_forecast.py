@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "scheduling"))
 from decoder_graph import SIZES, decoder
 
 from fusionai.errors import ConfigError
-from fusionai.simulation.forecast.changes import busiest_link, link_doubled, one_more, uplinks_doubled
+from fusionai.simulation.forecast.changes import link_doubled, links_busy_s, one_more, uplinks_doubled
 from fusionai.simulation.forecast.forecast import forecast
 from fusionai.simulation.forecast.request import Request, plan_at_home, plan_on, plan_with, setting_of, with_owner
 from fusionai.simulation.hardware.pool_file import pool_from
@@ -56,6 +56,7 @@ def test_figures_are_those_of_plans() -> None:
     setting = setting_of(what_if)
     assert found.plan == plan_on(private(), setting)
     assert found.planning_s == 2.5
+    assert f"(busy {found.busiest_share:.0%} of it)" in found.bottleneck
     alone = {each.machine: each for each in found.alone}
     assert alone.keys() == {"owner", "a-1", "b"}
     assert alone["a-1"].alike == 2
@@ -111,8 +112,9 @@ def test_better_pools() -> None:
 
     setting = setting_of(full)
     plan = plan_on(request(compnodes=3), setting)
-    link = busiest_link(request(), plan, setting)
-    assert link is not None
+    busy_s = links_busy_s(request(), plan, setting)
+    link = max(busy_s, key=lambda link: busy_s[link])
+    assert len(busy_s) == 4, "two cuts, both ways"
     faster = link_doubled(setting, *link)
     for one, other in (link, link[::-1]):
         before, after = setting.pool.link(one, other), faster.pool.link(one, other)

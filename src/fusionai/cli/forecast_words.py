@@ -11,6 +11,9 @@ from fusionai.simulation.forecast.forecast import Change, Forecast
 _AS_FAST = 0.02
 """Of a speed: what differs by less is called as fast. Predictions are not that good."""
 
+_IDLE = 0.5
+"""Share of a step below which what is busiest does not really limit the speed."""
+
 _MOST_NAMED = 5
 """Machines that a sentence names."""
 
@@ -27,6 +30,12 @@ def sentences(found: Forecast) -> Iterator[str]:
         f"up, links for free); this one reaches {_percent(found.bound_share)} of that speed. "
         f"It took {seconds_text(found.planning_s)} to plan."
     )
+    if found.busiest_share < _IDLE:
+        yield (
+            f"Nothing is busy for more than {_percent(found.busiest_share)} of a step: microbatches wait for each other's "
+            "way through the machines. More of them a step (training.microbatches), more memory to hold them, or fewer "
+            "machines (placement.compnodes) would help more than a faster one."
+        )
     yield from (f"{line[0].upper()}{line[1:]}." for line in found.plan.explanation if line.startswith("left out: "))
     if found.alone:
         yield _alone(found)

@@ -65,14 +65,14 @@ def link_doubled(setting: Setting, one: str, other: str) -> Setting:
     return dataclasses.replace(setting, pool=msgspec.structs.replace(pool, links={**pool.links, **faster}))
 
 
-def busiest_link(request: Request, plan: Plan, setting: Setting) -> tuple[str, str] | None:
-    """Return the link that a plan keeps busy longest, as (source, target) peers; None if nothing is sent."""
+def links_busy_s(request: Request, plan: Plan, setting: Setting) -> dict[tuple[str, str], float]:
+    """Return for how many seconds of a step a plan keeps each link busy, by (source, target) peers."""
     peers = [stage.peer for stage in plan.stages]
     busy_s: defaultdict[tuple[str, str], float] = defaultdict(float)
     stages = cut(request.graph, plan.cuts)
     for (source, target), (forward, gradients) in boundary_bytes(stages, request.sizes).items():
         one, other = peers[source], peers[target]
         if one != other:
-            busy_s[one, other] += send_s(forward, setting.pool.link(one, other))
-            busy_s[other, one] += send_s(gradients, setting.pool.link(other, one))
-    return max(busy_s, key=lambda link: busy_s[link]) if busy_s else None
+            busy_s[one, other] += plan.microbatches * send_s(forward, setting.pool.link(one, other))
+            busy_s[other, one] += plan.microbatches * send_s(gradients, setting.pool.link(other, one))
+    return dict(busy_s)

@@ -13,7 +13,7 @@ from fusionai.scheduling.bound import least_step_s
 from fusionai.scheduling.explain import holding
 from fusionai.scheduling.plan import Plan
 from fusionai.simulation.forecast.alone import Alone, each_alone
-from fusionai.simulation.forecast.changes import best_machine, busiest_link, link_doubled, one_more, uplinks_doubled
+from fusionai.simulation.forecast.changes import best_machine, link_doubled, links_busy_s, one_more, uplinks_doubled
 from fusionai.simulation.forecast.request import Request, Setting, plan_on, setting_of, with_owner
 from fusionai.simulation.hardware.efficiency import ASSUMED
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
@@ -64,6 +64,8 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     predicted_step_s: float
     tokens_per_s: float
     bottleneck: str
+    busiest_share: float
+    """Share of a step for which that is busy. Well below 1, machines mostly wait for each other."""
     bound_step_s: float
     """No plan on these machines is faster: their computing, divided without loss over all of them, and free links."""
     bound_share: float
@@ -103,9 +105,12 @@ def forecast(
     plan = plan_on(request, setting)
     planning_s = clock_s() - started_s
     bound_step_s = _bound_s(request, setting)
+    rows = _rows(request, plan, setting)
+    longest_link_s = max(links_busy_s(request, plan, setting).values(), default=0.0)
     return Forecast(
         plan=plan,
-        stages=_rows(request, plan, setting),
+        stages=rows,
+        busiest_share=max(longest_link_s / plan.predicted_step_s, *(each.busy for each in rows)),
         predicted_step_s=plan.predicted_step_s,
         tokens_per_s=request.tokens_per_step / plan.predicted_step_s,
         bottleneck=plan.bottleneck,
@@ -172,8 +177,9 @@ def _changes(request: Request, what_if: WhatIfPool, setting: Setting, plan: Plan
     like = what_if.members[best]
     more = setting_of(one_more(what_if, best))
     add("one_more_machine", f"one more machine like {like.name} ({like.device.name})", more, larger)
-    link = busiest_link(request, plan, setting)
-    if link is not None:
+    busy_s = links_busy_s(request, plan, setting)
+    if busy_s:
+        link = max(busy_s, key=lambda link: busy_s[link])
         one, other = (next(each.name for each in setting.machines if each.peer == peer) for peer in link)
         what = f"twice the bandwidth between {one} and {other}, both ways"
         add("bottleneck_link_doubled", what, link_doubled(setting, *link))
