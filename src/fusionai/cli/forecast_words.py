@@ -33,8 +33,8 @@ def sentences(found: Forecast) -> Iterator[str]:
     if found.busiest_share < _IDLE:
         yield (
             f"Nothing is busy for more than {_percent(found.busiest_share)} of a step: microbatches wait for each "
-            "other's way through the machines. More of them a step (training.microbatches), more memory to hold them, or "
-            "fewer machines (placement.compnodes) may help more than a faster one."
+            "other's way through the machines. More of them a step (training.microbatches), more memory to hold them "
+            "or fewer machines (placement.compnodes) may help more than a faster one."
         )
     yield from (f"{line[0].upper()}{line[1:]}." for line in found.plan.explanation if line.startswith("left out: "))
     if found.alone:
