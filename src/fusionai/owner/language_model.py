@@ -7,30 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from fusionai.errors import ConfigError
 from fusionai.graph.capture import capture_transformers
 from fusionai.owner.checkpointing import CheckpointFiles
+from fusionai.owner.model_configuration import (
+    ALL_FILES,
+    MODEL_CLASSES,
+    cannot_be_made,
+    configuration,
+    empty_model,
+    model_folder,
+    vocabulary_of,
+)
 from fusionai.owner.resuming import CheckpointWeights, check_same_graph
 from fusionai.owner.run_folder import RunFolder
 from fusionai.owner.training_run import TrainingJob
 from fusionai.training.checkpoint import CheckpointReader, WeightFiles
-from fusionai.training.config import DataConfig, JobConfig, ModelConfig, to_toml
+from fusionai.training.config import JobConfig, to_toml
 from fusionai.training.data.packed import PackedText, pack_documents
 from fusionai.training.data.sources import text_documents
 from fusionai.training.data.tokenizer import load_tokenizer, masking, train_tokenizer
 from fusionai.training.driver import WeightSource
 
 log = logging.getLogger(__name__)
-
-_MODEL_CLASSES: dict[str, Any] = {
-    "causal": transformers.AutoModelForCausalLM,
-    "masked": transformers.AutoModelForMaskedLM,
-}
-
-_HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt"]
-"""What is fetched of a model on the hub: no code, and no pickled weights."""
 
 
 def prepare_language_model(job: JobConfig, folder: RunFolder, *, resume: Path | None = None) -> TrainingJob:
@@ -40,9 +39,9 @@ def prepare_language_model(job: JobConfig, folder: RunFolder, *, resume: Path | 
     step. Raises ConfigError, DataError, GraphError or CheckpointError.
     """
     reader = _open(resume) if resume is not None else None
-    source = resume if resume is not None else _model_folder(job.model)
+    source = resume if resume is not None else model_folder(job.model, ALL_FILES)
     tokenizer = _tokenizer(job, source)
-    config = _configuration(job.model, job.data, tokenizer, source)
+    config = configuration(job.model, job.data, vocabulary_of(tokenizer), source)
     text = _packed_text(job, tokenizer, folder)
     model, weights = _model(job, config, source)
     captured = capture_transformers(model, job.model.task, name=job.name)
@@ -81,26 +80,6 @@ def _open(checkpoint: Path) -> CheckpointReader:
     return reader
 
 
-def _model_folder(model: ModelConfig) -> Path | None:
-    """Return the folder of a pretrained model, fetching it from the hub when `path` is a name there."""
-    if model.path is None:
-        return None
-    local = Path(model.path).expanduser()
-    if local.is_dir():
-        return local
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(model.path, allow_patterns=_HUB_FILES))
-    except Exception as error:
-        # The hub's client raises many kinds, of several libraries; each means that the model cannot be had.
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.path {model.path!r} is no folder here and cannot be fetched from the hub ({reason}); "
-            "check the name and the connection, or give a folder"
-        ) from error
-
-
 def _tokenizer(job: JobConfig, source: Path | None) -> Any:
     if job.data.tokenizer is not None:
         return load_tokenizer(job.data.tokenizer)
@@ -123,59 +102,18 @@ def _packed_text(job: JobConfig, tokenizer: Any, folder: RunFolder) -> PackedTex
     )
 
 
-def _configuration(model: ModelConfig, data: DataConfig, tokenizer: Any, source: Path | None) -> Any:
-    """Return the transformers configuration, checked against the tokenizer and the sequence length."""
-    if source is not None:
-        try:
-            config = transformers.AutoConfig.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{source} holds no transformers configuration: {_first_line(error)}") from error
-    else:
-        config = _from_fields(dict(model.config or {}), tokenizer)
-    if len(tokenizer) > config.vocab_size:
-        raise ConfigError(
-            f"model.config.vocab_size is {config.vocab_size}, but the tokenizer has {len(tokenizer)} tokens; "
-            "raise it, or leave it out to take the tokenizer's"
-        )
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and data.sequence_length > longest:
-        raise ConfigError(
-            f"data.sequence_length is {data.sequence_length}, but the model takes at most {longest} positions "
-            "(max_position_embeddings)"
-        )
-    return config
-
-
-def _from_fields(fields: dict[str, Any], tokenizer: Any) -> Any:
-    kind = str(fields.pop("model_type"))
-    fields.setdefault("vocab_size", len(tokenizer))
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        fields.setdefault(name, getattr(tokenizer, name, None))
-    try:
-        plain = transformers.AutoConfig.for_model(kind)
-        unknown = sorted(name for name in fields if not hasattr(plain, name))
-        config = transformers.AutoConfig.for_model(kind, **fields)
-    except Exception as error:
-        # transformers raises whatever its many configurations do; the text says which field it is about.
-        raise ConfigError(f"model.config is no configuration of {kind!r}: {_message(error)}") from error
-    if unknown:
-        raise ConfigError(f"model.config.{unknown[0]} is no field of {kind!r} configurations")
-    return config
-
-
 def _model(job: JobConfig, config: Any, source: Path | None) -> tuple[Any, WeightSource | None]:
     """Return the module to capture, and where its weights come from unless they are its own.
 
     Weights in files are read one at a time when they are sent out, so the model itself stays on the meta device.
     Where the files name them otherwise than the module does, transformers loads and converts them.
     """
-    kind = _MODEL_CLASSES[job.model.task]
+    kind = MODEL_CLASSES[job.model.task]
     try:
         if source is None:
             torch.manual_seed(job.training.seed)
             return kind.from_config(config), None
-        with torch.device("meta"):
-            model = kind.from_config(config)
+        model = empty_model(job, config)
         files = WeightFiles(source)
         needed = {name for name, _ in model.named_parameters()} | set(model.state_dict())
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -185,12 +123,4 @@ def _model(job: JobConfig, config: Any, source: Path | None) -> tuple[Any, Weigh
         log.info("the files of %s name weights otherwise than the model; transformers loads them", source)
         return kind.from_pretrained(source, dtype=torch.float32), None
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"the model cannot be made: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _message(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        raise cannot_be_made(error) from error

@@ -11,13 +11,15 @@ from fusionai.scheduling.explain import bytes_text
 from fusionai.scheduling.profile import Member
 from fusionai.scheduling.segments import MEMORY_MARGIN, Segments, reachable
 
+_MOST_NAMED = 5
+
 
 def no_link_with_owner(task: Task) -> PlacementError:
     """Nobody can be linked with the owner's machine."""
     return PlacementError(
-        f"none of the {len(task.pool.members)} free compnodes can be linked with the owner's machine: one side of each "
-        "link must listen where the other can dial it; start `fusionai join` with --listen HOST:PORT, and --advertise "
-        "behind a router"
+        f"none of the {len(task.pool.members)} free compnodes ({_named(task.pool.members)}) can be linked with the "
+        f"owner's machine, {task.owner.name}: one side of each link must listen where the other can dial it; start "
+        "`fusionai join` with --listen HOST:PORT, and --advertise behind a router"
     )
 
 
@@ -25,10 +27,16 @@ def owner_too_small(task: Task, smallest: Evaluated) -> PlacementError:
     """The pinned stages do not fit the owner's machine."""
     offered, need = task.owner.device.memory_bytes, smallest.needs_bytes[task.owner.peer]
     return PlacementError(
-        f"the owner's own stages (what touches its data) need {bytes_text(need)}, but its machine offers "
-        f"{bytes_text(offered)}, {bytes_text(need - offered)} too little; lower training.batch_size, raise the memory "
-        'offered, or use placement.privacy = "open" if the compnodes may see the data'
+        f"the owner's own stages (what touches its data) need {bytes_text(need)}, but its machine, {task.owner.name}, "
+        f"offers {bytes_text(offered)}, {bytes_text(need - offered)} too little; lower training.batch_size, raise the "
+        'memory offered, or use placement.privacy = "open" if the compnodes may see the data'
     )
+
+
+def _named(members: Sequence[Member]) -> str:
+    """Return the names of the first few machines."""
+    more = ", ..." if len(members) > _MOST_NAMED else ""
+    return ", ".join(each.name for each in members[:_MOST_NAMED]) + more
 
 
 def nothing_fits(task: Task, segments: Segments, members: Sequence[Member], counts: Sequence[int]) -> PlacementError:
@@ -63,8 +71,10 @@ def nothing_fits(task: Task, segments: Segments, members: Sequence[Member], coun
         return PlacementError(f"{text}: {bytes_text(need - sum(used))} are missing; {help_text}")
     unlinked = sum(not reachable(one, other) for index, one in enumerate(members) for other in members[index + 1 :])
     if unlinked:
+        hidden = [each for each in members if not each.dialable]
         return PlacementError(
             f"{text}, but {unlinked} pair{'s' if unlinked > 1 else ''} of compnodes cannot be linked, since neither "
-            "side can be dialled; start `fusionai join` with --listen and --advertise on some of them"
+            f"side can be dialled ({_named(hidden)}); start `fusionai join` with --listen and --advertise on some of "
+            "them"
         )
     return PlacementError(f"{text}, but no cut gives each a part that fits, working space included; {help_text}")

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 END = "<|endoftext|>"
 MASK = "<|mask|>"
+END_ID = 0
+"""Of `END`, in every tokenizer that is trained here."""
 
 LEAST_VOCABULARY = 258
 """Every byte, the end of a document, and the mask: with these any text can be tokenized."""

@@ -1,0 +1,96 @@
+"""A forecast in sentences, for people who have never read a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fusionai.scheduling.explain import seconds_text
+from fusionai.simulation.forecast.alone import Alone
+from fusionai.simulation.forecast.forecast import Change, Forecast
+
+_AS_FAST = 0.02
+"""Of a speed: what differs by less is called as fast. Predictions are not that good."""
+
+_IDLE = 0.5
+"""Share of a step below which what is busiest does not really limit the speed."""
+
+_MOST_NAMED = 5
+"""Machines that a sentence names."""
+
+
+def sentences(found: Forecast) -> Iterator[str]:
+    """Yield what a forecast says, a sentence a line."""
+    yield ""
+    yield (
+        f"A step takes about {seconds_text(found.predicted_step_s)}: {_tokens(found.tokens_per_s)}. "
+        f"What limits it: {found.bottleneck}."
+    )
+    yield (
+        f"No plan on these machines could take less than {seconds_text(found.bound_step_s)} (all their computing added "
+        f"up, links for free); this one reaches {_percent(found.bound_share)} of that speed. "
+        f"It took {seconds_text(found.planning_s)} to plan."
+    )
+    if found.busiest_share < _IDLE:
+        yield (
+            f"Nothing is busy for more than {_percent(found.busiest_share)} of a step: microbatches wait for each "
+            "other's way through the machines. More of them a step (training.microbatches), more memory to hold them "
+            "or fewer machines (placement.compnodes) may help more than a faster one."
+        )
+    yield from (f"{line[0].upper()}{line[1:]}." for line in found.plan.explanation if line.startswith("left out: "))
+    if found.alone:
+        yield _alone(found)
+    yield from (_change(change) for change in found.what_if.values())
+    yield ""
+    for each in found.assumed:
+        yield f"Assumed, not measured: {each.figure} ({_named(each.machines)}): {each.note}."
+
+
+def _alone(found: Forecast) -> str:
+    """Return whether a single machine would do as well."""
+    fitting = [each for each in found.alone if each.speedup is not None]
+    if not fitting:
+        return "No machine could train this job alone: it fits into none of them."
+    best = fitting[0]
+    assert best.speedup is not None
+    who = _alone_name(best)
+    used = {stage.machine for stage in found.stages}
+    if best.speedup > 1 + _AS_FAST:
+        return f"Train on {who}: {_times(best.speedup)} faster than this pool ({_rate(best)})."
+    if best.speedup < 1 - _AS_FAST:
+        return f"The pool is {_times(1 / best.speedup)} faster than the best machine alone, {who} ({_rate(best)})."
+    if len(used) == 1 or (best.with_owner and len(used) == 2):
+        return f"This plan uses one machine: train on {who}; the others of this pool would not make it faster."
+    return f"Train on {who}: as fast as this pool ({_rate(best)})."
+
+
+def _alone_name(best: Alone) -> str:
+    others = f" (or another of the {best.alike} like it)" if best.alike > 1 else ""
+    return f"{best.machine} alone{others}" + (", with the owner's machine for its data" if best.with_owner else "")
+
+
+def _rate(each: Alone) -> str:
+    return f"{_tokens(each.tokens_per_s or 0.0)} alone"
+
+
+def _change(change: Change) -> str:
+    what = f"{change.what[0].upper()}{change.what[1:]}"
+    if change.speedup < 1 + _AS_FAST / 10:
+        return f"{what}: no faster."
+    return f"{what}: {change.speedup - 1:.1%} faster ({_tokens(change.tokens_per_s)})."
+
+
+def _named(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
+
+
+def _tokens(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s >= 10 else f"{tokens_per_s:.2g} tokens/s"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.1 else f"{share:.2%}"
+
+
+def _times(factor: float) -> str:
+    return f"{factor:,.0f}x" if factor >= 10 else f"{factor:.1f}x" if factor >= 1.1 else f"{factor:.2f}x"

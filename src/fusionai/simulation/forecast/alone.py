@@ -1,0 +1,109 @@
+"""Whether one machine alone would do: the pool's, each by itself, and the owner's."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+
+import msgspec
+
+from fusionai.errors import PlacementError
+from fusionai.graph.cost import StageCost
+from fusionai.scheduling.estimator import training_memory_bytes
+from fusionai.scheduling.explain import bytes_text
+from fusionai.scheduling.profile import DeviceProfile, Member
+from fusionai.scheduling.segments import MEMORY_MARGIN, reachable
+from fusionai.simulation.forecast.request import Request, Setting, plan_at_home, plan_with
+from fusionai.simulation.hardware.what_if_pool import WhatIfPool
+
+
+class Alone(msgspec.Struct, frozen=True, kw_only=True):
+    """What a single machine would do with the job."""
+
+    machine: str
+    alike: int
+    """Machines of the pool that are just like it, with the same links, itself included."""
+    with_owner: bool
+    """Whether the owner's machine keeps its part of a private job; if not, nothing is anywhere else."""
+    predicted_step_s: float | None
+    """None where the job does not fit."""
+    tokens_per_s: float | None
+    speedup: float | None
+    """Over the plan for the whole pool; above 1, the pool only slows the job down."""
+    why_not: str = ""
+    """Why it does not fit."""
+
+
+def each_alone(request: Request, what_if: WhatIfPool, setting: Setting, pool_step_s: float) -> tuple[Alone, ...]:
+    """Return what each kind of machine would do by itself, the fastest first; those that hold too little come last.
+
+    Every figure is a plan's. Machines that are alike in all that a plan sees are planned for once. The owner's machine,
+    where the pool has one, is tried with the whole job.
+    """
+    found = [_with_member(request, setting, group, pool_step_s) for group in _groups(what_if, setting)]
+    if what_if.owner is not None:
+        found.insert(0, _at_home(request, what_if.owner, pool_step_s))
+    return tuple(sorted(found, key=lambda each: each.predicted_step_s or float("inf")))
+
+
+def _groups(what_if: WhatIfPool, setting: Setting) -> Iterator[list[Member]]:
+    """Yield the members that can be linked with the owner, those together that no plan for one could tell apart."""
+    groups: dict[Hashable, list[Member]] = {}
+    for index, member in enumerate(what_if.members):
+        if reachable(member, setting.owner):
+            links = what_if.up_bytes_per_s[index], what_if.down_bytes_per_s[index], what_if.region[index]
+            key = msgspec.json.encode(member.device), *(float(each) for each in links)
+            groups.setdefault(key, []).append(member)
+    yield from groups.values()
+
+
+def _with_member(request: Request, setting: Setting, group: list[Member], pool_step_s: float) -> Alone:
+    member, with_owner = group[0], request.privacy == "private"
+    if lacking := _lacking(request, request.shared_cost, member.device):
+        return _unfit(member, len(group), lacking, with_owner=with_owner)
+    try:
+        step_s = plan_with(request, setting, member).predicted_step_s
+    except PlacementError as error:
+        return _unfit(member, len(group), str(error), with_owner=with_owner)
+    return _fit(request, member, len(group), step_s, pool_step_s, with_owner=with_owner)
+
+
+def _at_home(request: Request, owner: Member, pool_step_s: float) -> Alone:
+    if lacking := _lacking(request, request.whole_cost, owner.device):
+        return _unfit(owner, 1, lacking, with_owner=False)
+    try:
+        step_s = plan_at_home(request, owner).predicted_step_s
+    except PlacementError as error:
+        return _unfit(owner, 1, str(error), with_owner=False)
+    return _fit(request, owner, 1, step_s, pool_step_s, with_owner=False)
+
+
+def _lacking(request: Request, cost: StageCost, device: DeviceProfile) -> str:
+    """Return why a stage cannot fit a device, "" if it may: whatever the schedule, so nothing need be planned."""
+    need = training_memory_bytes(cost, device, 1, request.optimizer_states) * MEMORY_MARGIN
+    if need <= device.memory_bytes:
+        return ""
+    missing = bytes_text(need - device.memory_bytes)
+    return f"needs at least {bytes_text(need)} and offers {bytes_text(device.memory_bytes)}: {missing} are missing"
+
+
+def _fit(request: Request, member: Member, alike: int, step_s: float, pool_step_s: float, *, with_owner: bool) -> Alone:
+    return Alone(
+        machine=member.name,
+        alike=alike,
+        with_owner=with_owner,
+        predicted_step_s=step_s,
+        tokens_per_s=request.tokens_per_step / step_s,
+        speedup=pool_step_s / step_s,
+    )
+
+
+def _unfit(member: Member, alike: int, why_not: str, *, with_owner: bool) -> Alone:
+    return Alone(
+        machine=member.name,
+        alike=alike,
+        with_owner=with_owner,
+        predicted_step_s=None,
+        tokens_per_s=None,
+        speedup=None,
+        why_not=why_not,
+    )

@@ -1,0 +1,210 @@
+"""Everything that an owner learns of a pool before joining it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from fusionai.errors import PlacementError
+from fusionai.scheduling.bound import least_step_s
+from fusionai.scheduling.explain import holding
+from fusionai.scheduling.plan import Plan
+from fusionai.simulation.forecast.alone import Alone, each_alone
+from fusionai.simulation.forecast.changes import best_machine, link_doubled, links_busy_s, one_more, uplinks_doubled
+from fusionai.simulation.forecast.request import Request, Setting, plan_on, setting_of, with_owner
+from fusionai.simulation.hardware.efficiency import ASSUMED
+from fusionai.simulation.hardware.what_if_pool import WhatIfPool
+
+ChangeName = Literal["one_more_machine", "bottleneck_link_doubled", "uplinks_doubled"]
+
+
+class StageRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A stage of the plan, with the names of the pool file."""
+
+    stage: int
+    machine: str
+    device: str
+    holds: str
+    memory_bytes: int
+    offered_bytes: int
+    """By the machine; several stages of one share it."""
+    seconds: float
+    """Of a microbatch, forward and backward."""
+    busy: float
+    """Share of a step for which the machine computes, in all of its stages."""
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """What a better pool would give."""
+
+    what: str
+    """What is changed, in words."""
+    predicted_step_s: float
+    tokens_per_s: float
+    speedup: float
+    """Over the plan for the pool as it is; at least 1, since that plan stands on the better pool as well."""
+
+
+class Assumed(msgspec.Struct, frozen=True, kw_only=True):
+    """Figures that a forecast rests on and nobody measured."""
+
+    figure: str
+    note: str
+    machines: tuple[str, ...]
+
+
+class Forecast(msgspec.Struct, frozen=True, kw_only=True):
+    """The JSON of `fusionai plan --json`."""
+
+    plan: Plan
+    stages: tuple[StageRow, ...]
+    predicted_step_s: float
+    tokens_per_s: float
+    bottleneck: str
+    busiest_share: float
+    """Share of a step for which that is busy. Well below 1, machines mostly wait for each other."""
+    bound_step_s: float
+    """No plan on these machines is faster: their computing, divided without loss over all of them, and free links."""
+    bound_share: float
+    """Of the bound's speed, what the plan reaches."""
+    planning_s: float
+    """Seconds that the plan took to make, those of the what-ifs not counted."""
+    alone: tuple[Alone, ...]
+    what_if: dict[ChangeName, Change]
+    """Without a change that cannot be made: no link is doubled where nothing is sent."""
+    assumed: tuple[Assumed, ...]
+    lab: bool = False
+
+
+def forecast(
+    request: Request,
+    what_if: WhatIfPool,
+    *,
+    what_ifs: bool = True,
+    clock_s: Callable[[], float] = time.perf_counter,
+) -> Forecast:
+    """Return what a pool would give a job. Blocks for seconds, with large models and pools for half a minute.
+
+    Args:
+        request: the job.
+        what_if: the pool.
+        what_ifs: whether single machines and better pools are planned for, too, each anew as a broker would.
+        clock_s: times the planning.
+
+    Raises:
+        ConfigError: the job is private and the pool has no owner, there are too many machines, or the job's cuts are
+            wrong.
+        PlacementError: no plan meets the constraints; the text says what is missing.
+    """
+    full = with_owner(what_if, request.privacy)
+    setting = setting_of(full)
+    started_s = clock_s()
+    plan = plan_on(request, setting)
+    planning_s = clock_s() - started_s
+    bound_step_s = _bound_s(request, setting)
+    rows = _rows(request, plan, setting)
+    longest_link_s = max(links_busy_s(request, plan, setting).values(), default=0.0)
+    return Forecast(
+        plan=plan,
+        stages=rows,
+        busiest_share=max(longest_link_s / plan.predicted_step_s, *(each.busy for each in rows)),
+        predicted_step_s=plan.predicted_step_s,
+        tokens_per_s=request.tokens_per_step / plan.predicted_step_s,
+        bottleneck=plan.bottleneck,
+        bound_step_s=bound_step_s,
+        bound_share=bound_step_s / plan.predicted_step_s,
+        planning_s=planning_s,
+        alone=each_alone(request, what_if, setting, plan.predicted_step_s) if what_ifs else (),
+        what_if=_changes(request, full, setting, plan) if what_ifs else {},
+        assumed=assumptions(what_if),
+    )
+
+
+def _bound_s(request: Request, setting: Setting) -> float:
+    computing = setting.machines if request.privacy == "private" else setting.pool.members
+    return least_step_s(
+        request.whole_cost,
+        [each.device for each in computing],
+        microbatches=request.microbatches,
+        precision=request.precision,
+        optimizer_states=request.optimizer_states,
+    )
+
+
+def _rows(request: Request, plan: Plan, setting: Setting) -> tuple[StageRow, ...]:
+    machines = {each.peer: each for each in setting.machines}
+    busy_s = dict.fromkeys(machines, 0.0)
+    for stage in plan.stages:
+        busy_s[stage.peer] += plan.microbatches * (stage.predicted.forward_s + stage.predicted.backward_s)
+    return tuple(
+        StageRow(
+            stage=stage.stage,
+            machine=machines[stage.peer].name,
+            device=machines[stage.peer].device.name,
+            holds=holding(request.graph.nodes[stage.start : stage.stop]),
+            memory_bytes=stage.predicted.memory_bytes,
+            offered_bytes=machines[stage.peer].device.memory_bytes,
+            seconds=stage.predicted.forward_s + stage.predicted.backward_s,
+            busy=busy_s[stage.peer] / plan.predicted_step_s,
+        )
+        for stage in plan.stages
+    )
+
+
+def _changes(request: Request, what_if: WhatIfPool, setting: Setting, plan: Plan) -> dict[ChangeName, Change]:
+    found: dict[ChangeName, Change] = {}
+
+    def add(name: ChangeName, what: str, changed: Setting, asked: Request = request) -> None:
+        try:
+            step_s = plan_on(asked, changed).predicted_step_s
+        except PlacementError:
+            # The planner's search has an end, and the better pool led it elsewhere; the old plan still stands.
+            step_s = plan.predicted_step_s
+        step_s = min(step_s, plan.predicted_step_s)
+        found[name] = Change(
+            what=what,
+            predicted_step_s=step_s,
+            tokens_per_s=request.tokens_per_step / step_s,
+            speedup=plan.predicted_step_s / step_s,
+        )
+
+    best = best_machine(request, what_if)
+    # A job that says how many machines to use would leave the new one out.
+    larger = request.using(request.compnodes + 1) if request.compnodes and request.cuts is None else request
+    like = what_if.members[best]
+    more = setting_of(one_more(what_if, best))
+    add("one_more_machine", f"one more machine like {like.name} ({like.device.name})", more, larger)
+    busy_s = links_busy_s(request, plan, setting)
+    if busy_s:
+        link = max(busy_s, key=lambda link: busy_s[link])
+        one, other = (next(each.name for each in setting.machines if each.peer == peer) for peer in link)
+        what = f"twice the bandwidth between {one} and {other}, both ways"
+        add("bottleneck_link_doubled", what, link_doubled(setting, *link))
+    add(
+        "uplinks_doubled",
+        "twice the bandwidth of every uplink, downlinks as they are",
+        setting_of(uplinks_doubled(what_if)),
+    )
+    return found
+
+
+def assumptions(what_if: WhatIfPool) -> tuple[Assumed, ...]:
+    """Return which figures of a pool are assumed, machines with the same assumption together."""
+    by_note: dict[str, list[str]] = {}
+    given: list[str] = []
+    for machine, hardware in zip(what_if.machines, what_if.hardware, strict=True):
+        names = given if hardware is None else by_note.setdefault(ASSUMED[hardware.kind].note, [])
+        names.append(machine.name)
+    found = [
+        Assumed(figure="share of a device's published peak", note=note, machines=tuple(names))
+        for note, names in by_note.items()
+    ]
+    if given:
+        note = "the pool file gives what work reaches; attention and convolution are assumed to reach half of that"
+        found.append(Assumed(figure="rates of attention and convolution", note=note, machines=tuple(given)))
+    links = "the pool file's, each transfer alone on its lines; nobody measured them"
+    found.append(Assumed(figure="links", note=links, machines=tuple(each.name for each in what_if.machines)))
+    return tuple(found)

@@ -1,0 +1,159 @@
+"""A job as planners see it, and plans for it on any set of machines."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from fusionai.errors import ConfigError
+from fusionai.graph.cost import StageCost, stage_cost
+from fusionai.graph.cuts import cut
+from fusionai.graph.model import OpDag, Sizes
+from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.planner import plan_training
+from fusionai.scheduling.profile import Member, Pool
+from fusionai.simulation.hardware.what_if_pool import WhatIfPool
+
+_DRIVER = "the owner's machine"
+"""Who drives an open job where the pool file has no owner."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be planned: the graph as arranged for the job's privacy, and how it is to be trained."""
+
+    graph: OpDag
+    graph_hash: str
+    sizes: Sizes
+    front: int
+    back: int
+    """Nodes [0, front) and [back, N) are the owner's."""
+    microbatches: int
+    optimizer_states: int
+    precision: Literal["fp32", "bf16"]
+    privacy: Literal["private", "open"]
+    tokens_per_step: int
+    compnodes: int = 0
+    """How many machines to use; 0: as many as serve best."""
+    cuts: tuple[int, ...] | None = None
+
+    @cached_property
+    def whole_cost(self) -> StageCost:
+        """Cost of the whole graph as one stage."""
+        (whole,) = cut(self.graph, [])
+        return stage_cost(whole, self.sizes)
+
+    @cached_property
+    def shared_cost(self) -> StageCost:
+        """Cost of all that may be distributed, as one stage."""
+        ends = [position for position in (self.front, self.back) if 0 < position < len(self.graph.nodes)]
+        return stage_cost(cut(self.graph, ends)[1 if self.front else 0], self.sizes)
+
+    def using(self, compnodes: int) -> Request:
+        """Return the same request for another number of machines."""
+        return dataclasses.replace(self, compnodes=compnodes)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The machines that may serve, with their links, and the owner's."""
+
+    pool: Pool
+    owner: Member
+
+    @property
+    def machines(self) -> tuple[Member, ...]:
+        """Return the members, then the owner."""
+        return (*self.pool.members, self.owner)
+
+
+def with_owner(what_if: WhatIfPool, privacy: Literal["private", "open"]) -> WhatIfPool:
+    """Return the pool with a machine for the owner.
+
+    A pool file without one serves open jobs, whose owner only drives: it feeds tokens and commits steps. A machine
+    that costs nothing then stands for the owner's: beside the first machine, dialable, its links as wide as they get.
+
+    Raises:
+        ConfigError: a private job, whose owner's machine computes, and there is none.
+    """
+    if what_if.owner is not None:
+        return what_if
+    if privacy == "private":
+        raise ConfigError(
+            "the pool file has no [owner] table, but of a private job parts of the model stay on the owner's machine; "
+            'add the table, or use placement.privacy = "open" if the machines may see the data'
+        )
+    taken = {each.peer for each in what_if.members}
+    name = _DRIVER if _DRIVER not in taken else f"{_DRIVER} (not in the pool file)"
+    driver = Member(peer=name, name=name, device=what_if.members[0].device, dialable=True)
+    return dataclasses.replace(
+        what_if,
+        owner=driver,
+        hardware=(*what_if.hardware, None),
+        up_bytes_per_s=np.append(what_if.up_bytes_per_s, np.inf),
+        down_bytes_per_s=np.append(what_if.down_bytes_per_s, np.inf),
+        region=np.append(what_if.region, what_if.region[0]),
+    )
+
+
+def setting_of(what_if: WhatIfPool) -> Setting:
+    """Return the machines of a pool that has an owner, every link written out."""
+    assert what_if.owner is not None
+    return Setting(what_if.pool(), what_if.owner)
+
+
+def plan_on(request: Request, setting: Setting) -> Plan:
+    """Return the plan that the broker of such a pool would make. Raises as `plan_training`."""
+    return _plan(request, setting, compnodes=request.compnodes, cuts=request.cuts)
+
+
+def plan_with(request: Request, setting: Setting, member: Member) -> Plan:
+    """Return the plan for one machine of the pool; in a private job the owner's keeps its part.
+
+    Raises PlacementError when it does not fit.
+    """
+    alone = Setting(msgspec.structs.replace(setting.pool, members=(member,)), setting.owner)
+    # No cut positions of its own: there is nothing to search, and nothing but the stages that will run is costed.
+    return _plan(request, alone, compnodes=0, cuts=())
+
+
+def plan_at_home(request: Request, owner: Member) -> Plan:
+    """Return the plan that trains everything on the owner's machine. Raises PlacementError when it does not fit."""
+    return plan_training(
+        request.graph,
+        graph_hash=request.graph_hash,
+        sizes=request.sizes,
+        microbatches=request.microbatches,
+        optimizer_states=request.optimizer_states,
+        precision=request.precision,
+        pool=Pool((owner,)),
+        owner=owner,
+        privacy="open",  # nothing leaves the machine, so nothing of it needs to be kept apart
+        front=0,
+        back=len(request.graph.nodes),
+        cuts=(),
+    )
+
+
+def _plan(request: Request, setting: Setting, *, compnodes: int, cuts: Sequence[int] | None) -> Plan:
+    return plan_training(
+        request.graph,
+        graph_hash=request.graph_hash,
+        sizes=request.sizes,
+        microbatches=request.microbatches,
+        optimizer_states=request.optimizer_states,
+        precision=request.precision,
+        pool=setting.pool,
+        owner=setting.owner,
+        privacy=request.privacy,
+        front=request.front,
+        back=request.back,
+        compnodes=compnodes,
+        cuts=cuts,
+    )

@@ -1,0 +1,136 @@
+"""Forecasts: single machines and better pools, and that each figure is a plan's."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scheduling"))
+from decoder_graph import SIZES, decoder
+
+from fusionai.errors import ConfigError
+from fusionai.simulation.forecast.changes import link_doubled, links_busy_s, one_more, uplinks_doubled
+from fusionai.simulation.forecast.forecast import forecast
+from fusionai.simulation.forecast.request import Request, plan_at_home, plan_on, plan_with, setting_of, with_owner
+from fusionai.simulation.hardware.pool_file import pool_from
+from fusionai.simulation.hardware.what_if_pool import WhatIfPool
+
+GRAPH = decoder(6, hidden=512)
+
+
+def request(**changes: Any) -> Request:
+    fields: dict[str, Any] = {
+        "graph": GRAPH,
+        "graph_hash": "",
+        "sizes": SIZES,
+        "front": 0,
+        "back": len(GRAPH.nodes),
+        "microbatches": 8,
+        "optimizer_states": 2,
+        "precision": "fp32",
+        "privacy": "open",
+        "tokens_per_step": 8 * 128,
+    }
+    return Request(**{**fields, **changes})
+
+
+def private() -> Request:
+    # Embedding in front, head and loss behind.
+    return request(front=1, back=len(GRAPH.nodes) - 4, privacy="private")
+
+
+def load(*machines: dict[str, Any], mbps: float = 10_000, **tables: Any) -> WhatIfPool:
+    lines = {"up_mbps": mbps, "down_mbps": mbps, "matmul_tflops": 1.0, "memory_gb": 8, "memory_gb_per_s": 500}
+    found = {"machines": [{**lines, **each} for each in machines], **tables}
+    if "owner" in found:
+        found["owner"] = {**lines, **found["owner"]}
+    return pool_from(found, source="pool.toml")
+
+
+def test_figures_are_those_of_plans() -> None:
+    what_if = load({"count": 2, "name": "a"}, {"name": "b", "matmul_tflops": 3.0}, owner={})
+    found = forecast(private(), what_if, clock_s=iter([1.0, 3.5]).__next__)
+    setting = setting_of(what_if)
+    assert found.plan == plan_on(private(), setting)
+    assert found.planning_s == 2.5
+    assert f"(busy {found.busiest_share:.0%} of it)" in found.bottleneck
+    alone = {each.machine: each for each in found.alone}
+    assert alone.keys() == {"owner", "a-1", "b"}
+    assert alone["a-1"].alike == 2
+    assert alone["b"].predicted_step_s == plan_with(private(), setting, what_if.members[2]).predicted_step_s
+    assert what_if.owner is not None
+    assert alone["owner"].predicted_step_s == plan_at_home(private(), what_if.owner).predicted_step_s
+    assert [each.speedup for each in found.alone] == sorted((each.speedup or 0 for each in found.alone), reverse=True)
+    larger = plan_on(private(), setting_of(one_more(what_if, 2))).predicted_step_s
+    assert found.what_if["one_more_machine"].predicted_step_s == min(larger, found.predicted_step_s)
+    assert "one more machine like b (" in found.what_if["one_more_machine"].what
+    assert found.tokens_per_s == pytest.approx(1024 / found.predicted_step_s)
+
+
+def test_the_whole_search_for_one_machine_is_the_short_one() -> None:
+    what_if = load({"name": "only"}, owner={})
+    setting = setting_of(what_if)
+    for asked in (request(), private()):
+        assert plan_with(asked, setting, what_if.members[0]).stages == plan_on(asked, setting).stages
+
+
+def test_an_open_job_is_driven_without_cost() -> None:
+    what_if = load({"count": 3, "name": "a"}, mbps=100)
+    full = with_owner(what_if, "open")
+    assert full.owner is not None
+    found = forecast(request(compnodes=3), what_if)
+    assert full.owner.peer not in {stage.peer for stage in found.plan.stages}
+    assert {each.machine for each in found.alone} == {"a-1"}
+    assert all(full.owner.name not in each.machines for each in found.assumed)
+    with pytest.raises(ConfigError, match=r"no \[owner\] table"):
+        with_owner(what_if, "private")
+    assert with_owner(load({}, owner={}), "private").owner is not None
+
+
+def test_an_owner_in_the_file_is_tried_alone_in_open_jobs_too() -> None:
+    found = forecast(request(), load({}, owner={"matmul_tflops": 50.0, "memory_gb_per_s": 5000}))
+    assert found.alone[0].machine == "owner"
+    assert found.alone[0].speedup is not None
+    assert found.alone[0].speedup > 1
+
+
+def test_better_pools() -> None:
+    what_if = load({"count": 3, "name": "a", "up_mbps": 40}, mbps=200)
+    full = with_owner(what_if, "open")
+    doubled = uplinks_doubled(full)
+    assert doubled.link(0, 1).bandwidth_bytes_per_s == 2 * full.link(0, 1).bandwidth_bytes_per_s
+    assert uplinks_doubled(uplinks_doubled(uplinks_doubled(full))).link(0, 1).bandwidth_bytes_per_s == 25e6
+
+    larger = one_more(full, 1)
+    assert larger.members[3].name == "another a-2"
+    assert larger.owner == full.owner
+    assert larger.link(3, 0) == full.link(1, 0)
+    assert larger.link(4, 3) == full.link(3, 1), "the owner stays last"
+
+    setting = setting_of(full)
+    plan = plan_on(request(compnodes=3), setting)
+    busy_s = links_busy_s(request(), plan, setting)
+    link = max(busy_s, key=lambda link: busy_s[link])
+    assert len(busy_s) == 4, "two cuts, both ways"
+    faster = link_doubled(setting, *link)
+    for one, other in (link, link[::-1]):
+        before, after = setting.pool.link(one, other), faster.pool.link(one, other)
+        assert after.bandwidth_bytes_per_s == 2 * before.bandwidth_bytes_per_s
+        assert after.rtt_s == before.rtt_s
+    assert sum(faster.pool.links[key] != each for key, each in setting.pool.links.items()) == 2
+
+
+def test_a_plan_on_one_machine_has_no_link() -> None:
+    found = forecast(request(), load({"count": 2}, mbps=1))
+    assert len(found.plan.stages) == 1
+    assert "bottleneck_link_doubled" not in found.what_if
+    assert all(change.speedup >= 1 for change in found.what_if.values())
+
+
+def test_a_job_that_counts_its_machines_takes_the_new_one() -> None:
+    found = forecast(request(compnodes=2), load({"count": 2}, mbps=1e6, links={"rtt_ms": 0}))
+    assert found.what_if["one_more_machine"].speedup > 1.1
+    assert 0.3 < found.bound_share <= 1
