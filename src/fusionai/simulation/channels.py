@@ -1,9 +1,9 @@
 """Directed links as things that are occupied: one tensor after another, with uploads in the background.
 
 A tensor of a pass starts when the link is free and occupies it for its bytes over the bandwidth. Where machines share
-an uplink or a downlink among their links, it is through when each of the three has carried it, one tensor after another.
-An upload in the background, such as a snapshot, is a second flow: the
-two get half of the link each while both have something to send, and either has all of it while the other has nothing.
+an uplink or a downlink among their links, it is through when all three have carried it, one tensor after another. An
+upload in the background, such as a snapshot, is a second flow: the two get half of the link each while both have
+something to send, and either has all of it while the other has nothing.
 """
 
 from __future__ import annotations

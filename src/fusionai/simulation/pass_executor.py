@@ -174,7 +174,7 @@ class PassExecutor:
             return
         if lane.channel is not None and (ready_s := lane.channel.ready_s) > now_s:
             # It takes its place on the uplink only when its link is free, so that a slow link holds up no other.
-            heapq.heappush(self._queue, (ready_s, *event[1:]))  # type: ignore[arg-type]
+            heapq.heappush(self._queue, (ready_s, *event[1:]))
             return
         self._send(lane, index, now_s)
 
