@@ -40,6 +40,19 @@ class _Open:
 
     report: FailureReport
     stages: list[Stage]
+    backup: str
+    replay_from_s: float
+    replay_until_s: float
+    """Seconds of the run between which the backup computes finished steps again."""
+    replay_compute_s: float
+    """What it computes meanwhile."""
+
+    def cut_short(self, machine: str, at_s: float) -> None:
+        """Take a death that may have come while the backup was still replaying."""
+        if machine == self.backup and at_s < self.replay_until_s:
+            length_s = self.replay_until_s - self.replay_from_s
+            self.replay_compute_s *= max(0.0, at_s - self.replay_from_s) / length_s if length_s else 0.0
+            self.replay_from_s = self.replay_until_s = min(self.replay_from_s, at_s)
 
 
 class JobRun:
@@ -149,12 +162,18 @@ class JobRun:
             elif death_s == math.inf:
                 raise ValueError("the pipeline cannot finish: in_flight rises from a stage to a later one")
             if machine == self._workload.driver:
-                self._cut_off(executor, max(death_s, executor.end_s))
+                self._give_up(executor, failures, death_s)
                 raise _Stalled(f"the driver's machine {machine} died at {self._now_s:,.1f} s; nobody can replace it")
             if isinstance(self._recovery, Restart):
                 self._restart(executor, machine, death_s)
                 return
-            failures.append(self._replace(self._recovery, executor, deaths_s, machine, death_s))
+            for failure in failures:
+                failure.cut_short(machine, self._now_s + death_s)
+            if not self._replace(self._recovery, executor, deaths_s, machine, death_s, failures):
+                self._give_up(executor, failures, death_s)
+                raise _Stalled(
+                    f"{machine} died at {failures[-1].report.died_s:,.1f} s: {failures[-1].report.state_from}"
+                )
         self._commit(executor, end, failures, repeatable=quiet and not failures)
 
     def _end(self, executor: PassExecutor) -> StepEnd:
@@ -173,18 +192,24 @@ class JobRun:
         self._record(executor)
         self._accounts.lost_s += executor.lost_s
         self._accounts.recomputed_s += executor.again_s
-        for failure in failures:
-            caught_up_s = self._now_s + max(stage.caught_up_s for stage in failure.stages)
-            self._accounts.failures.append(
-                msgspec.structs.replace(
-                    failure.report, caught_up_s=caught_up_s, recovery_s=caught_up_s - failure.report.died_s
-                )
-            )
+        self._close(failures)
         tally = Tally(end.committed_s, executor.end_s, executor.busy_s, end.update_s, self._channels.take_traffic())
         self._snapshots.settle(tally.length_s)
         self._channels.end_step(tally.length_s)
         self._quiet = tally if repeatable else None if failures else self._quiet
         self._finish(tally)
+
+    def _close(self, failures: list[_Open]) -> None:
+        """Report the failures of a step that is over."""
+        for failure in failures:
+            caught_up_s = self._now_s + max(stage.caught_up_s for stage in failure.stages)
+            report = failure.report
+            if caught_up_s < math.inf:
+                recovery_s = caught_up_s - report.died_s
+                report = msgspec.structs.replace(report, caught_up_s=caught_up_s, recovery_s=recovery_s)
+            self._accounts.failures.append(report)
+            if failure.replay_compute_s:
+                self._accounts.replayed(failure.backup, failure.replay_compute_s)
 
     def _finish(self, tally: Tally) -> None:
         self._accounts.add(tally, committed=True)
@@ -201,6 +226,11 @@ class JobRun:
         self._snapshots.settle(at_s)
         self._channels.end_step(at_s)
         self._now_s += at_s
+
+    def _give_up(self, executor: PassExecutor, failures: list[_Open], at_s: float) -> None:
+        """End the run in the middle of a step; passes that had begun elsewhere end."""
+        self._close(failures)
+        self._cut_off(executor, max(at_s, executor.end_s))
 
     def _record(self, executor: PassExecutor) -> None:
         self._accounts.timeline += [
@@ -220,9 +250,18 @@ class JobRun:
         ]
 
     def _replace(
-        self, recovery: Replay, executor: PassExecutor, deaths_s: dict[str, float], machine: str, death_s: float
-    ) -> _Open:
-        """Let a backup take a dead machine's stages, in the middle of the step."""
+        self,
+        recovery: Replay,
+        executor: PassExecutor,
+        deaths_s: dict[str, float],
+        machine: str,
+        death_s: float,
+        failures: list[_Open],
+    ) -> bool:
+        """Let a backup take a dead machine's stages, in the middle of the step; return whether one can.
+
+        The failure is added to `failures` either way.
+        """
         died_s = self._now_s + death_s
         known_s = died_s + recovery.detection_s
         assembly = self._assembly
@@ -249,30 +288,29 @@ class JobRun:
         ]
         begin_s = max(known_s, backup.from_s if backup else math.inf, *(source.from_s for source in sources))
         if backup is None or begin_s == math.inf:
-            self._accounts.failures.append(report)
-            # Passes that had begun elsewhere end.
-            self._cut_off(executor, max(death_s, executor.end_s))
-            raise _Stalled(
-                f"{machine} died at {died_s:,.1f} s and "
-                + ("its state is lost" if backup else "no machine that could take its stages over ever comes")
+            why = (
+                "nobody with its state ever comes"
+                if backup
+                else "no machine that could take its stages over ever comes"
             )
+            report = msgspec.structs.replace(report, state_from=why)
+            failures.append(_Open(report, lost, machine, died_s, died_s, 0.0))
+            return False
         for stage, load in zip(lost, backup.loads, strict=True):
             assembly.move(stage, load)
             stage.factor = executor.factors.get(load.peer, 1.0)
         restored_s = begin_s + sum(transfer_s(assembly, backup.peer, source.parts) for source in sources)
         steps = self._step - min(source.step for source in sources)
         count_replay(assembly, lost, steps)
-        if steps:
-            self._accounts.replayed(backup.peer, steps * compute_s(lost))
-        ready_s = restored_s + steps * replay_s(assembly, lost) - self._now_s
+        ready_s = restored_s + steps * replay_s(assembly, lost)
         del deaths_s[machine]
         executor.dies_s.pop(machine, None)
         next_s = self._presence.next_down_s(backup.peer, begin_s)
         if next_s < math.inf:
             deaths_s[backup.peer] = executor.dies_s[backup.peer] = next_s - self._now_s
         for stage in lost:
-            executor.restore(stage, ready_s)
-        return _Open(
+            executor.restore(stage, ready_s - self._now_s)
+        opened = _Open(
             msgspec.structs.replace(
                 report,
                 backup=backup.peer,
@@ -281,7 +319,13 @@ class JobRun:
                 replayed_steps=steps,
             ),
             lost,
+            backup.peer,
+            restored_s,
+            ready_s,
+            steps * compute_s(lost),
         )
+        failures.append(opened)
+        return True
 
     def _restart(self, executor: PassExecutor, machine: str, death_s: float) -> None:
         """Throw everything since the last checkpoint away and begin again from there."""
