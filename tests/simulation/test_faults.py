@@ -235,3 +235,11 @@ def test_churn_never_loses_a_step(seed: int, restart: bool) -> None:
         assert failure.recovery_s is None or failure.recovery_s >= 1.0
     for machine in report.machines:
         assert 0 <= machine.busy_s <= report.elapsed_s
+
+
+def test_a_job_that_never_catches_up_is_given_up() -> None:
+    churn = Poisson(seed=0, mean_up_s=5.0, mean_down_s=1.0)
+    report = simulate_workload(PIPELINE, FREE, Scenario(steps=50, churn=churn, most_failures=40))
+    assert not report.finished
+    assert "most_failures" in report.ended_because
+    assert len(report.failures) == 40

@@ -87,10 +87,8 @@ class JobRun:
         scenario, ended = self._scenario, DONE
         try:
             while self._step < scenario.steps:
-                if self._now_s > scenario.longest_s:
-                    raise _Stalled(f"given up after {self._now_s:,.0f} s and {self._step} steps: longest_s")
-                if len(self._accounts.failures) >= scenario.most_failures:
-                    raise _Stalled(f"given up after {len(self._accounts.failures)} failures: most_failures")
+                if why := self._beyond_limits(self._now_s, 0):
+                    raise _Stalled(why)
                 self._note_restarted()
                 self._snapshot()
                 self._one_step()
@@ -106,6 +104,15 @@ class JobRun:
             ended_because=ended,
             snapshots=(self._snapshots.begun, self._snapshots.skipped),
         )
+
+    def _beyond_limits(self, now_s: float, open_failures: int) -> str:
+        """Say why the job is given up at a time, or ""; `open_failures` are those of the present step."""
+        failures = len(self._accounts.failures) + open_failures
+        if now_s > self._scenario.longest_s:
+            return f"given up after {now_s:,.0f} s and {self._step} steps: longest_s"
+        if failures >= self._scenario.most_failures:
+            return f"given up after {failures} failures and {self._step} steps: most_failures"
+        return ""
 
     def _note_restarted(self) -> None:
         """Close the failures whose interrupted step begins again."""
@@ -167,6 +174,10 @@ class JobRun:
             if isinstance(self._recovery, Restart):
                 self._restart(executor, machine, death_s)
                 return
+            if why := self._beyond_limits(self._now_s + death_s, len(failures)):
+                # Backups may die faster than they catch up, and the step would never end.
+                self._give_up(executor, failures, death_s)
+                raise _Stalled(why)
             for failure in failures:
                 failure.cut_short(machine, self._now_s + death_s)
             if not self._replace(self._recovery, executor, deaths_s, machine, death_s, failures):
