@@ -1,0 +1,239 @@
+"""The passes of one step, executed: every pass starts when its machine is free and its tensors are there.
+
+The order is the training runtime's and `fusionai.scheduling.pipeline`'s: each stage follows its 1F1B turns, a machine
+with a choice runs a backward before a forward and a later stage before an earlier one. Without faults, sharing and
+background uploads, one pipeline's times are those of `pipeline_times`, to the last bit.
+
+Times are seconds since the step's start.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fusionai.simulation.assembly import Assembly, Lane, Stage
+
+_SENDING = -1
+"""Rank of a send among events of the same time: before passes (0: backward, 1: forward)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One pass that ran, whole or up to its machine's death."""
+
+    pipeline: int
+    stage: int
+    machine: str
+    backward: bool
+    microbatch: int
+    start_s: float
+    end_s: float
+    again: bool
+    """Computed before by a machine that died."""
+    lost: bool
+    """Its machine died before it ended."""
+
+
+class PassExecutor:
+    """One step's passes over all pipelines."""
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        *,
+        factors: Mapping[str, float] | None = None,
+        dies_s: Mapping[str, float] | None = None,
+        record: bool = False,
+    ) -> None:
+        """Begin a step.
+
+        Args:
+            assembly: the stages; their state is that of this step from now on.
+            factors: on the seconds of passes, by machine; 1 for those not named.
+            dies_s: when machines die; those not named do not.
+            record: keep the passes in `passes`.
+        """
+        self._assembly = assembly
+        self._shared = assembly.channels.shared
+        self.factors = factors or {}
+        self.dies_s = dict(dies_s or {})
+        self.passes: list[Pass] | None = [] if record else None
+        self.busy_s: dict[str, float] = {}
+        self.free_s: dict[str, float] = {}
+        self.end_s = 0.0
+        self.lost_s = 0.0
+        """Seconds of passes that their machine's death cut off."""
+        self.again_s = 0.0
+        """Seconds of passes that had been computed before."""
+        self.left = 0
+        """Passes still to do."""
+        self._sends = 0
+        # A pass: (start, forward, minus stage, number, epoch); the start is a lower bound. A send: (time, _SENDING,
+        # count, lane, microbatch, epoch of the receiver).
+        self._queue: list[tuple[float, int, int, int, int] | tuple[float, int, int, int, int, int]] = []
+        for stage in assembly.stages:
+            stage.begin(self.factors.get(stage.machine, 1.0))
+            self.busy_s[stage.machine] = self.free_s[stage.machine] = 0.0
+            self.left += len(stage.turns)
+        for stage in assembly.stages:
+            self._offer(stage)
+
+    def run(self, until_s: float = math.inf) -> bool:
+        """Work through what starts before `until_s`; return whether all passes are done."""
+        queue, stages, free_s = self._queue, self._assembly.stages, self.free_s
+        while queue and queue[0][0] < until_s:
+            event = heapq.heappop(queue)
+            if event[1] == _SENDING:
+                self._send_due(event)
+                continue
+            start_s, rank, minus_stage, number, epoch = event  # type: ignore[misc]
+            stage = stages[number]
+            if epoch != stage.epoch:
+                continue
+            if start_s < free_s[stage.machine]:
+                heapq.heappush(queue, (free_s[stage.machine], rank, minus_stage, number, epoch))
+                continue
+            self._pass(stage, start_s)
+        return self.left == 0
+
+    @property
+    def stuck(self) -> bool:
+        """Return whether passes are left that nothing will ever start."""
+        return self.left > 0 and not (self._queue and self._queue[0][0] < math.inf)
+
+    def _offer(self, stage: Stage) -> None:
+        """Queue a stage's next pass if everything it needs is on its way."""
+        if stage.position == len(stage.turns):
+            return
+        backward, index = stage.turns[stage.position]
+        ready_s = stage.available_s
+        for lane in stage.into[backward]:
+            if lane.arrival_s[index] > ready_s:
+                ready_s = lane.arrival_s[index]
+        if ready_s < math.inf:
+            heapq.heappush(self._queue, (ready_s, 0 if backward else 1, -stage.stage, stage.number, stage.epoch))
+
+    def _pass(self, stage: Stage, start_s: float) -> None:
+        machine = stage.machine
+        backward, index = stage.turns[stage.position]
+        seconds = (stage.backward_s if backward else stage.forward_s) * stage.factor
+        end_s = start_s + seconds
+        again, dies_s = stage.position < stage.redo_until, self.dies_s.get(machine, math.inf)
+        lost = end_s > dies_s
+        if self.passes is not None:
+            until_s = min(end_s, dies_s)
+            self.passes.append(
+                Pass(stage.pipeline, stage.stage, machine, backward, index, start_s, until_s, again, lost)
+            )
+        sent_s = end_s - stage.deferred_s * stage.factor if backward else end_s
+        if lost:
+            self.busy_s[machine] += dies_s - start_s
+            self.lost_s += dies_s - start_s
+            self.free_s[machine] = math.inf
+            if sent_s > dies_s:
+                return
+        else:
+            self.free_s[machine] = end_s
+            self.busy_s[machine] += seconds
+            if again:
+                self.again_s += seconds
+            stage.position += 1
+            self.left -= 1
+            if end_s > self.end_s:
+                self.end_s = end_s
+            if stage.position == stage.redo_until:
+                stage.caught_up_s = end_s
+        for lane in stage.out[backward]:
+            lane.made_s[index] = sent_s
+            if lane.arrival_s[index] == math.inf:
+                self._hand_over(lane, index, sent_s)
+        if not lost:
+            self._offer(stage)
+
+    def _hand_over(self, lane: Lane, index: int, now_s: float) -> None:
+        """Give a tensor to its link, or to the receiver on the same machine, once the receiver can take it."""
+        target = lane.target
+        if target.available_s > now_s:
+            now_s = target.available_s
+        if lane.channel is None:
+            self._arrive(lane, index, now_s)
+        elif self._shared and now_s < math.inf:
+            # Machines compete for a receiver's downlink in the order of their sends, which is not that of their passes.
+            self._sends += 1
+            heapq.heappush(self._queue, (now_s, _SENDING, self._sends, lane.number, index, target.epoch))
+        else:
+            self._send(lane, index, now_s)
+
+    def _send_due(self, event: tuple[float, int, int, int, int] | tuple[float, int, int, int, int, int]) -> None:
+        now_s, _, _, number, index, epoch = event  # type: ignore[misc]
+        lane = self._assembly.lanes[number]
+        if epoch != lane.target.epoch or lane.made_s[index] > now_s or lane.arrival_s[index] < math.inf:
+            return
+        if lane.channel is not None and (ready_s := lane.channel.ready_s) > now_s:
+            # It takes its place on the uplink only when its link is free, so that a slow link holds up no other.
+            heapq.heappush(self._queue, (ready_s, *event[1:]))
+            return
+        self._send(lane, index, now_s)
+
+    def _send(self, lane: Lane, index: int, now_s: float) -> None:
+        channel = lane.channel
+        if channel is None or now_s == math.inf:
+            return
+        left_s = channel.send(now_s, lane.seconds, lane.sent_bytes)
+        if left_s <= self.dies_s.get(lane.source.machine, math.inf):
+            self._arrive(lane, index, left_s + channel.delay_s)
+
+    def _arrive(self, lane: Lane, index: int, arrival_s: float) -> None:
+        lane.arrival_s[index] = arrival_s
+        target = lane.target
+        position = target.position
+        if position < len(target.turns) and target.turns[position] == (lane.backward, index):
+            self._offer(target)
+
+    def lose(self, machine: str) -> list[Stage]:
+        """Take a machine's death at the time up to which the step has run; return the stages it held.
+
+        They begin the step again wherever `restore` puts them. What they received is gone, but senders keep it; what
+        they sent and is through stays.
+        """
+        lost = self._assembly.held_by(machine)
+        for stage in lost:
+            stage.epoch += 1
+            self.left += stage.position
+            stage.redo_until = max(stage.redo_until, stage.position)
+            stage.position = 0
+            stage.available_s = stage.caught_up_s = math.inf
+            for lane in (*stage.into[0], *stage.into[1]):
+                lane.arrival_s = [math.inf] * stage.microbatches
+            for lane in (*stage.out[0], *stage.out[1]):
+                lane.made_s = [math.inf] * stage.microbatches
+        return lost
+
+    def restore(self, stage: Stage, at_s: float) -> None:
+        """Let a lost stage, moved by now, compute from `at_s` on; neighbours send again what they kept for it."""
+        stage.factor = self.factors.get(stage.machine, 1.0)
+        stage.available_s = at_s
+        self.busy_s.setdefault(stage.machine, 0.0)
+        self.free_s[stage.machine] = max(at_s, self._lives_free_s(stage.machine))
+        if stage.redo_until == 0:
+            stage.caught_up_s = at_s
+        # In the order in which the stage needs them.
+        for backward, index in stage.turns:
+            for lane in stage.into[backward]:
+                if lane.made_s[index] < math.inf and lane.arrival_s[index] == math.inf:
+                    self._hand_over(lane, index, lane.made_s[index])
+        self._offer_anew(stage)
+
+    def _lives_free_s(self, machine: str) -> float:
+        """Return when a machine is free; one that came back after its death is free at once."""
+        free_s = self.free_s.get(machine, 0.0)
+        return 0.0 if free_s == math.inf else free_s
+
+    def _offer_anew(self, stage: Stage) -> None:
+        """Queue a restored stage's first pass unless an arrival just did."""
+        backward, _ = stage.turns[0]
+        if not stage.into[backward]:
+            self._offer(stage)

@@ -1,0 +1,92 @@
+"""The end of a step: gradients are summed among the holders of a weight, machines report, the driver commits.
+
+Within one pipeline, holders of a tied weight send it to each other whole, as the training runtime does. Over pipelines
+the sum is a ring all-reduce (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
+workstations"): of P machines each sends 2 (P - 1) pieces of 1 / P to the next, all at the pace of the slowest link. A
+machine is in one sum at a time, and a sum begins when all its machines have finished their last backward, so late
+stages sum while early ones still compute. The rest is as `fusionai.scheduling.evaluation` reckons: when everything is
+summed, each machine's report and the answer take a round trip, and its update follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fusionai.scheduling.estimator import delay_s, send_s
+from fusionai.simulation.assembly import Assembly
+from fusionai.simulation.channels import Channels
+from fusionai.simulation.workload import WeightGroup
+
+
+@dataclass(frozen=True, slots=True)
+class StepEnd:
+    """When a step's phases end, seconds since its start, and what the last ones send and compute."""
+
+    summed_s: float
+    committed_s: float
+    """When the slowest machine has updated: the next step begins."""
+    sends: tuple[tuple[str, str, float], ...]
+    """Source, target and bytes."""
+    update_s: dict[str, float]
+    """By machine."""
+
+
+def end_of_step(
+    assembly: Assembly,
+    groups: Sequence[WeightGroup],
+    driver: str,
+    *,
+    free_s: Mapping[str, float],
+    passes_end_s: float,
+    factors: Mapping[str, float],
+) -> StepEnd:
+    """Return how a step ends whose passes are done; `free_s` says when each machine's were."""
+    channels = assembly.channels
+    sends: list[tuple[str, str, float]] = []
+    waiting = []
+    for number, group in enumerate(groups):
+        stages = [assembly.places[place] for place in group.stages if place in assembly.places]
+        machines = tuple(dict.fromkeys(stage.machine for stage in stages))
+        if len(machines) > 1:
+            one_pipeline = len({stage.pipeline for stage in stages}) == 1
+            ready_s = max(free_s[machine] for machine in machines)
+            waiting.append((ready_s, number, machines, group.size_bytes, one_pipeline))
+    until_s: dict[str, float] = {}
+    summed_s = passes_end_s
+    for ready_s, _, machines, size_bytes, one_pipeline in sorted(waiting):
+        start_s = max(ready_s, *(until_s.get(machine, 0.0) for machine in machines))
+        exchange = whole_exchange if one_pipeline else ring_all_reduce
+        seconds, sent = exchange(channels, machines, size_bytes)
+        sends += sent
+        until_s |= dict.fromkeys(machines, start_s + seconds)
+        summed_s = max(summed_s, start_s + seconds)
+    updates: dict[str, float] = {}
+    for stage in assembly.stages:
+        seconds = stage.load.update_s * factors.get(stage.machine, 1.0)
+        updates[stage.machine] = updates.get(stage.machine, 0.0) + seconds
+    slowest_s = max(channels.profile(driver, machine).rtt_s + seconds for machine, seconds in updates.items())
+    return StepEnd(summed_s, summed_s + slowest_s, tuple(sends), updates)
+
+
+def ring_all_reduce(
+    channels: Channels, machines: Sequence[str], size_bytes: float
+) -> tuple[float, list[tuple[str, str, float]]]:
+    """Return the seconds of a ring all-reduce, and what each machine sends to which."""
+    count = len(machines)
+    piece_bytes = size_bytes / count
+    pairs = [(machine, machines[(place + 1) % count]) for place, machine in enumerate(machines)]
+    profiles = [channels.profile(*pair) for pair in pairs]
+    round_s = max(send_s(piece_bytes, profile) + delay_s(profile) for profile in profiles)
+    rounds = 2 * (count - 1)
+    return rounds * round_s, [(*pair, rounds * piece_bytes) for pair in pairs]
+
+
+def whole_exchange(
+    channels: Channels, machines: Sequence[str], size_bytes: float
+) -> tuple[float, list[tuple[str, str, float]]]:
+    """Return the seconds in which each machine sends its gradients whole to every other, and what is sent."""
+    pairs = [(one, other) for one in machines for other in machines if one != other]
+    profiles = [channels.profile(*pair) for pair in pairs]
+    seconds = max(send_s(size_bytes, profile) + delay_s(profile) for profile in profiles)
+    return seconds, [(*pair, size_bytes) for pair in pairs]
