@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Chain:
     """Of one microbatch through everything."""
     period_s: float
     """Between one microbatch and the next: the largest share of any machine or link."""
+    in_flight_limit: int
 
     def seconds(self, microbatches: int) -> float:
         """Return the time of an ideal pipeline."""
@@ -48,8 +49,7 @@ def ordered(work: Work, machines: Indices) -> Indices:
         return machines
     inner = slice(1, -1) if work.count > 1 else slice(None)
     typical = tuple(
-        np.asarray([np.median(each[inner])])
-        for each in (work.segments.forward_bytes_P, work.segments.gradient_bytes_P)
+        np.asarray([np.median(each[inner])]) for each in (work.segments.forward_bytes_P, work.segments.gradient_bytes_P)
     )
     hop = work.hops(machines, (typical[0], typical[1]), 1.0)[0][:, :, 0]
     hop = np.minimum(np.maximum(hop, hop.T), _UNLINKED_S)
@@ -109,13 +109,16 @@ def solved(
     in_flight_limit: int,
     sharing: float,
     tolerance: float,
+    budget_share: float = 1.0,
 ) -> Chain | None:
     """Return the best cuts of the graph over machines in this order, some of which may be left out; None if none fits.
 
     Exact up to the relative `tolerance` for an ideal pipeline, but for memory: how much a stage holds in flight depends
-    on how many follow, which is only bounded while machines may be left out.
+    on how many follow, which is only bounded while machines may be left out. `budget_share` is how much of each
+    machine's memory may be taken, where sums over segments have turned out too low.
     """
     line = work.line(machines, microbatches, in_flight_limit=in_flight_limit, sharing=sharing)
+    line = replace(line, budget_bytes_D=budget_share * line.budget_bytes_D)
 
     def best(search: Callable[[float], Split | None]) -> Split | None:
         found = list(frontier(line, search, tolerance, warm_steps=6))
@@ -128,7 +131,54 @@ def solved(
     if chosen is None:
         return None
     used = tuple(int(machines[device]) for device in chosen.devices)
-    return Chain(used, chosen.bounds, chosen.latency_s, chosen.bottleneck_s)
+    return Chain(used, chosen.bounds, chosen.latency_s, chosen.bottleneck_s, in_flight_limit)
+
+
+def proportional(work: Work, machines: Indices, sharing: float, in_flight_limit: int) -> Chain:
+    """Return a chain cut in proportion to speed, links and memory not looked at: quick, for comparing many.
+
+    Of more machines than segments the fastest take part.
+    """
+    if len(machines) > work.count:
+        fastest = np.sort(np.argsort(work.whole_s[machines], kind="stable")[: work.count])
+        machines = machines[fastest]
+    count = len(machines)
+    speed = np.cumsum(1 / work.whole_s[machines])
+    seconds_S = np.cumsum((work.forward_NS + work.backward_NS)[machines[0]])
+    wanted = np.searchsorted(seconds_S, seconds_S[-1] * speed[:-1] / speed[-1] * (1 - 1e-9)) + 1
+    steps = np.arange(1, count)
+    inner = np.maximum.accumulate(np.maximum(wanted, steps) - steps) + steps
+    inner = np.minimum(inner, work.count - count + steps)
+    bounds = np.concatenate([[0], inner, [work.count]]).astype(np.int64)
+    return measured(work, machines, bounds, sharing, in_flight_limit)
+
+
+def measured(work: Work, machines: Indices, bounds: Indices, sharing: float, in_flight_limit: int) -> Chain:
+    """Return the chain with these cuts, its latency and period as sums over segments."""
+    task, segments = work.task, work.segments
+    stage = np.zeros(len(machines))
+    for table, starts in ((work.forward_NS, work.forward_starts_NS), (work.backward_NS, work.backward_starts_NS)):
+        computing, starting = (
+            np.asarray([each[machine, bounds[k] : bounds[k + 1]].sum() for k, machine in enumerate(machines)])
+            for each in (table, starts)
+        )
+        additive = work.additive_N[machines] > 0
+        stage += np.where(additive, computing + starting, np.maximum(computing, starting))
+    path, places, slower = machines, bounds[1:-1], np.ones(len(machines) - 1)
+    if task.pinned and task.owner_index is not None:
+        path = np.concatenate([[task.owner_index], machines, [task.owner_index]])
+        places, slower = bounds, np.ones(len(machines) + 1)
+        slower[[0, -1]] = sharing
+    latency, period = float(stage.sum()) + work.owner_s * sharing, max(float(stage.max()), work.owner_s * sharing)
+    if len(path) > 1:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            forward = segments.forward_bytes_P[places] * slower / task.bandwidths(path[:-1], path[1:])
+            gradient = segments.gradient_bytes_P[places] * slower / task.bandwidths(path[1:], path[:-1])
+        forward, gradient = (np.nan_to_num(each, nan=0.0, posinf=np.inf) for each in (forward, gradient))
+        latency += float((forward + gradient + 2 * task.delays(path[:-1], path[1:])).sum())
+        period = max(period, float(np.maximum(forward, gradient).max()))
+    used = tuple(int(machine) for machine in machines)
+    return Chain(used, tuple(int(bound) for bound in bounds), latency, period, in_flight_limit)
 
 
 def _best_with_gaps(line: Line, limit_s: float) -> Split | None:

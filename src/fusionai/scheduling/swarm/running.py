@@ -43,24 +43,25 @@ class Running:
     """By stage, with the margin of estimates."""
 
     @property
-    def overloaded(self) -> bool:
-        """Whether some machine other than the owner's would hold too much; set by `run`."""
-        return math.isinf(self.times.makespan_s)
+    def possible(self) -> bool:
+        """Whether its machines can hold their stages and be linked; of the owner's memory others decide."""
+        return math.isfinite(self.times.makespan_s)
 
 
-def run(work: Work, chain: Chain, microbatches: int, in_flight_limit: int) -> Running:
+def run(work: Work, chain: Chain, microbatches: int) -> Running:
     """Work a chain's schedule through.
 
-    Stages hold as many microbatches as 1F1B asks for, at most `in_flight_limit`; where links are slow they hold more,
+    Stages hold as many microbatches as 1F1B asks for, at most the chain's limit; where links are slow they hold more,
     as far as memory goes and the pipeline becomes faster. A chain that does not fit takes infinitely long.
     """
     stages = _Stages(work, chain, microbatches)
     count = len(stages.machines)
-    least = tuple(max(1, min(microbatches, in_flight_limit, count - stage)) for stage in range(count))
+    limit = chain.in_flight_limit
+    least = tuple(max(1, min(microbatches, limit, count - stage)) for stage in range(count))
     chosen, times = least, PipelineTimes(math.inf, {}, {})
     if stages.fits(least):
         times = stages.times(least)
-        if in_flight_limit >= microbatches and count > 1:
+        if limit >= microbatches and count > 1:
             for spare in (0, 1):
                 wider = stages.wider(chosen, times, spare)
                 if wider != chosen and (tried := stages.times(wider)).makespan_s < _WORTH_MEMORY * times.makespan_s:

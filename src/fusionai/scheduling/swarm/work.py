@@ -87,7 +87,7 @@ class Work:
                 (self.backward_NS.sum(1), self.backward_starts_NS.sum(1), self.additive_N),
             )
         ]
-        return parts[0] + parts[1]
+        return np.asarray(parts[0] + parts[1])
 
     @cached_property
     def owner_s(self) -> float:
@@ -185,7 +185,7 @@ class Work:
 def _ranges(parts_DS: Floats) -> Floats:
     """Return sums over [i, j) as (D, P, P)."""
     total = np.concatenate([np.zeros((len(parts_DS), 1)), np.cumsum(parts_DS, axis=1)], axis=1)
-    return np.maximum(total[:, None, :] - total[:, :, None], 0.0)
+    return np.asarray(np.maximum(total[:, None, :] - total[:, :, None], 0.0))
 
 
 def make_work(task: SwarmTask) -> Work:
