@@ -99,7 +99,7 @@ def report_s(work: Work, holders_RA: Indices) -> float:
     times = np.where(machines == (task.owner_index if task.pinned else -1), 1 / len(holders_RA), 1.0)
     seconds = passes * held[machines] * times / rates
     if task.owner_index is not None:
-        seconds += 2 * task.delays(machines, np.full(len(machines), task.owner_index))
+        seconds += 2 * task.delays(np.full(len(machines), task.owner_index), machines)
     return float(seconds.max())
 
 

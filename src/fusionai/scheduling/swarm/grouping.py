@@ -25,7 +25,7 @@ _SPARE_MEMORY = 1.1
 """What a group's machines must offer over the model's need: no cut gives each exactly what it can hold."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Grouping:
     """Groups of machines in the order of the fence: neighbours are near. Each is one pipeline at most."""
 
