@@ -14,7 +14,7 @@ from fusionai.scheduling.swarm.selection import Selection, selected
 from fusionai.scheduling.swarm.work import Work
 
 _TOLERANCE = 2e-3
-_TOLERANCE_OF_MANY = 2e-2
+_TOLERANCE_OF_MANY = 5e-2
 """Of the cuts of one chain: an ideal pipeline is a guide only, and a pool of many has many chains."""
 
 _MANY_CHAINS = 16
@@ -55,7 +55,7 @@ class ChainSolver:
                 )
                 if found is not None and (best is None or found.seconds(microbatches) < best.seconds(microbatches)):
                     best = found
-            if best is not None:
+            if best is not None and limit == microbatches:
                 break
         place = {int(machine): index for index, machine in enumerate(machines)}
         self.known[key] = None if best is None else (tuple(place[each] for each in best.machines), best)

@@ -131,19 +131,30 @@ def solved(
     if chosen is None:
         return None
     used = tuple(int(machines[device]) for device in chosen.devices)
-    return Chain(used, chosen.bounds, chosen.latency_s, chosen.bottleneck_s, in_flight_limit)
+    period = chosen.bottleneck_s
+    if in_flight_limit < microbatches:
+        period = max(period, chosen.latency_s / min(in_flight_limit, len(used)))
+    return Chain(used, chosen.bounds, chosen.latency_s, period, in_flight_limit)
 
 
 def proportional(work: Work, machines: Indices, sharing: float, in_flight_limit: int) -> Chain:
-    """Return a chain cut in proportion to speed, links and memory not looked at: quick, for comparing many.
+    """Return a chain cut in proportion to speed, or to memory if that does not fit: quick, for comparing many.
 
     Of more machines than segments the fastest take part.
     """
     if len(machines) > work.count:
         fastest = np.sort(np.argsort(work.whole_s[machines], kind="stable")[: work.count])
         machines = machines[fastest]
+    by_speed = _dealt_out(work, machines, 1 / work.whole_s[machines], sharing, in_flight_limit)
+    if math.isfinite(by_speed.period_s):
+        return by_speed
+    return _dealt_out(work, machines, work.budget_bytes[machines], sharing, in_flight_limit)
+
+
+def _dealt_out(work: Work, machines: Indices, shares: Floats, sharing: float, in_flight_limit: int) -> Chain:
+    """Return a chain whose machines have parts of the work in proportion to shares."""
     count = len(machines)
-    speed = np.cumsum(1 / work.whole_s[machines])
+    speed = np.cumsum(shares)
     seconds_S = np.cumsum((work.forward_NS + work.backward_NS)[machines[0]])
     wanted = np.searchsorted(seconds_S, seconds_S[-1] * speed[:-1] / speed[-1] * (1 - 1e-9)) + 1
     steps = np.arange(1, count)
@@ -178,7 +189,24 @@ def measured(work: Work, machines: Indices, bounds: Indices, sharing: float, in_
         latency += float((forward + gradient + 2 * task.delays(path[:-1], path[1:])).sum())
         period = max(period, float(np.maximum(forward, gradient).max()))
     used = tuple(int(machine) for machine in machines)
-    return Chain(used, tuple(int(bound) for bound in bounds), latency, period, in_flight_limit)
+    limit = min(in_flight_limit, _most_in_flight(work, machines, bounds))
+    if limit < 1:
+        latency = period = math.inf
+    elif limit < len(machines):
+        # No more than these are on their way at a time.
+        period = max(period, latency / limit)
+    return Chain(used, tuple(int(bound) for bound in bounds), latency, period, limit)
+
+
+def _most_in_flight(work: Work, machines: Indices, bounds: Indices) -> int:
+    """Return the largest limit on microbatches in flight that all stages can hold; 0 if one cannot hold any."""
+    segments, stages = work.segments, len(machines)
+    wanted = np.arange(stages, 0, -1) + segments.outer_after
+    fixed = segments.fixed_bytes_PP[bounds[:-1], bounds[1:]]
+    flight = np.maximum(segments.flight_bytes_PP[bounds[:-1], bounds[1:]], 1.0)
+    held = np.floor((work.budget_bytes[machines] - fixed) / flight - work.heap_N[machines])
+    short = held < np.minimum(wanted, work.task.microbatches)
+    return int(max(0.0, held[short].min())) if short.any() else work.task.microbatches
 
 
 def _best_with_gaps(line: Line, limit_s: float) -> Split | None:
