@@ -4,8 +4,9 @@
 
 Training GPT-2 XL (48 layers, 1,600 wide, one sequence of 1,024 tokens a microbatch, fp32, Adam) on random pools of 24
 and 48 GPUs, RTX 4090 and RTX 2080 of the catalogue, in clusters: 1 to 10 Gbit/s within one, 8 Mbit/s to 1 Gbit/s between
-two. Machines are given cluster by cluster, so baselines cross slow links no more often than they must. All plans are predictions of the same estimator. A ratio is the baseline's step over the planner's; a baseline that
-does not fit has none.
+two. Machines are given cluster by cluster, so baselines cross slow links no more often than they must. All plans are
+predictions of the same estimator. A ratio is the baseline's step over the planner's; a baseline that does
+not fit has none.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +127,7 @@ def against_baselines(graph: OpDag, sizes: dict[str, int], pools: int) -> list[d
         count = (24, 48)[seed % 2]
         links = clustered_links(count, draw.randint(2, 6), draw)
         task = task_of(graph, sizes, gpus(count, draw), links, 64)
-        made, seconds = timed(lambda task=task: plan(task))
+        made, seconds = timed(partial(plan, task))
         ratios: dict[str, float | None] = {}
         for name, baseline in BASELINES.items():
             try:
@@ -181,7 +183,7 @@ def at_scale(graph: OpDag, sizes: dict[str, int], count: int, rounds: int) -> di
     fast = ClusteredLinks(np.zeros(count, dtype=np.int64), np.full((1, 1), 10_000 * MEGABIT), np.full((1, 1), 5e-4))
     for name, links in (("fast", fast), ("clusters", clustered_links(count, max(2, min(24, count // 8)), draw))):
         task = task_of(graph, sizes, members, links, rounds)
-        made, seconds = timed(lambda task=task: plan(task))
+        made, seconds = timed(partial(plan, task))
         found[name] = {
             "plan_s": seconds,
             "of_bound": made.bound_step_s / made.predicted_step_s,

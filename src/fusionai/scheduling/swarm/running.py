@@ -81,7 +81,7 @@ class _Stages:
         self.machines = (*[owner] * self._before, *chain.machines, *[owner] * after)
         ends = [work.positions[bound] for bound in chain.bounds]
         self._nodes = (*[0] * self._before, *ends, *[len(task.graph.nodes)] * after)
-        inner = [work.stage_cost(chain.bounds[k], chain.bounds[k + 1]) for k in range(len(chain.machines))]
+        inner = work.chain_costs(chain.bounds)
         self._costs = (*segments.outer[: self._before], *inner, *segments.outer[self._before :])
         devices = [task.machines[machine].device for machine in self.machines]
         precision = task.precision
@@ -130,13 +130,23 @@ class _Stages:
             (forward, backward), machine = self._seconds[0], str(self.machines[0])
             whole = self._microbatches * (forward + backward)
             return PipelineTimes(whole, {machine: whole}, {})
-        stages = [
-            StageTimes(str(machine), factor * forward, factor * backward, held, factor * deferred)
+        # Machines by their place, so that like pipelines are worked through once.
+        names = {machine: str(place) for place, machine in enumerate(dict.fromkeys(self.machines))}
+        stages = tuple(
+            StageTimes(names[machine], factor * forward, factor * backward, held, factor * deferred)
             for machine, factor, (forward, backward), held, deferred in zip(
                 self.machines, self._factors, self._seconds, in_flight, self._deferred_s, strict=True
             )
-        ]
-        return pipeline_times(stages, self._edges, self._microbatches)
+        )
+        key = (stages, tuple(self._edges), self._microbatches)
+        if (found := self._work.schedules.get(key)) is None:
+            found = self._work.schedules[key] = pipeline_times(stages, self._edges, self._microbatches)
+        back = {name: str(machine) for machine, name in names.items()}
+        return PipelineTimes(
+            found.makespan_s,
+            {back[name]: seconds for name, seconds in found.busy_s.items()},
+            {(back[one], back[other]): seconds for (one, other), seconds in found.link_busy_s.items()},
+        )
 
     def wider(self, in_flight: Sequence[int], times: PipelineTimes, spare: int) -> tuple[int, ...]:
         """Return how many each stage must hold to be busy while a microbatch is on its way there and back."""

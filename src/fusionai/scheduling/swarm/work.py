@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.estimator import backward_s, deferred_s, flops_rate, forward_s, heap_microbatches
 from fusionai.scheduling.links import Floats, Indices
 from fusionai.scheduling.partition import Line
+from fusionai.scheduling.pipeline import PipelineTimes
 from fusionai.scheduling.profile import DeviceProfile
 from fusionai.scheduling.segments import MEMORY_MARGIN, Segments, make_segments
 from fusionai.scheduling.swarm.task import SwarmTask
@@ -61,6 +63,8 @@ class Work:
     """1 where starting operators adds to computing, 0 where the larger of both counts (`estimator.pass_s`)."""
     stage_costs: dict[tuple[int, int], StageCost]
     """Costs of ranges of positions that were really cut, as they are asked for."""
+    schedules: dict[tuple[object, ...], PipelineTimes]
+    """Schedules that were worked through: pipelines of like machines and links have the same."""
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -109,14 +113,16 @@ class Work:
         """Return, by machine, the microbatches that its allocator holds besides those in flight."""
         return np.asarray([heap_microbatches(each.device) for each in self.task.machines], dtype=np.float64)
 
-    def stage_cost(self, start: int, stop: int) -> StageCost:
-        """Return the cost of the stage between two positions (indices), really cut."""
-        if (start, stop) not in self.stage_costs:
-            ends = (self.positions[start], self.positions[stop])
-            inner = [position for position in ends if 0 < position < len(self.task.graph.nodes)]
-            subdag = cut(self.task.graph, inner)[1 if ends[0] > 0 else 0]
-            self.stage_costs[start, stop] = stage_cost(subdag, self.task.sizes)
-        return self.stage_costs[start, stop]
+    def chain_costs(self, bounds: Sequence[int]) -> tuple[StageCost, ...]:
+        """Return the costs of the stages between positions (indices), really cut; those cut before are not again."""
+        ranges = list(pairwise(bounds))
+        if missing := [each for each in ranges if each not in self.stage_costs]:
+            places = {self.positions[bound] for bound in bounds}
+            subdags = cut(self.task.graph, sorted(place for place in places if 0 < place < len(self.task.graph.nodes)))
+            for each in missing:
+                subdag = subdags[ranges.index(each) + self.before]
+                self.stage_costs[each] = stage_cost(subdag, self.task.sizes)
+        return tuple(self.stage_costs[each] for each in ranges)
 
     def range_s(self, machines: Indices) -> Floats:
         """Return (D, P, P): seconds of both passes of each range on each machine; inf where a range is empty."""
@@ -221,6 +227,7 @@ def make_work(task: SwarmTask) -> Work:
         deferred_NS=tables[4],
         additive_N=np.asarray([float(each.device.device == "cpu") for each in task.machines]),
         stage_costs={},
+        schedules={},
     )
 
 
