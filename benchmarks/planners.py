@@ -3,8 +3,8 @@
     python benchmarks/planners.py [--pools 20] [--small 200] [--json]
 
 Training GPT-2 XL (48 layers, 1,600 wide, one sequence of 1,024 tokens a microbatch, fp32, Adam) on random pools of 24
-and 48 GPUs, RTX 4090 and RTX 2080 of the catalogue, in clusters: 1 to 10 Gbit/s within one, 8 Mbit/s to 1 Gbit/s between
-two. Machines are given cluster by cluster, so baselines cross slow links no more often than they must. All plans are
+and 48 GPUs, RTX 4090 and RTX 2080 of the catalogue, in clusters: 1 to 10 Gbit/s within one, 8 Mbit/s to 1 Gbit/s among
+them. Machines are given cluster by cluster, so baselines cross slow links no more often than they must. All plans are
 predictions of the same estimator. A ratio is the baseline's step over the planner's; a baseline that does
 not fit has none.
 """
