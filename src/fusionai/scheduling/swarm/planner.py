@@ -35,6 +35,10 @@ from fusionai.scheduling.swarm_plan import SwarmPlan
 _REFINED = 8
 """Groupings whose chains are solved."""
 
+_MANY_CHAINS = 16
+_HOPELESS = 1.3
+"""Groupings of more chains than that are not solved if the guess is worse than the best so far by this factor."""
+
 _WORKED_THROUGH = 3
 """Selections whose schedules are worked through."""
 
@@ -101,7 +105,13 @@ def plan(task: SwarmTask) -> SwarmPlan:
         # One machine alone and one pipeline are looked at in any case.
         single = [each for each in candidates if len(each.chains) == 1 and (len(each.chains[0].machines) == 1) == alone]
         chosen += [each for each in single[:1] if each not in chosen]
-    found = [each for each in (worked_through(solver, selection) for selection in chosen) if each is not None]
+    found: list[Outcome] = []
+    for selection in chosen:
+        # A schedule is hardly ever faster than the ideal pipeline, and working it through takes time.
+        if found and selection.step_s >= min(each.step_s for each in found):
+            continue
+        if (made := worked_through(solver, selection)) is not None:
+            found.append(made)
     known_s = min((each.step_s for each in found), default=math.inf)
     small = (worked_through(solver, selection) for selection in best_small_chains(work, known_s))
     found += [each for each in small if each is not None]
@@ -126,7 +136,13 @@ def _selections(solver: ChainSolver) -> list[Selection]:
     guesses.sort(key=lambda pair: pair[0].step_s)
     single = [pair for pair in guesses if len(pair[1].groups) == 1]
     chosen = guesses[:_REFINED] + [pair for pair in single[:2] if pair not in guesses[:_REFINED]]
-    found = [each for each in (refined(solver, way, guess) for guess, way in chosen) if each is not None]
+    found: list[Selection] = []
+    for guess, way in chosen:
+        best_s = min((each.step_s for each in found), default=math.inf)
+        if len(way.groups) > _MANY_CHAINS and guess.step_s > _HOPELESS * best_s:
+            continue
+        if (made := refined(solver, way, guess)) is not None:
+            found.append(made)
     if not found:
         # Quick guesses do not look at memory within a group: whatever fits is welcome.
         rest = [pair for pair in guesses if pair not in chosen]
