@@ -24,6 +24,7 @@ from fusionai.scheduling.segments import MEMORY_MARGIN, reachable
 from fusionai.scheduling.swarm.chain import Chain
 from fusionai.scheduling.swarm.clusters import clustered
 from fusionai.scheduling.swarm.end_of_step import holders, sum_s
+from fusionai.scheduling.swarm.exact import best_small_chains
 from fusionai.scheduling.swarm.outcome import outcome
 from fusionai.scheduling.swarm.planner import plan
 from fusionai.scheduling.swarm.running import run
@@ -144,6 +145,11 @@ def test_no_single_pipeline_is_faster_in_small_pools(seed: int) -> None:
     made = plan(task)
     check(task, made)
     assert made.predicted_step_s <= best * (1 + 1e-9)
+
+
+def test_large_pools_are_not_enumerated() -> None:
+    task = task_of(decoder(1), [member(f"m{k}") for k in range(1100)], links=TwoCities(1100))
+    assert best_small_chains(make_work(task), 1.0) == []
 
 
 @pytest.mark.parametrize("private", [False, True])

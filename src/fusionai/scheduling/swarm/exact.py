@@ -20,6 +20,8 @@ _MOST_WAYS = 60_000
 
 _MOST_WORKED_THROUGH = 1500
 
+_MOST_MACHINES = 12
+
 _SAFE = 0.97
 """Of the bounds: sums over segments count what stages would compute again once for each segment."""
 
@@ -34,7 +36,7 @@ def best_small_chains(work: Work, known_s: float) -> list[Selection]:
     machines = work.task.candidates
     microbatches = work.task.microbatches
     size = len(machines)
-    if 2.0**size * size / 2 * (work.count + 1) ** 2 > EXACT_WORK / 4:
+    if size > _MOST_MACHINES or 2.0**size * size / 2 * (work.count + 1) ** 2 > EXACT_WORK / 4:
         return []
     line = work.line(machines, microbatches, in_flight_limit=microbatches)
     counts = list(range(1, size + 1))
