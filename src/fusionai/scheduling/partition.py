@@ -101,7 +101,7 @@ def split(line: Line, counts: Sequence[int], *, tolerance: float = 1e-3, keep: i
     work = 2.0**line.devices * line.devices / 2 * line.positions**2
     found: list[Split] = []
     if work <= EXACT_WORK:
-        found = list(_frontier(line, lambda limit_s: _best_of_sets(line, counts, limit_s), tolerance))
+        found = list(frontier(line, lambda limit_s: _best_of_sets(line, counts, limit_s), tolerance))
     else:
         for count in _few(counts):
             found += _search_orders(line, count, max(tolerance, 5e-3))
@@ -112,7 +112,7 @@ def split(line: Line, counts: Sequence[int], *, tolerance: float = 1e-3, keep: i
 # --- the frontier -------------------------------------------------------------------------------------------
 
 
-def _frontier(
+def frontier(
     line: Line, search: Callable[[float], Split | None], tolerance: float, *, warm_steps: int = 8
 ) -> Iterator[Split]:
     """Yield splits among which is the optimum, `search(limit_s)` giving the least latency with no share above it."""
@@ -156,11 +156,12 @@ def _masked(line: Line, limit_s: float, stages_left: int) -> Floats:
     return np.where(allowed, line.delay_s_DPP, np.inf)
 
 
-def _hops(line: Line, limit_s: float) -> Floats:
+def usable_hops(line: Line, limit_s: float) -> Floats:
+    """Return seconds of hops, inf where one keeps its link busy for longer than `limit_s`."""
     return np.where(line.hop_busy_s_EEP <= limit_s, line.hop_s_EEP, np.inf)
 
 
-def _make(line: Line, devices: Sequence[int], bounds: Sequence[int]) -> Split:
+def make_split(line: Line, devices: Sequence[int], bounds: Sequence[int]) -> Split:
     """Work out a split's latency and bottleneck."""
     outside = line.devices
     latency_s = bottleneck_s = line.outer_s
@@ -189,7 +190,7 @@ def _best_of_sets(line: Line, counts: Sequence[int], limit_s: float) -> Split | 
     if line.outer_s > limit_s:
         return None
     devices, last = line.devices, line.positions - 1
-    hops = _hops(line, limit_s)
+    hops = usable_hops(line, limit_s)
     most = max(counts)
     seconds = {left: _masked(line, limit_s, left) for left in range(1, most + 1)}
     sets = _Sets()
@@ -235,7 +236,7 @@ def _trace(line: Line, sets: _Sets, seconds: dict[int, Floats], hops: Floats, ma
         devices.append(following)
         bounds.append(position)
         mask, device = rest, following
-    return _make(line, devices, [*bounds, line.positions - 1])
+    return make_split(line, devices, [*bounds, line.positions - 1])
 
 
 # --- heuristic: candidate orders, exact cuts --------------------------------------------------------------------
@@ -252,12 +253,12 @@ def _few(counts: Sequence[int]) -> list[int]:
     return sorted(set(chosen))
 
 
-def _best_of_order(line: Line, order: Sequence[int], limit_s: float) -> Split | None:
+def best_of_order(line: Line, order: Sequence[int], limit_s: float) -> Split | None:
     """Return the least-latency cuts for devices in a given order, no share above `limit_s`."""
     if line.outer_s > limit_s:
         return None
     outside, last = line.devices, line.positions - 1
-    hops = _hops(line, limit_s)
+    hops = usable_hops(line, limit_s)
     latency_P = np.full(line.positions, np.inf)
     latency_P[last] = 0.0
     after = outside
@@ -276,7 +277,7 @@ def _best_of_order(line: Line, order: Sequence[int], limit_s: float) -> Split | 
     bounds = [0]
     for choice in reversed(choices):
         bounds.append(int(choice[bounds[-1]]))
-    return _make(line, order, bounds)
+    return make_split(line, order, bounds)
 
 
 def _search_orders(line: Line, count: int, tolerance: float) -> list[Split]:
@@ -287,7 +288,7 @@ def _search_orders(line: Line, count: int, tolerance: float) -> list[Split]:
     """
 
     def solve(order: tuple[int, ...]) -> list[Split]:
-        return list(_frontier(line, lambda limit_s: _best_of_order(line, order, limit_s), tolerance, warm_steps=6))
+        return list(frontier(line, lambda limit_s: best_of_order(line, order, limit_s), tolerance, warm_steps=6))
 
     def value(splits: list[Split]) -> float:
         return min((each.objective_s(line.microbatches) for each in splits), default=math.inf)

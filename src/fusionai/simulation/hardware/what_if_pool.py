@@ -58,6 +58,15 @@ class WhatIfPool:
             rtt_s=float(self.rtt_s[regions]), bandwidth_bytes_per_s=float(min(up, down, self.cap_bytes_per_s[regions]))
         )
 
+    def bandwidths_bytes_per_s(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the bandwidths from sources to targets, as `link`: the pool is a planner's `LinkModel`."""
+        ends = np.minimum(self.up_bytes_per_s[sources], self.down_bytes_per_s[targets])
+        return np.minimum(ends, self.cap_bytes_per_s[self.region[sources], self.region[targets]])
+
+    def rtts_s(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the round-trip times between sources and targets."""
+        return self.rtt_s[self.region[sources], self.region[targets]]
+
     def pool(self) -> Pool:
         """Return the pool as planners take it, every link written out, the owner's among them.
 

@@ -1,0 +1,120 @@
+"""From groups of machines to selections of chains: quick for comparing many groupings, then properly for the best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from fusionai.scheduling.links import Indices
+from fusionai.scheduling.swarm.chain import Chain, measured, ordered, proportional, solved
+from fusionai.scheduling.swarm.grouping import Grouping
+from fusionai.scheduling.swarm.selection import Selection, selected
+from fusionai.scheduling.swarm.work import Work
+
+_TOLERANCE = 2e-3
+_TOLERANCE_OF_MANY = 5e-2
+"""Of the cuts of one chain: an ideal pipeline is a guide only, and a pool of many has many chains."""
+
+_MANY_CHAINS = 16
+
+_LOWER_LIMITS = (8, 3, 1)
+"""Microbatches in flight that are tried where what 1F1B asks for does not fit."""
+
+
+@dataclass(slots=True)
+class ChainSolver:
+    """Cuts groups into chains; groups alike in machines and links are cut alike, and only once."""
+
+    work: Work
+    known: dict[tuple[bytes, ...], tuple[tuple[int, ...], Chain] | None] = field(default_factory=dict)
+
+    def solve(
+        self, machines: Indices, microbatches: int, sharing: float, tolerance: float, budget_share: float = 1.0
+    ) -> Chain | None:
+        """Return the best chain found for a group, by the fence's order and by one searched for; None if none fits."""
+        work = self.work
+        key = self._key(machines, microbatches, sharing, tolerance, budget_share)
+        if key in self.known:
+            return self._like(machines, self.known[key])
+        orders = [machines]
+        if not np.array_equal(other := ordered(work, machines), machines):
+            orders.append(other)
+        best: Chain | None = None
+        for limit in (microbatches, *(each for each in _LOWER_LIMITS if each < microbatches)):
+            for order in orders:
+                found = solved(
+                    work,
+                    order,
+                    microbatches,
+                    in_flight_limit=limit,
+                    sharing=sharing,
+                    tolerance=tolerance,
+                    budget_share=budget_share,
+                )
+                if found is not None and (best is None or found.seconds(microbatches) < best.seconds(microbatches)):
+                    best = found
+            if best is not None and limit == microbatches:
+                break
+        place = {int(machine): index for index, machine in enumerate(machines)}
+        self.known[key] = None if best is None else (tuple(place[each] for each in best.machines), best)
+        return best
+
+    def _key(self, machines: Indices, *numbers: float) -> tuple[bytes, ...]:
+        work, task = self.work, self.work.task
+        around = machines if task.owner_index is None else np.append(machines, task.owner_index)
+        return (
+            work.whole_s[machines].tobytes(),
+            work.budget_bytes[machines].tobytes(),
+            task.bandwidths(around[:, None], around[None]).tobytes(),
+            task.delays(around[:, None], around[None]).tobytes(),
+            np.asarray(numbers).tobytes(),
+        )
+
+    def _like(self, machines: Indices, found: tuple[tuple[int, ...], Chain] | None) -> Chain | None:
+        if found is None:
+            return None
+        places, chain = found
+        return replace(chain, machines=tuple(int(machines[place]) for place in places))
+
+
+def estimated(work: Work, grouping: Grouping) -> Selection | None:
+    """Return the selection of a grouping with cuts in proportion to speed; who cannot hold its part is left out."""
+    sharing = float(len(grouping.groups))
+    limit = work.task.microbatches
+    return selected(work, [proportional(work, group, sharing, limit) for group in grouping.groups])
+
+
+def refined(solver: ChainSolver, grouping: Grouping, estimate: Selection) -> Selection | None:
+    """Return the selection of a grouping with the best cuts of each chain."""
+    work = solver.work
+    groups = {frozenset(group.tolist()): group for group in grouping.groups}
+    chosen: Sequence[Indices] = grouping.groups
+    if len(groups) > _MANY_CHAINS:
+        taken = {machine for chain in estimate.chains for machine in chain.machines}
+        chosen = [group for group in grouping.groups if not taken.isdisjoint(group.tolist())]
+    tolerance = _TOLERANCE if len(chosen) <= _MANY_CHAINS else _TOLERANCE_OF_MANY
+    speed = np.asarray([(1 / work.whole_s[group]).sum() for group in chosen])
+    shares = np.maximum(1, np.round(work.task.microbatches * speed / speed.sum())).astype(int)
+    chains = []
+    for group, share in zip(chosen, shares, strict=True):
+        if chain := one_chain(solver, group, int(share), float(len(chosen)), tolerance):
+            chains.append(chain)
+    return selected(work, chains)
+
+
+def one_chain(solver: ChainSolver, group: Indices, microbatches: int, sharing: float, tolerance: float) -> Chain | None:
+    """Return a group's chain; a machine by itself needs no search."""
+    work = solver.work
+    if len(group) > 1:
+        return solver.solve(group, microbatches, sharing, tolerance)
+    last = work.count
+    heap = float(work.heap_N[group[0]])
+    pinned_after = work.segments.outer_after
+    for limit in (work.task.microbatches, 1):
+        held = max(1, min(microbatches, limit, 1 + pinned_after)) + heap
+        need = float(work.segments.fixed_bytes_PP[0, last] + held * work.segments.flight_bytes_PP[0, last])
+        if need <= work.budget_bytes[group[0]]:
+            return measured(work, group, np.asarray([0, last]), sharing, limit)
+    return None

@@ -1,0 +1,249 @@
+"""One chain of machines: in which order it runs, and where it is cut.
+
+OP-Fence orders machines so that slow links are crossed least and cuts where tensors are small (FusionLLM, arXiv
+2410.12707, the scheduler; details are ours). For an order, cuts and the machines that take part are found together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fusionai.scheduling.links import Floats, Indices
+from fusionai.scheduling.partition import Line, Split, best_of_order, frontier, make_split, usable_hops
+from fusionai.scheduling.swarm.work import Work
+
+_UNLINKED_S = 1e9
+"""Stands for a hop that is not possible while orders are compared: worse than any other, yet it adds up."""
+
+_MOST_EXCHANGES = 200
+"""Improvements of an order by reversing a part of it; each looks at all parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A pipeline as the solver sees it: machine `machines[k]` runs segments [bounds[k], bounds[k + 1])."""
+
+    machines: tuple[int, ...]
+    bounds: tuple[int, ...]
+    latency_s: float
+    """Of one microbatch through everything."""
+    period_s: float
+    """Between one microbatch and the next: the largest share of any machine or link."""
+    in_flight_limit: int
+
+    def seconds(self, microbatches: int) -> float:
+        """Return the time of an ideal pipeline."""
+        return self.latency_s + (microbatches - 1) * self.period_s
+
+
+def ordered(work: Work, machines: Indices) -> Indices:
+    """Return machines in an order of short hops: a chain of nearest neighbours, parts of it then reversed (2-opt).
+
+    A hop counts what a typical cut sends over it. With pinned ends the owner is at both ends of the chain.
+    """
+    if len(machines) < 2:
+        return machines
+    inner = slice(1, -1) if work.count > 1 else slice(None)
+    typical = tuple(
+        np.asarray([np.median(each[inner])]) for each in (work.segments.forward_bytes_P, work.segments.gradient_bytes_P)
+    )
+    hop = work.hops(machines, (typical[0], typical[1]), 1.0)[0][:, :, 0]
+    hop = np.minimum(np.maximum(hop, hop.T), _UNLINKED_S)
+    np.fill_diagonal(hop, 0.0)
+    if len(machines) == 2:
+        return machines
+    return machines[_reversed_parts(hop, _nearest(hop))]
+
+
+def _nearest(hop_EE: Floats) -> list[int]:
+    """Return the cheapest of a few chains of nearest neighbours; the last index is outside, at both ends."""
+    count = len(hop_EE) - 1
+    outside = count
+    best, best_s = list(range(count)), _length(hop_EE, list(range(count)))
+    firsts = np.argsort(hop_EE[outside, :count], kind="stable")[:4] if hop_EE[outside].any() else range(min(count, 8))
+    for first in firsts:
+        order = [int(first)]
+        free = np.ones(count, dtype=bool)
+        free[first] = False
+        while len(order) < count:
+            costs = np.where(free, hop_EE[order[-1], :count], np.inf)
+            order.append(int(np.argmin(costs)))
+            free[order[-1]] = False
+        if (length := _length(hop_EE, order)) < best_s:
+            best, best_s = order, length
+    return best
+
+
+def _length(hop_EE: Floats, order: list[int]) -> float:
+    path = np.asarray([len(hop_EE) - 1, *order, len(hop_EE) - 1])
+    return float(hop_EE[path[:-1], path[1:]].sum())
+
+
+def _reversed_parts(hop_EE: Floats, order: list[int]) -> list[int]:
+    """Improve an order by reversing the part that shortens it most, while one does."""
+    outside = len(hop_EE) - 1
+    for _ in range(_MOST_EXCHANGES):
+        path = np.asarray([outside, *order, outside])
+        before, after = path[:-2], path[2:]
+        inside = path[1:-1]
+        # Reversing places i..j replaces the hops into i and out of j.
+        old = hop_EE[before, inside][:, None] + hop_EE[inside, after][None]
+        new = hop_EE[before[:, None], inside[None]] + hop_EE[inside[:, None], after[None]]
+        gain = np.triu(old - new, k=1)
+        i, j = (int(each) for each in np.unravel_index(np.argmax(gain), gain.shape))
+        if gain[i, j] <= 1e-9 * max(1.0, float(old[i, j])):
+            break
+        order = [*order[:i], *order[i : j + 1][::-1], *order[j + 1 :]]
+    return order
+
+
+def solved(
+    work: Work,
+    machines: Indices,
+    microbatches: int,
+    *,
+    in_flight_limit: int,
+    sharing: float,
+    tolerance: float,
+    budget_share: float = 1.0,
+) -> Chain | None:
+    """Return the best cuts of the graph over machines in this order, some of which may be left out; None if none fits.
+
+    Exact up to the relative `tolerance` for an ideal pipeline, but for memory: how much a stage holds in flight depends
+    on how many follow, which is only bounded while machines may be left out. `budget_share` is how much of each
+    machine's memory may be taken, where sums over segments have turned out too low.
+    """
+    line = work.line(machines, microbatches, in_flight_limit=in_flight_limit, sharing=sharing)
+    line = replace(line, budget_bytes_D=budget_share * line.budget_bytes_D)
+
+    def best(search: Callable[[float], Split | None]) -> Split | None:
+        found = list(frontier(line, search, tolerance, warm_steps=6))
+        return min(found, key=lambda each: each.objective_s(microbatches), default=None)
+
+    chosen = best(lambda limit_s: _best_with_gaps(line, limit_s))
+    everyone = tuple(range(len(machines)))
+    if chosen is None and len(machines) <= work.count:
+        chosen = best(lambda limit_s: best_of_order(line, everyone, limit_s))
+    if chosen is None:
+        return None
+    used = tuple(int(machines[device]) for device in chosen.devices)
+    period = chosen.bottleneck_s
+    if in_flight_limit < microbatches:
+        period = max(period, chosen.latency_s / min(in_flight_limit, len(used)))
+    return Chain(used, chosen.bounds, chosen.latency_s, period, in_flight_limit)
+
+
+def proportional(work: Work, machines: Indices, sharing: float, in_flight_limit: int) -> Chain:
+    """Return a chain cut in proportion to speed, or to memory if that does not fit: quick, for comparing many.
+
+    Of more machines than segments the fastest take part.
+    """
+    if len(machines) > work.count:
+        fastest = np.sort(np.argsort(work.whole_s[machines], kind="stable")[: work.count])
+        machines = machines[fastest]
+    by_speed = _dealt_out(work, machines, 1 / work.whole_s[machines], sharing, in_flight_limit)
+    if math.isfinite(by_speed.period_s):
+        return by_speed
+    return _dealt_out(work, machines, work.budget_bytes[machines], sharing, in_flight_limit)
+
+
+def _dealt_out(work: Work, machines: Indices, shares: Floats, sharing: float, in_flight_limit: int) -> Chain:
+    """Return a chain whose machines have parts of the work in proportion to shares."""
+    count = len(machines)
+    speed = np.cumsum(shares)
+    seconds_S = np.cumsum((work.forward_NS + work.backward_NS)[machines[0]])
+    wanted = np.searchsorted(seconds_S, seconds_S[-1] * speed[:-1] / speed[-1] * (1 - 1e-9)) + 1
+    steps = np.arange(1, count)
+    inner = np.maximum.accumulate(np.maximum(wanted, steps) - steps) + steps
+    inner = np.minimum(inner, work.count - count + steps)
+    bounds = np.concatenate([[0], inner, [work.count]]).astype(np.int64)
+    return measured(work, machines, bounds, sharing, in_flight_limit)
+
+
+def measured(work: Work, machines: Indices, bounds: Indices, sharing: float, in_flight_limit: int) -> Chain:
+    """Return the chain with these cuts, its latency and period as sums over segments."""
+    task, segments = work.task, work.segments
+    stage = np.zeros(len(machines))
+    for table, starts in ((work.forward_NS, work.forward_starts_NS), (work.backward_NS, work.backward_starts_NS)):
+        computing, starting = (
+            np.asarray([each[machine, bounds[k] : bounds[k + 1]].sum() for k, machine in enumerate(machines)])
+            for each in (table, starts)
+        )
+        additive = work.additive_N[machines] > 0
+        stage += np.where(additive, computing + starting, np.maximum(computing, starting))
+    path, places, slower = machines, bounds[1:-1], np.ones(len(machines) - 1)
+    if task.pinned and task.owner_index is not None:
+        path = np.concatenate([[task.owner_index], machines, [task.owner_index]])
+        places, slower = bounds, np.ones(len(machines) + 1)
+        slower[[0, -1]] = sharing
+    latency, period = float(stage.sum()) + work.owner_s * sharing, max(float(stage.max()), work.owner_s * sharing)
+    if len(path) > 1:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            forward = segments.forward_bytes_P[places] * slower / task.bandwidths(path[:-1], path[1:])
+            gradient = segments.gradient_bytes_P[places] * slower / task.bandwidths(path[1:], path[:-1])
+        forward, gradient = (np.nan_to_num(each, nan=0.0, posinf=np.inf) for each in (forward, gradient))
+        latency += float((forward + gradient + 2 * task.delays(path[:-1], path[1:])).sum())
+        period = max(period, float(np.maximum(forward, gradient).max()))
+    used = tuple(int(machine) for machine in machines)
+    limit = min(in_flight_limit, _most_in_flight(work, machines, bounds))
+    if limit < 1:
+        latency = period = math.inf
+    elif limit < len(machines):
+        # No more than these are on their way at a time.
+        period = max(period, latency / limit)
+    return Chain(used, tuple(int(bound) for bound in bounds), latency, period, limit)
+
+
+def _most_in_flight(work: Work, machines: Indices, bounds: Indices) -> int:
+    """Return the largest limit on microbatches in flight that all stages can hold; 0 if one cannot hold any."""
+    segments, stages = work.segments, len(machines)
+    wanted = np.arange(stages, 0, -1) + segments.outer_after
+    fixed = segments.fixed_bytes_PP[bounds[:-1], bounds[1:]]
+    flight = np.maximum(segments.flight_bytes_PP[bounds[:-1], bounds[1:]], 1.0)
+    held = np.floor((work.budget_bytes[machines] - fixed) / flight - work.heap_N[machines])
+    short = held < np.minimum(wanted, work.task.microbatches)
+    return int(max(0.0, held[short].min())) if short.any() else work.task.microbatches
+
+
+def _best_with_gaps(line: Line, limit_s: float) -> Split | None:
+    """Return the least-latency split over any of the devices in their order, no share above `limit_s`.
+
+    A dynamic programme from the last device back: least latency from position i on with device d the first to work.
+    Next after d comes any later device, so leaving some out costs no more than looking at a vector for each pair.
+    """
+    if line.outer_s > limit_s:
+        return None
+    count, last, outside = line.devices, line.positions - 1, line.devices
+    hops = usable_hops(line, limit_s)
+    latency_DP = np.full((count, line.positions), np.inf)
+    following_DP = np.zeros((count, line.positions), dtype=np.int64)
+    stop_DP = np.zeros((count, line.positions), dtype=np.int64)
+    for device in reversed(range(count)):
+        onward_P = np.full(line.positions, np.inf)
+        if device + 1 < count:
+            later = hops[device, device + 1 : count] + latency_DP[device + 1 :]
+            following_DP[device] = np.argmin(later, axis=0) + device + 1
+            onward_P = later[following_DP[device] - device - 1, np.arange(line.positions)]
+        onward_P[last] = hops[device, outside, last]
+        held = line.in_flight(min(count - device, line.positions - 1)) + line.heap_microbatches_D[device]
+        need_PP = line.fixed_bytes_PP + held * line.flight_bytes_PP
+        allowed = (line.seconds_DPP[device] <= limit_s) & (need_PP <= line.budget_bytes_D[device])
+        total_PP = np.where(allowed, line.delay_s_DPP[device], np.inf) + onward_P[None]
+        stop_DP[device] = np.argmin(total_PP, axis=1)
+        latency_DP[device] = total_PP[np.arange(line.positions), stop_DP[device]]
+    totals_D = latency_DP[:, 0] + hops[outside, :count, 0]
+    device = int(np.argmin(totals_D))
+    if not math.isfinite(totals_D[device]):
+        return None
+    devices, bounds = [device], [0]
+    while True:
+        position = int(stop_DP[device, bounds[-1]])
+        bounds.append(position)
+        if position == last:
+            return make_split(line, devices, bounds)
+        device = int(following_DP[device, position])
+        devices.append(device)

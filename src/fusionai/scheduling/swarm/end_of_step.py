@@ -1,0 +1,109 @@
+"""The end of a step: gradients are summed over pipelines, every machine reports and updates its weights.
+
+Each weight's gradients go once around a ring of its holders, one in each pipeline. A ring all-reduce of b bytes over R
+holders takes 2 (R - 1) rounds of b / R bytes (Patarasuk and Yuan 2009), each as long as the slowest link of the ring
+needs. A machine that holds several weights sends their rounds one after the other; latency is counted once, since the
+rings go around at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fusionai.scheduling.links import Floats, Indices
+from fusionai.scheduling.swarm.chain import Chain
+from fusionai.scheduling.swarm.work import Work
+
+
+def holders(work: Work, chains: Sequence[Chain]) -> Indices:
+    """Return (R, A): the machine that holds segment a in pipeline r; the owner's segments are among them."""
+    owner = work.task.owner_index if work.task.owner_index is not None else -1
+    after = work.segments.outer_after
+    table = np.empty((len(chains), work.before + work.count + after), dtype=np.int64)
+    table[:] = owner
+    for row, chain in zip(table, chains, strict=True):
+        row[work.before : work.before + work.count] = np.repeat(chain.machines, np.diff(chain.bounds))
+    return table
+
+
+def sum_s(work: Work, holders_RA: Indices) -> float:
+    """Return the seconds of summing all gradients, infinite when neighbours of a ring cannot be linked.
+
+    A weight that two stages of a pipeline hold (tied embeddings) has both in its ring.
+    """
+    task = work.task
+    bandwidth_A, delay_A, count_A = _rings(work, holders_RA)
+    seconds_N, delay_N = np.zeros(len(task.machines)), np.zeros(len(task.machines))
+    single_A = np.zeros(holders_RA.shape[1])
+    for size, parts in work.weights:
+        if len(parts) == 1:
+            single_A[parts[0]] += size
+            continue
+        ring = np.concatenate([holders_RA[:, part] for part in parts])
+        ring = ring[np.sort(np.unique(ring, return_index=True)[1])]
+        if (count := len(ring)) > 1:
+            after = np.roll(ring, -1)
+            rate = float(task.bandwidths(ring, after).min())
+            if rate == 0:
+                return float("inf")
+            seconds_N[ring] += 2 * (count - 1) / count * size / rate
+            delay_N[ring] = np.maximum(delay_N[ring], 2 * (count - 1) * float(task.delays(ring, after).max()))
+    used = (single_A > 0) & (count_A > 1)
+    if (bandwidth_A[used] == 0).any():
+        return float("inf")
+    for part in np.flatnonzero(used):
+        share = 2 * (count_A[part] - 1)
+        machines = holders_RA[:, part]
+        seconds_N[machines] += share / count_A[part] * single_A[part] / bandwidth_A[part]
+        delay_N[machines] = np.maximum(delay_N[machines], share * delay_A[part])
+    return float((seconds_N + delay_N).max())
+
+
+def _rings(work: Work, holders_RA: Indices) -> tuple[Floats, Floats, Indices]:
+    """Return, by segment, the least bandwidth and the largest latency around its ring, and the number of holders."""
+    pipelines, parts = holders_RA.shape
+    count_A = np.full(parts, pipelines, dtype=np.int64)
+    if work.before:
+        count_A[0] = 1
+    if work.segments.outer_after:
+        count_A[-1] = 1
+    if pipelines == 1:
+        return np.full(parts, np.inf), np.zeros(parts), count_A
+    after_RA = np.roll(holders_RA, -1, axis=0)
+    return (
+        work.task.bandwidths(holders_RA, after_RA).min(axis=0),
+        work.task.delays(holders_RA, after_RA).max(axis=0),
+        count_A,
+    )
+
+
+def report_s(work: Work, holders_RA: Indices) -> float:
+    """Return the seconds in which every machine reports to the driver, hears from it, and updates its weights."""
+    task = work.task
+    held = np.zeros(len(task.machines))
+    size_A = np.zeros(holders_RA.shape[1])
+    tied = [(size, parts) for size, parts in work.weights if len(parts) > 1]
+    for size, parts in work.weights:
+        size_A[parts[0]] += size
+    np.add.at(held, holders_RA, np.broadcast_to(size_A, holders_RA.shape))
+    for size, parts in tied:
+        for part in parts[1:]:
+            others = holders_RA[:, part]
+            np.add.at(held, others[others != holders_RA[:, parts[0]]], size)
+    machines = np.unique(holders_RA)
+    passes = 2 + 2 * task.optimizer_states + 3
+    rates = np.asarray([task.machines[machine].device.memory_bytes_per_s for machine in machines])
+    # The owner's weights are the same in every pipeline.
+    times = np.where(machines == (task.owner_index if task.pinned else -1), 1 / len(holders_RA), 1.0)
+    seconds = passes * held[machines] * times / rates
+    if task.owner_index is not None:
+        seconds += 2 * task.delays(np.full(len(machines), task.owner_index), machines)
+    return float(seconds.max())
+
+
+def end_s(work: Work, chains: Sequence[Chain]) -> float:
+    """Return the seconds between the last backward and the next step's first forward."""
+    table = holders(work, chains)
+    return sum_s(work, table) + report_s(work, table)

@@ -1,0 +1,252 @@
+"""The planner of swarms: how many pipelines, on which machines, with which cuts and shares of a step.
+
+OP-Fence (FusionLLM, arXiv 2410.12707) clusters machines by bandwidth, orders them so that slow links are crossed least,
+and cuts at small tensors. Here that fence is also where pipelines are parted: the machines along it are grouped in many
+ways, from one pipeline of each machine to one of all. Groupings are compared quickly; the chains of the best few are
+solved and worked through as schedules, the sum of gradients over pipelines at the end of a step included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from fusionai.errors import PlacementError
+from fusionai.graph.model import OpDag, Sizes
+from fusionai.scheduling.explain import bytes_text
+from fusionai.scheduling.links import LinkModel
+from fusionai.scheduling.profile import Member
+from fusionai.scheduling.segments import MEMORY_MARGIN
+from fusionai.scheduling.swarm.candidates import ChainSolver, estimated, refined
+from fusionai.scheduling.swarm.exact import best_small_chains
+from fusionai.scheduling.swarm.grouping import Grouping, fenced, groupings, scopes
+from fusionai.scheduling.swarm.outcome import Outcome, outcome, owner_need_bytes, swarm_plan
+from fusionai.scheduling.swarm.running import Running, run
+from fusionai.scheduling.swarm.selection import Selection, selected
+from fusionai.scheduling.swarm.shares import shared_out
+from fusionai.scheduling.swarm.task import SwarmTask
+from fusionai.scheduling.swarm.work import Work, make_work
+from fusionai.scheduling.swarm_plan import SwarmPlan
+
+_REFINED = 8
+"""Groupings whose chains are solved."""
+
+_MANY_CHAINS = 16
+_HOPELESS = 1.3
+"""Groupings of more chains than that are not solved if the guess is worse than the best so far by this factor."""
+
+_WORKED_THROUGH = 3
+"""Selections whose schedules are worked through."""
+
+_BUDGET_SHARES = (0.9, 0.75)
+"""Of each machine's memory, tried where real stages turned out larger than sums over segments."""
+
+_OWNER_LIMITS = (4, 2, 1)
+
+
+def plan_swarm(
+    graph: OpDag,
+    *,
+    graph_hash: str,
+    sizes: Sizes,
+    microbatches: int,
+    optimizer_states: int,
+    precision: Literal["fp32", "bf16"],
+    members: Sequence[Member],
+    owner: Member | None,
+    links: LinkModel,
+    privacy: Literal["private", "open"],
+    front: int,
+    back: int,
+) -> SwarmPlan:
+    """Return the fastest plan found. Blocks for up to a minute with ten thousand machines: call it in a thread.
+
+    Nodes [0, front) and [back, N) run on the owner's machine in every pipeline; the graph must be arranged for that.
+    `microbatches` are those of a step over all pipelines. `links` numbers the members, then the owner.
+
+    Raises PlacementError with what is missing when no plan meets memory, reachability and pins.
+    """
+    return plan(
+        SwarmTask(
+            graph=graph,
+            graph_hash=graph_hash,
+            sizes=sizes,
+            microbatches=microbatches,
+            optimizer_states=optimizer_states,
+            precision=precision,
+            members=tuple(members),
+            owner=owner,
+            links=links,
+            privacy=privacy,
+            front=front,
+            back=back,
+        )
+    )
+
+
+def plan(task: SwarmTask) -> SwarmPlan:
+    """Return the fastest plan found for a task; see `plan_swarm`."""
+    if not len(task.candidates):
+        raise PlacementError(
+            f"none of the {len(task.members)} free compnodes can be linked with the owner's machine: one side of each "
+            "link must listen where the other can dial it; start `fusionai join` with --listen HOST:PORT, and "
+            "--advertise behind a router"
+        )
+    work = make_work(task)
+    solver = ChainSolver(work)
+    candidates = _selections(solver)
+    candidates.sort(key=lambda each: each.step_s)
+    chosen = candidates[:_WORKED_THROUGH]
+    for alone in (True, False):
+        # One machine alone and one pipeline are looked at in any case.
+        single = [each for each in candidates if len(each.chains) == 1 and (len(each.chains[0].machines) == 1) == alone]
+        chosen += [each for each in single[:1] if each not in chosen]
+    found: list[Outcome] = []
+    for selection in chosen:
+        # A schedule is hardly ever faster than the ideal pipeline, and working it through takes time.
+        if found and selection.step_s >= min(each.step_s for each in found):
+            continue
+        if (made := worked_through(solver, selection)) is not None:
+            found.append(made)
+    known_s = min((each.step_s for each in found), default=math.inf)
+    small = (worked_through(solver, selection) for selection in best_small_chains(work, known_s))
+    found += [each for each in small if each is not None]
+    if not found:
+        found = [
+            each for each in (worked_through(solver, other) for other in candidates if other not in chosen) if each
+        ]
+    if not found:
+        raise _nothing_fits(work)
+    return swarm_plan(work, min(found, key=lambda each: each.step_s))
+
+
+def _selections(solver: ChainSolver) -> list[Selection]:
+    """Return selections of solved chains from the most promising groupings."""
+    work = solver.work
+    fence = fenced(work)
+    ways: dict[tuple[tuple[int, ...], ...], Grouping] = {}
+    for scope in scopes(work, fence):
+        for grouping in groupings(work, scope):
+            ways.setdefault(tuple(tuple(group.tolist()) for group in grouping.groups), grouping)
+    guesses = [(guess, way) for way in ways.values() if (guess := estimated(work, way)) is not None]
+    guesses.sort(key=lambda pair: pair[0].step_s)
+    single = [pair for pair in guesses if len(pair[1].groups) == 1]
+    chosen = guesses[:_REFINED] + [pair for pair in single[:2] if pair not in guesses[:_REFINED]]
+    found: list[Selection] = []
+    for guess, way in chosen:
+        best_s = min((each.step_s for each in found), default=math.inf)
+        if len(way.groups) > _MANY_CHAINS and guess.step_s > _HOPELESS * best_s:
+            continue
+        if (made := refined(solver, way, guess)) is not None:
+            found.append(made)
+    if not found:
+        # Quick guesses do not look at memory within a group: whatever fits is welcome.
+        rest = [pair for pair in guesses if pair not in chosen]
+        found = [each for each in (refined(solver, way, guess) for guess, way in rest) if each is not None]
+    return found
+
+
+def worked_through(solver: ChainSolver, selection: Selection) -> Outcome | None:
+    """Work a selection's schedules through, mend what does not fit, and share out again by what they took."""
+    work = solver.work
+    limits = (None, *_OWNER_LIMITS) if work.task.pinned else (None,)
+    for limit in limits:
+        tried = selection
+        if limit is not None:
+            tried = replace(
+                tried, chains=tuple(replace(c, in_flight_limit=min(c.in_flight_limit, limit)) for c in tried.chains)
+            )
+        if (runs := _mended(solver, tried)) is None:
+            continue
+        offered = work.task.owner.device.memory_bytes if work.task.owner else 0
+        if owner_need_bytes(work, runs) <= offered or not work.task.pinned:
+            return _shared_again(work, runs)
+    return None
+
+
+def _mended(solver: ChainSolver, selection: Selection) -> list[Running] | None:
+    """Return the schedules; a chain that does not fit is cut anew with less memory, or left out."""
+    work = solver.work
+    chains, shares = list(selection.chains), list(selection.shares)
+    for budget_share in (*_BUDGET_SHARES, None):
+        runs = [run(work, chain, share) for chain, share in zip(chains, shares, strict=True)]
+        broken = [index for index, each in enumerate(runs) if not each.possible]
+        if not broken:
+            return runs
+        for index in broken:
+            chain, machines = chains[index], np.asarray(chains[index].machines)
+            mended = None
+            if budget_share is not None and len(machines) > 1:
+                mended = solver.solve(machines, shares[index], float(len(chains)), 1e-2, budget_share)
+            elif budget_share is not None and chain.in_flight_limit > 1:
+                mended = replace(chain, in_flight_limit=1)
+            if mended is not None:
+                chains[index] = mended
+        if budget_share is None:
+            kept = [chain for index, chain in enumerate(chains) if index not in broken]
+            again = selected(work, kept)
+            if again is None:
+                return None
+            runs = [run(work, chain, share) for chain, share in zip(again.chains, again.shares, strict=True)]
+            return runs if all(each.possible for each in runs) else None
+    return None
+
+
+def _shared_again(work: Work, runs: list[Running]) -> Outcome:
+    """Return the outcome, microbatches shared out once more by what the schedules really took if that is faster."""
+    before = outcome(work, runs)
+    if len(runs) == 1:
+        return before
+    period = np.asarray([each.chain.period_s for each in runs])
+    latency = np.asarray([each.times.makespan_s - (each.microbatches - 1) * each.chain.period_s for each in runs])
+    shares = shared_out(np.maximum(latency, 0.0), period, work.task.microbatches)
+    if (shares == 0).any():
+        return before
+    again = [
+        each if each.microbatches == share else run(work, each.chain, int(share))
+        for each, share in zip(runs, shares, strict=True)
+    ]
+    if not all(each.possible for each in again):
+        return before
+    if work.task.owner and owner_need_bytes(work, again) > max(
+        work.task.owner.device.memory_bytes, owner_need_bytes(work, runs)
+    ):
+        return before
+    after = outcome(work, again)
+    return after if after.step_s < before.step_s else before
+
+
+def _nothing_fits(work: Work) -> PlacementError:
+    """Return why no plan is possible: somebody holds too little, or links are missing."""
+    task, last = work.task, work.count
+    if task.owner and task.pinned:
+        need = sum(cost.training_bytes(1, task.optimizer_states) for cost in work.segments.outer) * MEMORY_MARGIN
+        if need > (offered := task.owner.device.memory_bytes):
+            return PlacementError(
+                f"the owner's own stages (what touches its data) need about {bytes_text(need)}, but its machine offers "
+                f"{bytes_text(offered)}; lower training.batch_size, raise the memory offered, or use "
+                'placement.privacy = "open" if the compnodes may see the data'
+            )
+    heap = float(work.heap_N[task.candidates].min())
+    flight = float(work.segments.flight_bytes_PP[0, last]) * (1 + heap)
+    need = (float(work.segments.fixed_bytes_PP[0, last]) + flight) * MEMORY_MARGIN
+    offers = sorted((task.machines[machine].device.memory_bytes for machine in task.candidates), reverse=True)
+    used = offers[:last]
+    text = (
+        f"training the compnodes' share of the model needs at least {bytes_text(need)} in at most {last} parts, and "
+        f"the {len(used)} largest compnodes offer {bytes_text(sum(used))}"
+    )
+    help_text = "add compnodes, raise their --memory, or lower training.batch_size"
+    if need > sum(used):
+        return PlacementError(f"{text}: {bytes_text(need - sum(used))} are missing; {help_text}")
+    unlinked = int((~task.dialable[task.candidates]).sum())
+    if unlinked > 1:
+        return PlacementError(
+            f"{text}, but {unlinked} of them cannot be dialled, and so not be linked with each other, and no chain of "
+            "the others holds it; start `fusionai join` with --listen and --advertise on some of them"
+        )
+    return PlacementError(f"{text}, but no cut gives each a part that fits, working space included; {help_text}")

@@ -1,0 +1,215 @@
+"""A chain worked through as a 1F1B schedule: its real stages are costed, and each pass starts when it can.
+
+Where several pipelines share the owner's machine, each is reckoned with its part of it: passes and transfers there take
+longer by the inverse of the pipeline's share of the microbatches. That conserves the owner's capacity and errs on the
+slow side while the others are idle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fusionai.graph.cost import StageCost
+from fusionai.scheduling.estimator import backward_s, deferred_s, forward_s, training_memory_bytes
+from fusionai.scheduling.pipeline import Edge, PipelineTimes, StageTimes, pipeline_times
+from fusionai.scheduling.segments import MEMORY_MARGIN
+from fusionai.scheduling.swarm.chain import Chain
+from fusionai.scheduling.swarm.work import Work
+
+_WORTH_MEMORY = 0.995
+"""More microbatches in flight are kept only if they bring the pipeline below this share of what it took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A pipeline with its schedule. Stages are in order, the owner's among them."""
+
+    chain: Chain
+    microbatches: int
+    machines: tuple[int, ...]
+    """By stage."""
+    nodes: tuple[int, ...]
+    """Stage k is nodes [nodes[k], nodes[k + 1])."""
+    costs: tuple[StageCost, ...]
+    seconds: tuple[tuple[float, float], ...]
+    """Forward and backward of a microbatch, by stage, nobody else on the machine."""
+    send_s: tuple[float, ...]
+    """For which a stage's sends of one microbatch occupy links."""
+    in_flight: tuple[int, ...]
+    times: PipelineTimes
+    needs_bytes: tuple[float, ...]
+    """By stage, with the margin of estimates."""
+
+    @property
+    def possible(self) -> bool:
+        """Whether its machines can hold their stages and be linked; of the owner's memory others decide."""
+        return math.isfinite(self.times.makespan_s)
+
+
+def run(work: Work, chain: Chain, microbatches: int) -> Running:
+    """Work a chain's schedule through.
+
+    Stages hold as many microbatches as 1F1B asks for, at most the chain's limit; where links are slow they hold more,
+    as far as memory goes and the pipeline becomes faster. A chain that does not fit takes infinitely long.
+    """
+    stages = _Stages(work, chain, microbatches)
+    count = len(stages.machines)
+    limit = chain.in_flight_limit
+    least = tuple(max(1, min(microbatches, limit, count - stage)) for stage in range(count))
+    chosen, times = least, PipelineTimes(math.inf, {}, {})
+    if stages.fits(least):
+        times = stages.times(least)
+        if limit >= microbatches and count > 1:
+            for spare in (0, 1):
+                wider = stages.wider(chosen, times, spare)
+                if wider != chosen and (tried := stages.times(wider)).makespan_s < _WORTH_MEMORY * times.makespan_s:
+                    chosen, times = wider, tried
+    return stages.running(chosen, times)
+
+
+class _Stages:
+    """The stages of one chain and what joins them."""
+
+    def __init__(self, work: Work, chain: Chain, microbatches: int) -> None:
+        task, segments = work.task, work.segments
+        self._work, self._chain, self._microbatches = work, chain, microbatches
+        self._sharing = task.microbatches / microbatches
+        owner = task.owner_index if task.owner_index is not None else -1
+        self._before, after = work.before, segments.outer_after
+        self.machines = (*[owner] * self._before, *chain.machines, *[owner] * after)
+        ends = [work.positions[bound] for bound in chain.bounds]
+        self._nodes = (*[0] * self._before, *ends, *[len(task.graph.nodes)] * after)
+        inner = work.chain_costs(chain.bounds)
+        self._costs = (*segments.outer[: self._before], *inner, *segments.outer[self._before :])
+        devices = [task.machines[machine].device for machine in self.machines]
+        precision = task.precision
+        self._seconds = tuple(
+            (forward_s(cost, device, precision), backward_s(cost, device, precision))
+            for cost, device in zip(self._costs, devices, strict=True)
+        )
+        self._deferred_s = [
+            min(seconds[1], deferred_s(cost, device, precision))
+            for cost, device, seconds in zip(self._costs, devices, self._seconds, strict=True)
+        ]
+        self._factors = [self._sharing if machine == owner else 1.0 for machine in self.machines]
+        self._edges = self._make_edges(owner)
+
+    def _make_edges(self, owner: int) -> list[Edge]:
+        work, task = self._work, self._work.task
+        stage_of = [0] * self._before
+        for stage, (start, stop) in enumerate(zip(self._chain.bounds, self._chain.bounds[1:], strict=False)):
+            stage_of += [stage + self._before] * (stop - start)
+        stage_of += [len(self.machines) - 1] * work.segments.outer_after
+        sent: dict[tuple[str, int, int], tuple[int, bool]] = {}
+        for each in work.crossings:
+            source, target = stage_of[each.maker], stage_of[each.taker]
+            if source != target:
+                sent[each.value, source, target] = each.size_bytes, each.gradient
+        totals: dict[tuple[int, int], tuple[int, int]] = {}
+        for (_, source, target), (size, gradient) in sent.items():
+            forward, back = totals.get((source, target), (0, 0))
+            totals[source, target] = forward + size, back + (size if gradient else 0)
+        edges = []
+        for (source, target), (forward, back) in totals.items():
+            one, other = self.machines[source], self.machines[target]
+            slower = self._sharing if owner in (one, other) else 1.0
+            out, home = float(task.bandwidths(one, other)), float(task.bandwidths(other, one))
+            delay = float(task.delays(one, other))
+            if out == 0 or home == 0:
+                edges.append(Edge(source, target, math.inf, math.inf, delay))
+                continue
+            edges.append(Edge(source, target, slower * forward / out, slower * back / home if back else None, delay))
+        return edges
+
+    def times(self, in_flight: Sequence[int]) -> PipelineTimes:
+        if any(math.isinf(edge.forward_s) for edge in self._edges):
+            return PipelineTimes(math.inf, {}, {})
+        if len(self.machines) == 1:
+            (forward, backward), machine = self._seconds[0], str(self.machines[0])
+            whole = self._microbatches * (forward + backward)
+            return PipelineTimes(whole, {machine: whole}, {})
+        # Machines by their place, so that like pipelines are worked through once.
+        names = {machine: str(place) for place, machine in enumerate(dict.fromkeys(self.machines))}
+        stages = tuple(
+            StageTimes(names[machine], factor * forward, factor * backward, held, factor * deferred)
+            for machine, factor, (forward, backward), held, deferred in zip(
+                self.machines, self._factors, self._seconds, in_flight, self._deferred_s, strict=True
+            )
+        )
+        key = (stages, tuple(self._edges), self._microbatches)
+        if (found := self._work.schedules.get(key)) is None:
+            found = self._work.schedules[key] = pipeline_times(stages, self._edges, self._microbatches)
+        back = {name: str(machine) for machine, name in names.items()}
+        return PipelineTimes(
+            found.makespan_s,
+            {back[name]: seconds for name, seconds in found.busy_s.items()},
+            {(back[one], back[other]): seconds for (one, other), seconds in found.link_busy_s.items()},
+        )
+
+    def wider(self, in_flight: Sequence[int], times: PipelineTimes, spare: int) -> tuple[int, ...]:
+        """Return how many each stage must hold to be busy while a microbatch is on its way there and back."""
+        busiest_s = max([*times.busy_s.values(), *times.link_busy_s.values()], default=0.0)
+        if busiest_s <= 0 or math.isinf(times.makespan_s):
+            return tuple(in_flight)
+        period_s = busiest_s / self._microbatches
+        away_s = self._round_trips_s()
+        found: list[int] = []
+        for stage, held in enumerate(in_flight):
+            last = stage + 1 == len(in_flight)
+            wanted = held if last else max(held, math.ceil(away_s[stage] / period_s) + spare)
+            # It may not rise towards later stages, or the pipeline would lock.
+            most = min(found[-1] if found else self._microbatches, held + self._room(stage, held))
+            found.append(max(held, min(wanted, most)))
+        return tuple(found)
+
+    def _round_trips_s(self) -> list[float]:
+        """Return, by stage, the time from a microbatch's forward to the end of its backward."""
+        trips = [factor * sum(seconds) for factor, seconds in zip(self._factors, self._seconds, strict=True)]
+        onward = [0.0] * len(trips)
+        for edge in sorted(self._edges, key=lambda edge: -edge.target):
+            there_s = trips[edge.target] + onward[edge.target] - self._deferred_s[edge.target]
+            away = there_s + edge.forward_s + 2 * edge.delay_s + (edge.backward_s or 0.0)
+            onward[edge.source] = max(onward[edge.source], away)
+        return [own + more for own, more in zip(trips, onward, strict=True)]
+
+    def _room(self, stage: int, held: int) -> int:
+        """Return how many more microbatches a stage can hold; the owner's stages share what it has."""
+        device = self._work.task.machines[self.machines[stage]].device
+        saved = self._costs[stage].saved_bytes * MEMORY_MARGIN
+        taken = self._need_bytes(stage, held)
+        users = self.machines.count(self.machines[stage]) * self._factors[stage]
+        spare = device.memory_bytes / users - taken
+        return int(spare / saved) if saved and spare > 0 else 0
+
+    def _need_bytes(self, stage: int, held: int) -> float:
+        task = self._work.task
+        device = task.machines[self.machines[stage]].device
+        return training_memory_bytes(self._costs[stage], device, held, task.optimizer_states) * MEMORY_MARGIN
+
+    def fits(self, in_flight: Sequence[int]) -> bool:
+        """Whether all machines but the owner's, which may hold stages of other pipelines, hold their stages."""
+        owner = self._work.task.owner_index
+        return all(
+            machine == owner or self._need_bytes(stage, held) <= self._work.task.machines[machine].device.memory_bytes
+            for stage, (machine, held) in enumerate(zip(self.machines, in_flight, strict=True))
+        )
+
+    def running(self, in_flight: tuple[int, ...], times: PipelineTimes) -> Running:
+        sends = [0.0] * len(self.machines)
+        for edge in self._edges:
+            sends[edge.source] += edge.forward_s
+            sends[edge.target] += edge.backward_s or 0.0
+        return Running(
+            chain=self._chain,
+            microbatches=self._microbatches,
+            machines=self.machines,
+            nodes=self._nodes,
+            costs=self._costs,
+            seconds=self._seconds,
+            send_s=tuple(sends),
+            in_flight=in_flight,
+            times=times,
+            needs_bytes=tuple(self._need_bytes(stage, held) for stage, held in enumerate(in_flight)),
+        )

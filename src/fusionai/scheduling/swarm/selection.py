@@ -1,0 +1,105 @@
+"""Which of many chains run: each brings speed, and each makes the sum at the end of a step slower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusionai.scheduling.links import Indices
+from fusionai.scheduling.swarm.chain import Chain, measured
+from fusionai.scheduling.swarm.end_of_step import holders, report_s, sum_s
+from fusionai.scheduling.swarm.shares import shared_out, slowest_s
+from fusionai.scheduling.swarm.work import Work
+
+_GROWTH = 1.4
+"""From one number of pipelines tried to the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Chains that run, their shares of the microbatches, and the step they make as ideal pipelines."""
+
+    chains: tuple[Chain, ...]
+    shares: tuple[int, ...]
+    step_s: float
+
+
+def weighed(work: Work, chains: Sequence[Chain]) -> Selection | None:
+    """Share a step's microbatches out over chains; who gets none does not run. None if rings cannot be linked."""
+    if not chains:
+        return None
+    if work.task.pinned:
+        # The fewer pipelines, the more of the owner's machine each has.
+        chains = [
+            measured(work, np.asarray(each.machines), np.asarray(each.bounds), len(chains), each.in_flight_limit)
+            for each in chains
+        ]
+    latency = np.asarray([each.latency_s for each in chains])
+    period = np.asarray([each.period_s for each in chains])
+    possible = np.isfinite(latency) & np.isfinite(period)
+    if not possible.any():
+        return None
+    kept = [each for each, usable in zip(chains, possible, strict=True) if usable]
+    latency, period = latency[possible], period[possible]
+    shares = shared_out(latency, period, work.task.microbatches)
+    last_s = slowest_s(latency, period, shares)
+    running = [each for each, share in zip(kept, shares, strict=True) if share > 0]
+    table = holders(work, running)
+    summing_s = sum_s(work, table)
+    if np.isinf(summing_s) and len(running) > 1:
+        running, shares = _interleaved(work, kept, shares)
+        table = holders(work, running)
+        summing_s = sum_s(work, table)
+    if np.isinf(summing_s):
+        return None
+    step_s = last_s + summing_s + report_s(work, table)
+    return Selection(tuple(running), tuple(int(share) for share in shares if share > 0), step_s)
+
+
+def _interleaved(work: Work, chains: Sequence[Chain], shares: Indices) -> tuple[list[Chain], Indices]:
+    """Return the chains that run, those of undialable machines between the others, so that rings can be linked.
+
+    The shares come back in the new order, without zeros.
+    """
+    pairs = [(chain, int(share)) for chain, share in zip(chains, shares, strict=True) if share > 0]
+    open_ones = [pair for pair in pairs if all(work.task.dialable[list(pair[0].machines)])]
+    closed = [pair for pair in pairs if not all(work.task.dialable[list(pair[0].machines)])]
+    mixed = []
+    while open_ones or closed:
+        if closed:
+            mixed.append(closed.pop(0))
+        if open_ones:
+            mixed.append(open_ones.pop(0))
+    return [chain for chain, _ in mixed], np.asarray([share for _, share in mixed])
+
+
+def selected(work: Work, chains: Sequence[Chain]) -> Selection | None:
+    """Return the best of several selections: the fastest few chains, or those best linked with them, or all."""
+    usable = [each for each in chains if np.isfinite(each.period_s) and np.isfinite(each.latency_s)]
+    if not usable:
+        return None
+    microbatches = work.task.microbatches
+    by_speed = sorted(range(len(usable)), key=lambda index: usable[index].seconds(max(1, microbatches)))
+    heads = np.asarray([each.machines[0] for each in usable])
+    best_heads = heads[by_speed[:4]]
+    near = work.task.bandwidths(heads[:, None], best_heads[None])
+    near = np.where(np.isinf(near), 0.0, near).max(axis=1) if len(usable) > 1 else np.zeros(len(usable))
+    rank = {index: place for place, index in enumerate(by_speed)}
+    by_link = sorted(range(len(usable)), key=lambda index: (-round(float(np.log2(near[index] + 1)), 1), rank[index]))
+    best: Selection | None = None
+    for order in (by_speed, by_link):
+        for count in _counts(min(len(usable), microbatches)):
+            tried = weighed(work, [usable[index] for index in sorted(order[:count])])
+            if tried is not None and (best is None or tried.step_s < best.step_s):
+                best = tried
+    return best
+
+
+def _counts(most: int) -> list[int]:
+    found, count = [], 1.0
+    while count < most:
+        found.append(round(count))
+        count = max(count + 1, count * _GROWTH)
+    return [*found, most]

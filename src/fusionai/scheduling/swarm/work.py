@@ -1,0 +1,271 @@
+"""What a graph costs on each machine of a pool, in tables that any chain of machines can be reckoned from.
+
+Array suffixes: N = machines (members, then the owner), D = machines of one chain, S = segments, P = S + 1 positions,
+E = D + 1 (a chain's machines, then the owner).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+
+from fusionai.graph.cost import StageCost, stage_cost
+from fusionai.graph.cuts import crossing_bytes, cut, cut_points
+from fusionai.graph.sizes import type_bytes
+from fusionai.scheduling.estimator import backward_s, deferred_s, flops_rate, forward_s, heap_microbatches
+from fusionai.scheduling.links import Floats, Indices
+from fusionai.scheduling.partition import Line
+from fusionai.scheduling.pipeline import PipelineTimes
+from fusionai.scheduling.profile import DeviceProfile
+from fusionai.scheduling.segments import MEMORY_MARGIN, Segments, make_segments
+from fusionai.scheduling.swarm.task import SwarmTask
+
+_MOST_POSITIONS = 128
+_MOST_POSITIONS_OF_MANY = 64
+"""More cut points than this are thinned out: tables grow with their square, and a pool has many chains."""
+
+_MANY_MACHINES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """A value that leaves its segment: makers and takers count all segments, the owner's among them."""
+
+    value: str
+    maker: int
+    taker: int
+    size_bytes: int
+    gradient: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """The graph in segments, and each machine's seconds on each of them."""
+
+    task: SwarmTask
+    segments: Segments
+    all_costs: tuple[StageCost, ...]
+    """Of all segments, the owner's among them."""
+    crossings: tuple[Crossing, ...]
+    weights: tuple[tuple[int, tuple[int, ...]], ...]
+    """Bytes of each weight that trains, and the segments (all of them counted) that use it."""
+    forward_NS: Floats
+    backward_NS: Floats
+    """Seconds of computing, the cost of starting operators apart."""
+    forward_starts_NS: Floats
+    backward_starts_NS: Floats
+    deferred_NS: Floats
+    additive_N: Floats
+    """1 where starting operators adds to computing, 0 where the larger of both counts (`estimator.pass_s`)."""
+    stage_costs: dict[tuple[int, int], StageCost]
+    """Costs of ranges of positions that were really cut, as they are asked for."""
+    schedules: dict[tuple[object, ...], PipelineTimes]
+    """Schedules that were worked through: pipelines of like machines and links have the same."""
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Return the node positions considered; the ends are those of what may be distributed."""
+        return self.segments.positions
+
+    @property
+    def count(self) -> int:
+        """Return the number S of segments that may be distributed: no chain has more machines."""
+        return len(self.positions) - 1
+
+    @property
+    def before(self) -> int:
+        """Return how many segments the owner has before the others: 0 or 1."""
+        return len(self.segments.outer) - self.segments.outer_after
+
+    @cached_property
+    def whole_s(self) -> Floats:
+        """Return, by machine, the seconds of one microbatch if the machine did all that may be distributed."""
+        parts = [
+            additive * (work + starts) + (1 - additive) * np.maximum(work, starts)
+            for work, starts, additive in (
+                (self.forward_NS.sum(1), self.forward_starts_NS.sum(1), self.additive_N),
+                (self.backward_NS.sum(1), self.backward_starts_NS.sum(1), self.additive_N),
+            )
+        ]
+        return np.asarray(parts[0] + parts[1])
+
+    @cached_property
+    def owner_s(self) -> float:
+        """Return the seconds of one microbatch in the owner's own stages."""
+        owner = self.task.owner
+        if owner is None:
+            return 0.0
+        precision = self.task.precision
+        costs = self.segments.outer
+        return sum(forward_s(c, owner.device, precision) + backward_s(c, owner.device, precision) for c in costs)
+
+    @cached_property
+    def budget_bytes(self) -> Floats:
+        """Return, by machine, what stages may take there by the estimate."""
+        return np.asarray([each.device.memory_bytes for each in self.task.machines]) / MEMORY_MARGIN
+
+    @cached_property
+    def heap_N(self) -> Floats:
+        """Return, by machine, the microbatches that its allocator holds besides those in flight."""
+        return np.asarray([heap_microbatches(each.device) for each in self.task.machines], dtype=np.float64)
+
+    def chain_costs(self, bounds: Sequence[int]) -> tuple[StageCost, ...]:
+        """Return the costs of the stages between positions (indices), really cut; those cut before are not again."""
+        ranges = list(pairwise(bounds))
+        if missing := [each for each in ranges if each not in self.stage_costs]:
+            places = {self.positions[bound] for bound in bounds}
+            subdags = cut(self.task.graph, sorted(place for place in places if 0 < place < len(self.task.graph.nodes)))
+            for each in missing:
+                subdag = subdags[ranges.index(each) + self.before]
+                self.stage_costs[each] = stage_cost(subdag, self.task.sizes)
+        return tuple(self.stage_costs[each] for each in ranges)
+
+    def range_s(self, machines: Indices) -> Floats:
+        """Return (D, P, P): seconds of both passes of each range on each machine; inf where a range is empty."""
+        additive = self.additive_N[machines][:, None, None]
+        total = np.zeros((len(machines), self.count + 1, self.count + 1))
+        for work, starts in (
+            (self.forward_NS, self.forward_starts_NS),
+            (self.backward_NS, self.backward_starts_NS),
+        ):
+            work_DPP, starts_DPP = _ranges(work[machines]), _ranges(starts[machines])
+            total += np.where(additive > 0, work_DPP + starts_DPP, np.maximum(work_DPP, starts_DPP))
+        total[:, np.tri(self.count + 1, dtype=bool)] = np.inf
+        return total
+
+    def hops(self, machines: Indices, position_bytes: tuple[Floats, Floats], sharing: float) -> tuple[Floats, Floats]:
+        """Return (E, E, ...): seconds there and back, and the larger of those that a link is busy, by crossing bytes.
+
+        `sharing` says how many times slower the owner's links are, other pipelines using them too.
+        """
+        task = self.task
+        owner = task.owner_index
+        around = np.append(machines, owner if owner is not None and task.pinned else machines[0])
+        out = task.bandwidths(around[:, None], around[None])
+        if owner is not None and task.pinned:
+            out = out.copy()
+            out[-1] /= sharing
+            out[:, -1] /= sharing
+        delay = task.delays(around[:, None], around[None])
+        np.fill_diagonal(out, 0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            forward = np.nan_to_num(position_bytes[0] / out[:, :, None], nan=0.0, posinf=np.inf)
+            gradient = np.nan_to_num(position_bytes[1] / out.T[:, :, None], nan=0.0, posinf=np.inf)
+        # Without bytes nothing is sent, and so nothing is delayed.
+        hop = forward + gradient + delay[:, :, None] * (position_bytes[0] > 0)
+        hop += delay.T[:, :, None] * (position_bytes[1] > 0)
+        hop[out == 0] = np.inf
+        if not task.pinned:
+            hop[-1], hop[:, -1] = 0.0, 0.0
+            forward[-1], forward[:, -1], gradient[-1], gradient[:, -1] = 0.0, 0.0, 0.0, 0.0
+        return hop, np.maximum(forward, gradient)
+
+    def line(self, machines: Indices, microbatches: int, *, in_flight_limit: int, sharing: float = 1.0) -> Line:
+        """Return the partition solver's numbers for a chain's machines."""
+        segments = self.segments
+        seconds = self.range_s(machines)
+        hidden = np.minimum(_ranges(self.deferred_NS[machines]), np.where(np.isfinite(seconds), seconds, 0.0))
+        if not self.before:
+            hidden[:, 0] = 0.0  # nobody waits for the first stage's gradients
+        hop, busy = self.hops(machines, (segments.forward_bytes_P, segments.gradient_bytes_P), sharing)
+        return Line(
+            seconds_DPP=seconds,
+            delay_s_DPP=seconds - hidden,
+            fixed_bytes_PP=segments.fixed_bytes_PP,
+            flight_bytes_PP=segments.flight_bytes_PP,
+            heap_microbatches_D=self.heap_N[machines],
+            budget_bytes_D=self.budget_bytes[machines],
+            hop_s_EEP=hop,
+            hop_busy_s_EEP=busy,
+            microbatches=microbatches,
+            outer_s=self.owner_s * sharing,
+            outer_stages_after=segments.outer_after,
+            in_flight_limit=in_flight_limit,
+        )
+
+
+def _ranges(parts_DS: Floats) -> Floats:
+    """Return sums over [i, j) as (D, P, P)."""
+    total = np.concatenate([np.zeros((len(parts_DS), 1)), np.cumsum(parts_DS, axis=1)], axis=1)
+    return np.asarray(np.maximum(total[:, None, :] - total[:, :, None], 0.0))
+
+
+def make_work(task: SwarmTask) -> Work:
+    """Cost a task's graph in segments on every machine.
+
+    Raises PlacementError for a device whose rates are not known, and GraphError for a graph that cannot be costed.
+    """
+    positions = _positions(task)
+    segments = make_segments(task.graph, task.sizes, positions, optimizer_states=task.optimizer_states)
+    subdags = cut(task.graph, [position for position in positions if 0 < position < len(task.graph.nodes)])
+    before = len(segments.outer) - segments.outer_after
+    all_costs = (*segments.outer[:before], *segments.costs, *segments.outer[before:])
+    crossings = [
+        Crossing(each.value, each.source, each.target, type_bytes(each.type, task.sizes), each.gradient)
+        for subdag in subdags
+        for each in subdag.sends
+    ]
+    users: dict[str, tuple[int, list[int]]] = {}
+    for part, subdag in enumerate(subdags):
+        for weight in {weight.key: weight for weight in subdag.weights if weight.trainable}.values():
+            users.setdefault(weight.key, (type_bytes(weight.type, task.sizes), []))[1].append(part)
+    tables = _device_tables(task, segments.costs)
+    return Work(
+        task=task,
+        segments=segments,
+        all_costs=all_costs,
+        crossings=tuple(crossings),
+        weights=tuple((size, tuple(parts)) for size, parts in users.values()),
+        forward_NS=tables[0],
+        backward_NS=tables[1],
+        forward_starts_NS=tables[2],
+        backward_starts_NS=tables[3],
+        deferred_NS=tables[4],
+        additive_N=np.asarray([float(each.device.device == "cpu") for each in task.machines]),
+        stage_costs={},
+        schedules={},
+    )
+
+
+def _positions(task: SwarmTask) -> list[int]:
+    """Return the positions considered, the cheapest of each stretch where there are too many."""
+    points = cut_points(task.graph, task.sizes, within=(task.front, task.back))
+    most = _MOST_POSITIONS if len(task.members) <= _MANY_MACHINES else _MOST_POSITIONS_OF_MANY
+    if len(points) > most:
+        crossing = crossing_bytes(task.graph, task.sizes)
+        step = len(points) / most
+        stretches = [points[int(k * step) : int((k + 1) * step)] for k in range(most)]
+        points = [min(stretch, key=lambda point: crossing[point]) for stretch in stretches if stretch]
+    return [task.front, *points, task.back]
+
+
+def _device_tables(task: SwarmTask, costs: Sequence[StageCost]) -> list[Floats]:
+    """Return (N, S): computing forward and backward, starting operators forward and backward, and deferred seconds."""
+    found: dict[tuple[object, ...], list[list[float]]] = {}
+    rows: list[list[list[float]]] = []
+    for member in task.machines:
+        device = member.device
+        key = (*sorted(device.flops_per_s.items()), device.memory_bytes_per_s, device.overhead_s)
+        if key not in found:
+            found[key] = _device_rows(device, task.precision, costs)
+        rows.append(found[key])
+    return list(np.asarray(rows, dtype=np.float64).transpose(1, 0, 2))
+
+
+def _device_rows(device: DeviceProfile, precision: str, costs: Sequence[StageCost]) -> list[list[float]]:
+    classes = {name for cost in costs for name in (*cost.forward_flops, *cost.backward_flops)}
+    rates = {name: flops_rate(device, name, precision) for name in classes}
+    forward = [sum(amount / rates[name] for name, amount in cost.forward_flops.items()) for cost in costs]
+    backward = [sum(amount / rates[name] for name, amount in cost.backward_flops.items()) for cost in costs]
+    moved = device.memory_bytes_per_s
+    return [
+        [seconds + cost.forward_bytes / moved for seconds, cost in zip(forward, costs, strict=True)],
+        [seconds + cost.backward_bytes / moved for seconds, cost in zip(backward, costs, strict=True)],
+        [cost.operators * device.overhead_s for cost in costs],
+        [cost.backward_operators * device.overhead_s for cost in costs],
+        [deferred_s(cost, device, precision) for cost in costs],
+    ]

@@ -1,0 +1,261 @@
+"""Plans of many pipelines: constraints are met, nothing better exists in small pools, and links decide the form."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from decoder_graph import GB, SIZES, decoder, member, pool
+
+from fusionai.errors import PlacementError
+from fusionai.graph.cuts import cut
+from fusionai.graph.model import OpDag
+from fusionai.graph.privacy import arrange_private
+from fusionai.scheduling.baselines.genetic_order import genetic_order
+from fusionai.scheduling.baselines.proportional_splits import equal_compute, equal_layers, memory_proportional
+from fusionai.scheduling.links import LinkModel, PoolLinks
+from fusionai.scheduling.profile import LinkProfile, Member, Pool
+from fusionai.scheduling.segments import MEMORY_MARGIN, reachable
+from fusionai.scheduling.swarm.chain import Chain
+from fusionai.scheduling.swarm.clusters import clustered
+from fusionai.scheduling.swarm.end_of_step import holders, sum_s
+from fusionai.scheduling.swarm.exact import best_small_chains
+from fusionai.scheduling.swarm.outcome import outcome
+from fusionai.scheduling.swarm.planner import plan
+from fusionai.scheduling.swarm.running import run
+from fusionai.scheduling.swarm.shares import shared_out
+from fusionai.scheduling.swarm.task import SwarmTask
+from fusionai.scheduling.swarm.work import make_work
+from fusionai.scheduling.swarm_plan import SwarmPlan
+
+OWNER = member("owner", gflops=400.0)
+
+
+@dataclass(frozen=True)
+class TwoCities:
+    """Fast links within each half of the machines, one slow bridge between the halves."""
+
+    count: int
+    near_bytes_per_s: float = 1e9
+    far_bytes_per_s: float = 2e5
+
+    def _near(self, sources: Any, targets: Any) -> Any:
+        return (np.asarray(sources) < self.count // 2) == (np.asarray(targets) < self.count // 2)
+
+    def bandwidths_bytes_per_s(self, sources: Any, targets: Any) -> Any:
+        return np.where(self._near(sources, targets), self.near_bytes_per_s, self.far_bytes_per_s)
+
+    def rtts_s(self, sources: Any, targets: Any) -> Any:
+        return np.where(self._near(sources, targets), 1e-4, 2e-2)
+
+
+def task_of(
+    graph: OpDag,
+    members: Sequence[Member],
+    *,
+    links: LinkModel | None = None,
+    microbatches: int = 16,
+    private: bool = False,
+    owner: Member | None = None,
+    rtt_s: float = 1e-4,
+    bytes_per_s: float = 1e9,
+) -> SwarmTask:
+    front, back = 0, len(graph.nodes)
+    if private:
+        owner = owner or OWNER
+        graph, front, back = arrange_private(graph)
+    everyone = [*members, *([owner] if owner else [])]
+    alike = PoolLinks(
+        pool(*members, owner=owner, rtt_s=rtt_s, bytes_per_s=bytes_per_s), [each.peer for each in everyone]
+    )
+    return SwarmTask(
+        graph=graph,
+        graph_hash="hash",
+        sizes=SIZES,
+        microbatches=microbatches,
+        optimizer_states=2,
+        precision="fp32",
+        members=tuple(members),
+        owner=owner,
+        links=links or alike,
+        privacy="private" if private else "open",
+        front=front,
+        back=back,
+    )
+
+
+def check(task: SwarmTask, made: SwarmPlan) -> None:
+    """What holds of every plan."""
+    known = {each.peer: each for each in task.machines}
+    owner = task.owner.peer if task.pinned and task.owner else ""
+    used = [stage.peer for pipeline in made.pipelines for stage in pipeline.stages if stage.peer != owner]
+    assert len(used) == len(set(used))
+    assert set(used) | set(made.left_out) == {each.peer for each in task.members}
+    assert sum(pipeline.microbatches for pipeline in made.pipelines) == task.microbatches
+    for pipeline in made.pipelines:
+        assert pipeline.microbatches >= 1
+        bounds = [pipeline.stages[0].start, *(stage.stop for stage in pipeline.stages)]
+        assert bounds == sorted(set(bounds))
+        assert (bounds[0], bounds[-1]) == (0, len(task.graph.nodes))
+        assert list(pipeline.cuts) == bounds[1:-1]
+        assert len(cut(task.graph, pipeline.cuts)) == len(pipeline.stages)
+        held = [stage.in_flight for stage in pipeline.stages]
+        assert held == sorted(held, reverse=True)
+        for stage in pipeline.stages:
+            assert stage.predicted.memory_bytes * MEMORY_MARGIN <= known[stage.peer].device.memory_bytes
+        for one, other in itertools.pairwise(pipeline.stages):
+            assert reachable(known[one.peer], known[other.peer])
+        if task.pinned:
+            assert pipeline.stages[0].peer == pipeline.stages[-1].peer == owner
+            assert pipeline.cuts[0] == task.front
+            assert pipeline.cuts[-1] == task.back
+    slowest_s = max(pipeline.predicted_s for pipeline in made.pipelines)
+    assert made.predicted_step_s == pytest.approx(slowest_s + made.sync_s)
+    assert made.bound_step_s <= made.predicted_step_s * (1 + 1e-9)
+
+
+def small_task(seed: int) -> SwarmTask:
+    draw = random.Random(seed)
+    members = [member(f"m{k}", gflops=draw.uniform(20, 200), memory_bytes=GB) for k in range(draw.randint(2, 3))]
+    links = {
+        f"{one.peer}>{other.peer}": LinkProfile(10 ** draw.uniform(-4, -2), 10 ** draw.uniform(6, 9.5))
+        for one, other in itertools.permutations(members, 2)
+    }
+    known = PoolLinks(Pool(tuple(members), links), [each.peer for each in members])
+    return task_of(decoder(draw.choice((1, 2))), members, links=known, microbatches=draw.choice((1, 2, 4)))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_single_pipeline_is_faster_in_small_pools(seed: int) -> None:
+    task = small_task(seed)
+    work = make_work(task)
+    best = min(
+        outcome(
+            work, [run(work, Chain(order, (0, *inner, work.count), 0, 0, task.microbatches), task.microbatches)]
+        ).step_s
+        for stages in range(1, min(len(task.members), work.count) + 1)
+        for order in itertools.permutations(range(len(task.members)), stages)
+        for inner in itertools.combinations(range(1, work.count), stages - 1)
+    )
+    made = plan(task)
+    check(task, made)
+    assert made.predicted_step_s <= best * (1 + 1e-9)
+
+
+def test_large_pools_are_not_enumerated() -> None:
+    task = task_of(decoder(1), [member(f"m{k}") for k in range(1100)], links=TwoCities(1100))
+    assert best_small_chains(make_work(task), 1.0) == []
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_plans_are_valid(seed: int, private: bool) -> None:
+    draw = random.Random(seed)
+    members = [
+        member(
+            f"m{k}", gflops=draw.uniform(20, 200), dialable=draw.random() < 0.7, memory_bytes=draw.choice((GB, 10 * GB))
+        )
+        for k in range(draw.randint(5, 14))
+    ]
+    task = task_of(decoder(8), members, private=private, microbatches=24, bytes_per_s=10 ** draw.uniform(6, 9))
+    check(task, plan(task))
+
+
+def test_more_machines_are_never_slower() -> None:
+    graph = decoder(8)
+    machines = [member(f"m{k}", gflops=50 + 40 * (k % 4)) for k in range(12)]
+    for rate in (1e7, 1e9):
+        steps = [
+            plan(task_of(graph, machines[:count], bytes_per_s=rate)).predicted_step_s for count in (1, 2, 3, 6, 12)
+        ]
+        for fewer, more in itertools.pairwise(steps):
+            assert more <= fewer * (1 + 1e-9)
+
+
+def test_a_slow_machine_is_left_out() -> None:
+    made = plan(task_of(decoder(8), [*(member(f"m{k}") for k in range(4)), member("snail", gflops=0.01)]))
+    assert "p-snail" in made.left_out
+
+
+def test_the_slow_bridge_is_crossed_at_most_once() -> None:
+    # The model does not fit one machine, nor one city.
+    graph = decoder(12, hidden=128)
+    members = [member(f"m{k}", memory_bytes=10_000_000) for k in range(8)]
+    task = task_of(graph, members, links=TwoCities(8))
+    made = plan(task)
+    check(task, made)
+    side = {each.peer: index < 4 for index, each in enumerate(members)}
+    for pipeline in made.pipelines:
+        sides = [side[stage.peer] for stage in pipeline.stages]
+        assert sum(one != other for one, other in itertools.pairwise(sides)) <= 1
+
+
+def test_links_decide_between_one_pipeline_and_several() -> None:
+    graph, members = decoder(8, hidden=128), [member(f"m{k}") for k in range(4)]
+    assert len(plan(task_of(graph, members, bytes_per_s=1e10, microbatches=64)).pipelines) == 4
+    assert len(plan(task_of(graph, members, bytes_per_s=1e6, microbatches=8)).pipelines) == 1
+
+
+def test_a_ring_takes_what_the_formula_says() -> None:
+    task = task_of(decoder(3), [member(name) for name in "abc"], rtt_s=0.02, bytes_per_s=1e6)
+    work = make_work(task)
+    alone = [Chain((machine,), (0, work.count), 0.0, 0.0, 1) for machine in range(3)]
+    weights = sum(size for size, _ in work.weights)
+    assert sum_s(work, holders(work, alone)) == pytest.approx(4 / 3 * weights / 1e6 + 4 * 0.01)
+    assert sum_s(work, holders(work, alone[:1])) == 0
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_shares_are_the_best_ones(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    latency, period = draw.uniform(1, 9, 3), draw.uniform(0.5, 3, 3)
+
+    def last_s(shares: Sequence[int]) -> float:
+        return max((latency[k] + (share - 1) * period[k] for k, share in enumerate(shares) if share), default=0.0)
+
+    found = shared_out(latency, period, 7)
+    assert found.sum() == 7
+    ways = (each for each in itertools.product(range(8), repeat=3) if sum(each) == 7)
+    assert last_s(found.tolist()) == pytest.approx(min(last_s(each) for each in ways))
+
+
+@pytest.mark.parametrize("count", [10, 400])
+def test_clusters_are_the_cities(count: int) -> None:
+    task = task_of(decoder(1), [member(f"m{k}") for k in range(count)], links=TwoCities(count))
+    found = {frozenset(each.tolist()) for each in clustered(task, task.candidates)}
+    assert found == {frozenset(range(count // 2)), frozenset(range(count // 2, count))}
+
+
+@pytest.mark.parametrize("baseline", [equal_layers, equal_compute, memory_proportional, genetic_order])
+def test_baselines_make_valid_plans_that_are_not_faster(baseline: Any) -> None:
+    members = [member(f"m{k}", gflops=40 + 80 * (k % 2)) for k in range(6)]
+    task = task_of(decoder(8), members, links=TwoCities(6))
+    made = baseline(task)
+    check(task, made)
+    assert len(made.pipelines) == 1
+    assert plan(task).predicted_step_s <= made.predicted_step_s
+
+
+class TestErrors:
+    def test_no_machines(self) -> None:
+        with pytest.raises(PlacementError, match="fusionai join"):
+            task_of(decoder(2), [])
+
+    def test_too_little_memory(self) -> None:
+        with pytest.raises(PlacementError, match="are missing"):
+            plan(task_of(decoder(4, hidden=256), [member(name, memory_bytes=10**6) for name in "ab"]))
+
+    def test_nobody_can_be_linked_with_the_owner(self) -> None:
+        owner = member("owner", dialable=False)
+        with pytest.raises(PlacementError, match="--listen"):
+            plan(task_of(decoder(2), [member("a", dialable=False)], private=True, owner=owner))
+
+    def test_the_owner_holds_too_little(self) -> None:
+        owner = member("owner", memory_bytes=1000)
+        with pytest.raises(PlacementError, match="owner's own stages"):
+            plan(task_of(decoder(2), [member("a")], private=True, owner=owner))
