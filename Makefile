@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 endif
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types unit format clean
+.PHONY: demo test lint types unit slow format clean
 
 demo: $(STAMP)
 	$(BIN)/fusionai demo
@@ -31,6 +31,9 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

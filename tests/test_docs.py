@@ -287,7 +287,6 @@ def test_an_example_runs(tmp_path: Path) -> None:
     run_example(ROOT / "examples/train_cnn.py", tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", [each for each in EXAMPLES if each.stem != "train_cnn"], ids=name_of)
 def test_the_other_examples_run(path: Path, tmp_path: Path) -> None:
     run_example(path, tmp_path)
