@@ -5,8 +5,9 @@ Array suffixes: P = positions at which the graph may be cut, both ends included;
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from fusionai.graph.cost import StageCost, stage_cost
 from fusionai.graph.cuts import crossing_bytes, cut, cut_points
 from fusionai.graph.model import OpDag, Sizes
+from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.estimator import flops_rate
 from fusionai.scheduling.links import Floats
 from fusionai.scheduling.profile import DeviceProfile
@@ -30,7 +32,10 @@ bf16 that is 16 bytes a parameter."""
 _WEIGHTS_ONLY = -1
 """The same for inference: `training_bytes` counts weights and gradients besides, and only weights are there."""
 
-_MOST_POSITIONS = 160
+_ALIVE = 4
+"""Tensors of the largest size that live at once in a forward: a chain's input and output, a residual, one more."""
+
+_MOST_POSITIONS = 240
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,6 +62,8 @@ class Costs:
     """Of the whole model, tied weights once."""
     tied_bytes: float
     """Held a second time as soon as the model is cut."""
+    working_bytes: tuple[Floats, Floats]
+    """Working space of each segment's forward, with batches of one and two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -96,7 +103,15 @@ def costs_of(model: Model, task: Task) -> Costs:
         two=two,
         weight_bytes=float(whole.trainable_bytes),
         tied_bytes=float(max(0, held - whole.trainable_bytes)),
+        working_bytes=(_working_bytes(model, positions, 1), _working_bytes(model, positions, 2)),
     )
+
+
+def _working_bytes(model: Model, positions: Sequence[int], batch: int) -> Floats:
+    """Return the working space of each segment's forward: a few times the largest tensor that it makes."""
+    graph, sizes = model.graph, model.sizes(batch)
+    made = [max((type_bytes(graph.types[each], sizes) for each in node.outputs), default=0) for node in graph.nodes]
+    return np.asarray([_ALIVE * max(made[start:stop]) for start, stop in pairwise(positions)], dtype=np.float64)
 
 
 def ranges_of(costs: Costs, device: DeviceProfile, batch: int) -> Ranges:
@@ -122,7 +137,10 @@ def ranges_of(costs: Costs, device: DeviceProfile, batch: int) -> Ranges:
     empty = np.tri(len(seconds), dtype=bool)
     seconds[empty] = np.inf
     one, two, training = costs.one, costs.two, costs.task == "training"
-    tables = [each.fixed_bytes_PP if training else _forward_bytes(each) for each in (one, two)]
+    tables = [
+        each.fixed_bytes_PP if training else _forward_bytes(each, working)
+        for each, working in zip((one, two), costs.working_bytes, strict=True)
+    ]
     with np.errstate(invalid="ignore"):
         fixed = np.where(empty, np.inf, along(*tables))
         flight = np.where(empty, np.inf, along(one.flight_bytes_PP, two.flight_bytes_PP) if training else 0.0)
@@ -137,16 +155,16 @@ def ranges_of(costs: Costs, device: DeviceProfile, batch: int) -> Ranges:
     )
 
 
-def _forward_bytes(segments: Segments) -> Floats:
-    """Return the memory of each range in inference: weights, and as working space one segment with all that it makes.
+def _forward_bytes(segments: Segments, working_bytes: Floats) -> Floats:
+    """Return the memory of each range in inference: weights, and the working space of the segment that needs most.
 
     The segments' own working space is that of training, in which gradients of weights are the largest part.
     """
     table = segments.fixed_bytes_PP.copy()
     training = np.asarray([cost.transient_bytes for cost in segments.costs], dtype=np.float64)
-    forward = np.asarray([cost.saved_bytes for cost in segments.costs], dtype=np.float64)
     for start in range(len(training)):
-        table[start, start + 1 :] += np.maximum.accumulate(forward[start:]) - np.maximum.accumulate(training[start:])
+        table[start, start + 1 :] += np.maximum.accumulate(working_bytes[start:])
+        table[start, start + 1 :] -= np.maximum.accumulate(training[start:])
     return table
 
 

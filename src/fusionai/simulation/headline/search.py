@@ -81,8 +81,8 @@ class Searcher:
     def best(self, cluster: Cluster, codec: Codec, samples: int, *, memory: bool = True) -> Found | None:
         """Return the fastest plan, None if nothing fits.
 
-        Without `memory`, all machines are one pipeline, as nearly equal in computing as it gets, and hold what falls to
-        them: whoever has no room for the model has none for copies of it either.
+        Without `memory`, machines hold what falls to them, but pipelines are as long as equal shares of computing make
+        them, and no more in number than all memory together has room for the model's copies.
         """
         found: Found | None = None
         for batch in BATCHES:
@@ -111,7 +111,10 @@ class Searcher:
         if bounds is None:
             return None
         used = len(bounds) - 1
-        pipelines = min(cluster.count // used, math.ceil(samples / batch)) if memory else 1
+        pipelines = min(cluster.count // used, math.ceil(samples / batch))
+        if not memory:
+            copies = cluster.count * budget / float(ranges.fixed_bytes_PP[0, -1])
+            pipelines = min(pipelines, max(1, int(copies)))
         count = math.ceil(samples / (pipelines * batch))
         computing = [float(seconds[start, stop]) for start, stop in pairwise(bounds)]
         both = 2 if self.costs.task == "training" else 1
@@ -129,10 +132,11 @@ class Searcher:
                 if memory and (flight := float(ranges.flight_bytes_PP[start, stop])) > 0:
                     most[place] = min(count, int((budget - ranges.fixed_bytes_PP[start, stop]) / flight))
             in_flight = _in_flight(computing, hops, most, period)
-            waiting = _waiting_s(computing, hops, in_flight, count)
-            if waiting > period * 1.1 and in_flight[0] < count:
-                limit = "memory for microbatches on their way"
-            period = max(period, waiting)
+            waiting = _waiting_s(computing, hops, in_flight)
+            if in_flight[0] < count:
+                if waiting > period * 1.1:
+                    limit = "memory for microbatches on their way"
+                period = max(period, waiting)
         pipeline_s = rounds[0] + (count - 1) * period
         sum_s, update_s = self._end(cluster, codec, pipelines, bounds) if both == 2 else (0.0, 0.0)
         if sum_s > pipeline_s:
@@ -212,31 +216,28 @@ def _packed(ranges: Ranges, codec: Codec, memory_bytes_per_s: float) -> tuple[tu
 
 
 def _in_flight(computing: list[float], hops: list[float], most: list[int], period: float) -> list[int]:
-    """Return the microbatches that each stage holds, enough to hide every hop where `most` allows it.
-
-    In 1F1B a stage's forward i + w follows its backward i. Between neighbours that hold w and w' that makes a cycle
-    of both stages' computing and the way there and back, once in w - w' + 1 microbatches.
-    """
+    """Return the microbatches that each stage holds: enough to hide every hop, less of all where `most` is less."""
     last = len(computing) - 1
-    held = [1] * (last + 1)
+    wanted = [1] * (last + 1)
     for place in range(last - 1, -1, -1):
         cycle = computing[place] + computing[place + 1] + hops[place]
-        held[place] = held[place + 1] + max(1, math.ceil(cycle / period * 0.95) - 1)
-    for place in range(last + 1):
-        held[place] = min(held[place], most[place], *held[:place][-1:])
-    return held
+        wanted[place] = wanted[place + 1] + max(1, math.ceil(cycle / period * 0.95) - 1)
+    share = min(1.0, *(limit / want for limit, want in zip(most, wanted, strict=True)))
+    return [max(1, int(want * share * (1 + 1e-9))) for want in wanted]
 
 
-def _waiting_s(computing: list[float], hops: list[float], held: list[int], count: int) -> float:
-    """Return the seconds between microbatches that those in flight allow."""
-    longest = 0.0
-    for place, here in enumerate(held):
-        if here < count:
-            longest = max(longest, (sum(computing[place:]) + sum(hops[place:])) / here)
-        if place < len(hops):
-            cycle = computing[place] + computing[place + 1] + hops[place]
-            longest = max(longest, cycle / (here - held[place + 1] + 1))
-    return longest
+def _waiting_s(computing: list[float], hops: list[float], held: list[int]) -> float:
+    """Return the seconds between microbatches that those in flight allow.
+
+    In 1F1B a stage's forward i + w follows its backward i. Between two stages that hold w and w' that makes a cycle of
+    all computing and ways from the one to the other and back, once in w - w' + 1 microbatches.
+    """
+    # until[k]: from the first stage through stage k; before[k]: up to the start of stage k.
+    until = np.cumsum(computing) + np.concatenate([[0.0], np.cumsum(hops)])
+    before = until - np.asarray(computing)
+    cycles = until[None] - before[:, None]
+    rounds = np.asarray(held)[:, None] - np.asarray(held)[None] + 1
+    return float(np.where(np.tri(len(held), k=-1, dtype=bool), 0.0, cycles / np.maximum(rounds, 1)).max())
 
 
 def _bounds(seconds: Floats, busy: Floats, fits: Flags, stages: int) -> list[int] | None:
