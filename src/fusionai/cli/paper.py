@@ -33,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     rates = tuple(dict.fromkeys(arguments.rates))
     if wrong := [rate for rate in rates if not 0.001 <= rate <= 1e7]:
         raise ConfigError(f"--rates must be between 0.001 and 1e+07 Mbit/s, got {wrong[0]:g}")
+    if arguments.write is not None and not arguments.write.parent.is_dir():
+        raise ConfigError(f"--write {arguments.write}: {arguments.write.parent} is no folder; name a file in a folder")
     from fusionai.owner.headline_models import captured
     from fusionai.simulation.headline.page import page
     from fusionai.simulation.headline.report import headline

@@ -86,10 +86,9 @@ def _verdicts(found: Headline) -> Iterator[str]:
 
 def _home(found: Headline) -> Iterator[str]:
     yield from (
-        "The best plan found for each task and link from 100 Mbps to 1 Gbps. A model that fits one card is best replicated, not "
-        "pipelined: in",
-        "inference links then count for nothing, in training the sum of gradients is what limits. Larger steps "
-        "spread that sum.",
+        "The best plan found for each task and link from 100 Mbps to 1 Gbps. A model that fits one card is best",
+        "replicated, not pipelined: in inference links then count for nothing. In training gradients' sums limit,",
+        "so where links are slow fewer and longer pipelines may win, and larger steps do, which spread the sum.",
         "",
         "| task | link | codec | plan | of 4 H100 PCIe | of SXM | what limits | fits |",
         "|---|---|---|---|---|---|---|---|",

@@ -7,6 +7,7 @@ Where nothing differs, every pipeline is cut alike, and a min-max partition of t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -78,14 +79,22 @@ class Searcher:
         self.costs, self.device = costs, cluster.device
         self.ranges = {batch: ranges_of(costs, self.device, batch) for batch in BATCHES}
 
-    def best(self, cluster: Cluster, codec: Codec, samples: int, *, memory: bool = True) -> Found | None:
+    def best(
+        self,
+        cluster: Cluster,
+        codec: Codec,
+        samples: int,
+        *,
+        memory: bool = True,
+        batches: Sequence[int] = BATCHES,
+    ) -> Found | None:
         """Return the fastest plan, None if nothing fits.
 
         Without `memory`, machines hold what falls to them, but pipelines are as long as equal shares of computing make
         them, and no more in number than all memory together has room for the model's copies.
         """
         found: Found | None = None
-        for batch in BATCHES:
+        for batch in batches:
             if batch > samples:
                 break
             for stages in {min(each, cluster.count) for each in STAGES} if memory else (cluster.count,):
@@ -104,10 +113,12 @@ class Searcher:
         fits = np.isfinite(seconds)
         if memory:
             fits &= ranges.fixed_bytes_PP + ranges.flight_bytes_PP <= budget
-        # Without memory to heed, links would let one machine take everything: then only computing is shared out.
-        bounds = _bounds(
-            seconds, busy if memory else np.where(busy <= busy[1:-1].min() * 1.01, 0.0, np.inf), fits, stages
-        )
+        slowness = busy
+        if not memory:
+            # Else links would let one machine take everything: the cheapest cuts are free, and the others closed.
+            inner = np.sort(busy[1:-1])
+            slowness = np.where(busy <= inner[min(cluster.count, len(inner)) - 1] * 1.01, 0.0, np.inf)
+        bounds = _bounds(seconds, slowness, fits, stages)
         if bounds is None:
             return None
         used = len(bounds) - 1
@@ -134,7 +145,7 @@ class Searcher:
             in_flight = _in_flight(computing, hops, most, period)
             waiting = _waiting_s(computing, hops, in_flight)
             if in_flight[0] < count:
-                if waiting > period * 1.1:
+                if memory and waiting > period * 1.1:
                     limit = "memory for microbatches on their way"
                 period = max(period, waiting)
         pipeline_s = rounds[0] + (count - 1) * period
@@ -245,7 +256,7 @@ def _bounds(seconds: Floats, busy: Floats, fits: Flags, stages: int) -> list[int
     last = len(seconds) - 1
 
     def reached(limit: float) -> list[int] | None:
-        allowed = busy <= limit
+        allowed = (busy <= limit) & np.isfinite(busy)
         allowed[last] = True
         possible = fits & (seconds <= limit) & allowed[None]
         furthest = np.where(possible.any(axis=1), last - np.argmax(possible[:, ::-1], axis=1), -1)
@@ -259,7 +270,8 @@ def _bounds(seconds: Floats, busy: Floats, fits: Flags, stages: int) -> list[int
     found = reached(np.inf)
     if found is None:
         return None
-    low, high = 0.0, max(float(busy[1:last].max(initial=0.0)), *(float(seconds[a, b]) for a, b in pairwise(found)))
+    slowest_link = float(busy[np.isfinite(busy)].max(initial=0.0))
+    low, high = 0.0, max(slowest_link, *(float(seconds[a, b]) for a, b in pairwise(found)))
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         if (tried := reached(middle)) is None:
