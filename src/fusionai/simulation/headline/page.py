@@ -72,16 +72,21 @@ def _verdicts(found: Headline) -> Iterator[str]:
             continue
         for codec in dict.fromkeys(row.codec for row in mine):
             of_codec = [row for row in mine if row.codec == codec]
-            good = [f"{row.link} ({row.ratio_to_4xh100_pcie:.2f})" for row in of_codec if holds(row, found)]
-            bad = [f"{row.link} ({row.ratio_to_4xh100_pcie:.2g})" for row in of_codec if not holds(row, found)]
-            words = [f"holds at {', '.join(good)}"] if good else []
-            words += [f"does not at {', '.join(bad)}"] if bad else []
-            lacking = next((row.missing for row in of_codec if not row.fits), "")
-            note = f" It does not fit: {lacking}; ratios count computing and links only." if lacking else ""
-            reference = (
-                " 4 H100 could not hold it; their figure is compute-only." if of_codec[0].compute_only_reference else ""
-            )
-            yield f"- **{title}, {codec}**: {'; '.join(words)}.{note}{reference}"
+            compute_only = of_codec[0].compute_only_reference
+            reference = " 4 H100 could not hold it; their figure is compute-only." if compute_only else ""
+            if lacking := next((row.missing for row in of_codec if not row.fits), ""):
+                alone = ", ".join(_ratio(row) for row in of_codec)
+                words = f"does not hold, as it does not fit: {lacking}. Computing and links alone would give {alone}."
+            else:
+                good = [_ratio(row) for row in of_codec if holds(row, found)]
+                bad = [_ratio(row) for row in of_codec if not holds(row, found)]
+                parts = [f"holds at {', '.join(good)}"] if good else []
+                words = "; ".join(parts + ([f"does not at {', '.join(bad)}"] if bad else [])) + "."
+            yield f"- **{title}, {codec}**: {words}{reference}"
+
+
+def _ratio(row: Row) -> str:
+    return f"{row.link} ({row.ratio_to_4xh100_pcie:.2g})"
 
 
 def _home(found: Headline) -> Iterator[str]:
@@ -180,7 +185,7 @@ def _assumptions(found: Headline) -> Iterator[str]:
         "time. It says nothing about convergence, and such a ratio on activations will cost quality. It holds "
         "for the RTX 3080 "
         "only; H100 send dense.",
-        "- What does not fit is planned as one pipeline over all cards without regard to memory, and marked.",
+        "- What does not fit is planned without regard to each card's memory, in shares of equal computing, and marked.",
         "- kWh, electricity and rent (US dollars) are per million tokens. kWh: board power while a card "
         "computes, 0.3 of it while "
         f"it waits, hosts and cooling apart. Electricity at {found.usd_per_kwh:g} USD a kWh, assumed. Rent of "
@@ -194,4 +199,12 @@ def _assumptions(found: Headline) -> Iterator[str]:
             "- Pipelines in training are worked through by the simulator, links shared; it took "
             f"{min(factors):.2f} to {max(factors):.2f} times what the search's formula says."
         )
+    yield (
+        "- No activations are computed again to save memory. Where memory for microbatches limits (gpt2-xl in "
+        "training), that would help, and is not tried."
+    )
+    yield (
+        "- Head and embedding are one operator each. A head with its share of Adam may be larger than a card, and "
+        "bounds how many stages are of use."
+    )
     yield "- Churn, loss of packets and data loading are not counted. Cards of one pool are alike and always there."
