@@ -185,7 +185,8 @@ def _assumptions(found: Headline) -> Iterator[str]:
         "time. It says nothing about convergence, and such a ratio on activations will cost quality. It holds "
         "for the RTX 3080 "
         "only; H100 send dense.",
-        "- What does not fit is planned without regard to each card's memory, in shares of equal computing, and marked.",
+        "- What does not fit is planned without regard to each card's memory, in shares of equal "
+        "computing, and marked.",
         "- kWh, electricity and rent (US dollars) are per million tokens. kWh: board power while a card "
         "computes, 0.3 of it while "
         f"it waits, hosts and cooling apart. Electricity at {found.usd_per_kwh:g} USD a kWh, assumed. Rent of "

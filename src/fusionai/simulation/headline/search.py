@@ -180,7 +180,8 @@ class Searcher:
         parts = np.diagonal(ranges.fixed_bytes_PP + ranges.flight_bytes_PP, 1)
         largest = float(parts.max())
         if largest > budget:
-            return f"the largest part between two cuts needs {largest / 1e9:.1f} GB, a card holds {budget / 1e9:.1f} GB of it"
+            held = f"a card holds {budget / 1e9:.1f} GB of it"
+            return f"the largest part between two cuts needs {largest / 1e9:.1f} GB, {held}"
         return f"no partition over {cluster.count} cards of {budget / 1e9:.1f} GB holds {need / 1e9:,.0f} GB"
 
     def one_sample_s(self, found: Found, cluster: Cluster, codec: Codec) -> float:
