@@ -1,0 +1,52 @@
+"""`fusionai paper`: fifty RTX 3080 against four H100, for the models, links and codecs that are asked for."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+_MODELS = ("bert-large", "gpt2-xl", "llama-8b", "gpt3-175b")
+_RATES = (10.0, 100.0, 1000.0, 10_000.0)
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser("paper", help="predict what 50 RTX 3080 do against 4 H100, and where they keep up")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page (docs/paper.md) to FILE")
+    parser.add_argument(
+        "--models", nargs="+", choices=_MODELS, default=_MODELS, metavar="MODEL", help=f"of {', '.join(_MODELS)}"
+    )
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=_RATES, metavar="MBPS", help="links of the RTX 3080, in Mbit/s"
+    )
+    parser.set_defaults(run_command=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    import datetime
+    from functools import partial
+
+    from fusionai.cli.console import console, print_result
+    from fusionai.errors import ConfigError
+
+    rates = tuple(dict.fromkeys(arguments.rates))
+    if wrong := [rate for rate in rates if not 0.001 <= rate <= 1e7]:
+        raise ConfigError(f"--rates must be between 0.001 and 1e+07 Mbit/s, got {wrong[0]:g}")
+    if arguments.write is not None and not arguments.write.parent.is_dir():
+        raise ConfigError(f"--write {arguments.write}: {arguments.write.parent} is no folder; name a file in a folder")
+    from fusionai.owner.headline_models import captured
+    from fusionai.simulation.headline.page import page
+    from fusionai.simulation.headline.report import headline
+
+    found = headline([partial(captured, name) for name in dict.fromkeys(arguments.models)], rates)
+    text = page(found, datetime.datetime.now(datetime.UTC).date())
+    if arguments.write is not None:
+        try:
+            arguments.write.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--write {arguments.write}: {error.strerror}; name a file in a folder") from error
+    screen = console(arguments)
+    screen.print(text, highlight=False, markup=False, soft_wrap=True)
+    print_result(arguments, found)
+    return 0

@@ -1,0 +1,71 @@
+"""`fusionai paper`: what it prints and writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusionai.cli.main import main
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "paper.md"
+
+
+def test_one_model(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    words = ["paper", "--models", "bert-large", "--rates", "100", "1000", "--json", "--write", str(page)]
+    ended = subprocess.run(
+        [sys.executable, "-m", "fusionai", *words], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["peaks"] == {"consumer": pytest.approx(2975), "pcie": pytest.approx(3024), "sxm": pytest.approx(3956)}
+    assert len(found["reconstruction"]) == 12
+    rows = found["rows"]
+    # Two references, and each rate with two codecs: once for inference, for two sizes of a step in training.
+    assert len(rows) == 3 * (2 + 2 * 2)
+    for row in rows:
+        assert row["tokens_per_s"] == pytest.approx(512 * row["samples_per_s"])
+        assert row["machines"] == row["pipelines"] * row["stages"] <= 50
+        assert row["fits"] == (not row["missing"])
+        assert row["latency_s"] > 0
+        assert row["kwh_per_million_tokens"] > 0
+        assert (row["rent_usd_per_million_tokens"] is None) == ("3080" in row["pool"])
+        assert row["purchase_usd"] == (pytest.approx(34_950) if "3080" in row["pool"] else None)
+    assert {row["ratio_to_4xh100_pcie"] for row in rows if row["pool"] == "4 H100 PCIe"} == {1.0}
+    at_home = [row for row in rows if row["link"] == "100 Mbps" and row["task"] == "inference"]
+    assert all(row["stages"] == 1 and row["ratio_to_4xh100_pcie"] > 0.8 for row in at_home)
+    steps = [row for row in rows if row["link"] == "100 Mbps" and row["task"] == "training" and row["codec"] == "dense"]
+    assert all(row["ratio_to_4xh100_pcie"] < 0.1 and row["limit"] == "summing gradients" for row in steps)
+    text = page.read_text(encoding="utf-8")
+    assert "predicted, none is measured" in text
+    assert "A reconstruction, not the paper's words" in text
+    assert "**bert-large, training, 512 sequences a step, dense**: does not at 100 Mbps" in text
+
+
+def test_the_page_of_the_documentation_is_of_this_code() -> None:
+    """Not its figures, which a new one would change; what is in it."""
+    text = PAGE.read_text(encoding="utf-8")
+    for needed in ("bert-large", "gpt2-xl", "llama-8b", "gpt3-175b", "2,975", "3,024", "compute-only", "10 Mbps"):
+        assert needed in text
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--rates", "0"], "--rates must be between"),
+        (["--rates", "nan"], "--rates must be between"),
+        (["--models", "gpt5"], "invalid choice"),
+    ],
+)
+def test_what_is_refused(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["paper", *words]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["paper", "--write", str(tmp_path / "none" / "page.md")]) == 2
+    assert "is no folder" in capsys.readouterr().err

@@ -1,0 +1,131 @@
+"""Plans for equal machines: against the swarm planner, the simulator, and what must be so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+
+from fusionai.owner.headline_models import captured
+from fusionai.scheduling.links import PoolLinks
+from fusionai.scheduling.profile import LinkProfile, Member, Pool
+from fusionai.scheduling.swarm.planner import plan_swarm
+from fusionai.simulation.codecs import Dense, TopK
+from fusionai.simulation.headline.clusters import Cluster, consumer, datacentre
+from fusionai.simulation.headline.costs import ADAM_COPIES, Costs, costs_of, ranges_of
+from fusionai.simulation.headline.search import Searcher
+from fusionai.simulation.headline.worked import worked_through
+
+SMALL = {"n_layer": 6, "n_embd": 512, "n_head": 8, "vocab_size": 1000}
+
+
+@pytest.fixture(scope="module")
+def training() -> Costs:
+    return costs_of(captured("gpt2-xl", SMALL), "training")
+
+
+@pytest.fixture(scope="module")
+def inference(training: Costs) -> Costs:
+    return costs_of(training.model, "inference")
+
+
+def with_memory(cluster: Cluster, gigabytes: float) -> Cluster:
+    return replace(cluster, hardware=msgspec.structs.replace(cluster.hardware, memory_bytes=int(gigabytes * 1e9)))
+
+
+@pytest.mark.parametrize("mbps", [1000, 10_000])
+def test_as_fast_as_the_swarm_planner(training: Costs, mbps: float) -> None:
+    cluster = with_memory(consumer(mbps, count=4), 0.45)
+    found = Searcher(training, cluster).best(cluster, Dense(), 32, batches=(1,))
+    members = tuple(Member(peer=f"m{k}", name=f"m{k}", device=cluster.device, dialable=True) for k in range(4))
+    link = LinkProfile(rtt_s=2 * cluster.latency_s, bandwidth_bytes_per_s=cluster.bytes_per_s)
+    names = [each.peer for each in members]
+    pool = Pool(members, {f"{a}>{b}": link for a in names for b in names if a != b})
+    model = training.model
+    plan = plan_swarm(
+        model.graph,
+        graph_hash="",
+        sizes=model.sizes(1),
+        microbatches=32,
+        optimizer_states=ADAM_COPIES,
+        precision="bf16",
+        members=members,
+        owner=None,
+        links=PoolLinks(pool, names),
+        privacy="open",
+        front=0,
+        back=len(model.graph.nodes),
+    )
+    assert found is not None
+    assert found.stages > 1, "the memory was chosen so that no card holds it alone"
+    # The planner lets each link of a machine carry all that it can, here they share the uplink.
+    assert found.step_s == pytest.approx(plan.predicted_step_s, rel=0.25)
+
+
+def test_the_simulator_agrees(training: Costs) -> None:
+    for mbps in (100, 1000, 10_000):
+        cluster = with_memory(consumer(mbps, count=8), 0.3)
+        found = Searcher(training, cluster).best(cluster, Dense(), 256, batches=(1, 2))
+        assert found is not None
+        assert found.stages > 1
+        assert worked_through(found, cluster) == pytest.approx(1, abs=0.25), mbps
+
+
+def test_costs_grow_along_a_line(training: Costs) -> None:
+    device = consumer(100).device
+    four = costs_of(replace(training.model, sizes=lambda batch: training.model.sizes(4 * batch)), "training")
+    direct, along = ranges_of(four, device, 1), ranges_of(training, device, 4)
+    upper = np.triu_indices(len(direct.seconds_PP), 1)
+    assert along.seconds_PP[upper] == pytest.approx(direct.seconds_PP[upper], rel=1e-3)
+    # Working space is the largest of several, each with a line of its own.
+    assert along.fixed_bytes_PP[upper] == pytest.approx(direct.fixed_bytes_PP[upper], rel=0.05)
+    assert along.forward_bytes_P == pytest.approx(direct.forward_bytes_P)
+
+
+def test_a_model_that_fits_one_card_is_replicated_and_links_do_not_count(inference: Costs) -> None:
+    plans = [Searcher(inference, each).best(each, Dense(), 512) for each in (consumer(10), consumer(10_000))]
+    assert all(plan is not None and plan.stages == 1 and plan.pipelines == 50 for plan in plans)
+    assert plans[0] is not None
+    assert plans[1] is not None
+    assert plans[0].step_s == plans[1].step_s
+
+
+def test_the_sum_of_gradients_limits_replicas_and_larger_steps_spread_it(training: Costs) -> None:
+    cluster = consumer(100)
+    searcher = Searcher(training, cluster)
+    small, large = (searcher.best(cluster, Dense(), samples) for samples in (512, 65536))
+    assert small is not None
+    assert large is not None
+    assert small.limit == "summing gradients"
+    assert 65536 / large.step_s > 5 * 512 / small.step_s
+    packed = searcher.best(cluster, TopK(ratio=100, value_bytes=2), 512)
+    assert packed is not None
+    assert packed.step_s < small.step_s
+
+
+def test_what_does_not_fit_says_what_is_missing(training: Costs) -> None:
+    tiny = with_memory(consumer(1000, count=4), 0.1)
+    searcher = Searcher(training, tiny)
+    assert searcher.best(tiny, Dense(), 64) is None
+    assert "needs" in searcher.missing(tiny)
+    without = searcher.best(tiny, Dense(), 64, memory=False)
+    assert without is not None
+    assert without.pipelines == 1
+    assert without.stages > 1
+
+
+def test_one_sample_takes_longer_through_more_stages(inference: Costs) -> None:
+    slow, (fast, _) = with_memory(consumer(100, count=8), 0.03), datacentre()
+    searchers = Searcher(inference, slow), Searcher(inference, fast)
+    plans = [each.best(cluster, Dense(), 512) for each, cluster in zip(searchers, (slow, fast), strict=True)]
+    assert plans[0] is not None
+    assert plans[1] is not None
+    assert plans[0].stages > 1
+    latencies = [
+        searcher.one_sample_s(plan, cluster, Dense())
+        for searcher, plan, cluster in zip(searchers, plans, (slow, fast), strict=True)
+        if plan is not None
+    ]
+    assert latencies[0] > latencies[1] + (plans[0].stages - 1) * slow.latency_s
