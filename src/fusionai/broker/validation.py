@@ -54,6 +54,7 @@ def _check_device(device: DeviceProfile) -> None:
     _require(all(len(name) <= 50 for name in device.flops_per_s), "an op class's name is too long")
     figures = (device.memory_bytes_per_s, *device.flops_per_s.values())
     _require(all(_positive(each) for each in figures), "a speed in the device's profile is not above 0")
+    _require(0 <= device.update_bytes_per_s < float("inf"), "the device's speed of updates is out of range")
     _require(0 <= device.overhead_s < 60, "the device's overhead is not between 0 and 60 s")
     _require(0 <= device.memory_bytes < _MOST_SIZE << 10, "the device's memory is out of range")
     _require(1 <= device.threads <= 65_536, "the device's number of threads is out of range")

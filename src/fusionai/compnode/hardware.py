@@ -16,6 +16,9 @@ from fusionai.scheduling.profile import DeviceProfile
 log = logging.getLogger(__name__)
 
 _CACHE = "calibration.json"
+_METHOD = "decoder"
+"""Of measuring: what another one measured is not taken for it."""
+
 _MOST_CACHED = 64
 
 _FREE_SHARE = 0.6
@@ -90,7 +93,8 @@ def measure(
     offered = offered_memory(plane, chosen, memory_bytes)
     plane.set_threads(count)
     plane_version = _version(plane.name)
-    key = f"{chosen}|{plane.describe(chosen)}|{count} threads|{plane.name} {plane_version}|{_version('fusionai')}"
+    versions = f"{plane.name} {plane_version}|{_version('fusionai')}|{_METHOD}"
+    key = f"{chosen}|{plane.describe(chosen)}|{count} threads|{versions}"
     known = {} if cache_folder is None else _read_cache(cache_folder / _CACHE)
     found = None if remeasure else known.get(key)
     if found is None:
@@ -108,6 +112,7 @@ def measure(
         flops_per_s={name: speed / slowdown for name, speed in found.flops_per_s.items()},
         memory_bytes_per_s=found.memory_bytes_per_s / slowdown,
         overhead_s=found.overhead_s * slowdown,
+        update_bytes_per_s=found.update_bytes_per_s / slowdown,
     )
 
 

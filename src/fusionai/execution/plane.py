@@ -84,6 +84,8 @@ class Calibration(msgspec.Struct, frozen=True):
     """Achieved bandwidth of elementwise operators, bytes read plus written."""
     overhead_s: float
     """Seconds that one small operator takes, the dispatch included."""
+    update_bytes_per_s: float = 0.0
+    """Achieved bandwidth of the optimizer's update, counted as the estimator counts it; 0: not measured."""
 
 
 class Clipping(msgspec.Struct, frozen=True):

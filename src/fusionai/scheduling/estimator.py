@@ -79,7 +79,12 @@ def update_s(cost: StageCost, device: DeviceProfile, optimizer_states: int) -> f
     It reads and writes each weight and state, reads each gradient twice (norm and update), and clears it.
     """
     passes = 2 + 2 * optimizer_states + 3
-    return passes * cost.trainable_bytes / device.memory_bytes_per_s
+    return passes * cost.trainable_bytes / update_bytes_per_s(device)
+
+
+def update_bytes_per_s(device: DeviceProfile) -> float:
+    """Return the bandwidth at which a device updates weights: as measured, else that of its operators."""
+    return device.update_bytes_per_s or device.memory_bytes_per_s
 
 
 def heap_microbatches(device: DeviceProfile) -> int:

@@ -23,6 +23,8 @@ class DeviceProfile(msgspec.Struct, frozen=True):
     """Achieved bandwidth of memory-bound operators, bytes read plus written."""
     overhead_s: float
     """Seconds that one small operator takes."""
+    update_bytes_per_s: float = 0.0
+    """Achieved bandwidth of the optimizer's update, as `estimator.update_s` counts bytes; 0: that of operators."""
 
 
 class LinkProfile(msgspec.Struct, frozen=True):

@@ -25,6 +25,12 @@ from fusionai.training.ledger import RoundLedger, Slot, Task
 log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
+_PRECISE_S = 1e-3
+"""Resolution of a clock that can time a pass; that of threads is 16 ms on some systems."""
+
+_MOST_LATE_S = 0.02
+"""Of being late, what the next call makes good: more is not a late waking but a machine that has too much to do."""
+
 
 @dataclass(slots=True)
 class Round:
@@ -45,6 +51,7 @@ class Round:
 class ComputeThread:
     """Runs the passes of the current round, and other calls to the program between them.
 
+    `slowdown` stretches every call by that factor (lab mode): of the thread's own time `on_cpu`, else of the clock's.
     `on_pass(round, task, outputs)` and `on_complete(round)` are called on the event loop; `on_error(error)` too,
     after which the thread runs nothing more.
     """
@@ -54,11 +61,15 @@ class ComputeThread:
         *,
         name: str,
         slowdown: float,
+        on_cpu: bool,
         on_pass: Callable[[Round, Task, dict[ValueName, TensorData]], None],
         on_complete: Callable[[Round], None],
         on_error: Callable[[BaseException], None],
     ) -> None:
         self._slowdown = slowdown
+        precise = time.get_clock_info("thread_time").resolution < _PRECISE_S
+        self._late_s = 0.0
+        self._own_clock = time.thread_time if on_cpu and precise else time.perf_counter
         self._on_pass = on_pass
         self._on_complete = on_complete
         self._on_error = on_error
@@ -193,13 +204,16 @@ class ComputeThread:
             self._post(self._on_complete, current)
 
     def _timed(self, work: Callable[[], _Result]) -> _Result:
-        start = time.perf_counter()
+        start_s = time.perf_counter()
+        own_s = self._own_clock()
         result = work()
-        spent = time.perf_counter() - start
         if self._slowdown > 1:
-            time.sleep(spent * (self._slowdown - 1))
-            spent *= self._slowdown
-        self.busy_s += spent
+            # Emulated machines share this one's cores: what one of them waits for another is not its own slowness. Nor
+            # is being woken late, which the next call makes good.
+            until_s = start_s - self._late_s + self._slowdown * (self._own_clock() - own_s)
+            time.sleep(max(0.0, until_s - time.perf_counter()))
+            self._late_s = min(max(0.0, time.perf_counter() - until_s), _MOST_LATE_S)
+        self.busy_s += time.perf_counter() - start_s
         return result
 
     def _post(self, callback: Callable[..., None], *args: object) -> None:

@@ -86,6 +86,7 @@ class StageHost:
         self._compute = ComputeThread(
             name=assignment.job,
             slowdown=slowdown,
+            on_cpu=assignment.options.device == "cpu",
             on_pass=self._pass_done,
             on_complete=lambda current: self._own(self._round_done(current)),
             on_error=lambda error: self._own(self._fail(error)),

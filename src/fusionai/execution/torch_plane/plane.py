@@ -6,16 +6,21 @@ from collections.abc import Iterator, Sequence
 
 # The shape rules that check a stranger's graph load this, 0.1 GB, at their first use. Loaded here, it is there before a
 # compnode measures how much memory is free, and no job waits for it.
+import msgspec
 import torch._dynamo
 
 from fusionai.errors import GraphError
+from fusionai.execution.calibration.measurement import measured
 from fusionai.execution.own_thread import in_own_thread
 from fusionai.execution.plane import Calibration, Clipping, Plane, Program, ProgramOptions
 from fusionai.execution.torch_plane import devices
-from fusionai.execution.torch_plane.calibration import calibrate
+from fusionai.execution.torch_plane.calibration import convolution_flops_per_s
 from fusionai.execution.torch_plane.operators import torch_callable
 from fusionai.execution.torch_plane.program import TorchProgram
 from fusionai.graph.model import SubDag
+
+_DECODER_SHARE = 0.9
+"""Of a calibration's time; the rest is for convolutions."""
 
 
 class TorchPlane(Plane):
@@ -40,7 +45,12 @@ class TorchPlane(Plane):
                 yield name
 
     def calibrate(self, device: str, *, seconds: float = 2.0) -> Calibration:
-        return in_own_thread(lambda: calibrate(device, seconds))
+        return in_own_thread(lambda: self._calibrate(device, seconds))
+
+    def _calibrate(self, device: str, seconds: float) -> Calibration:
+        found = measured(self, device, seconds=_DECODER_SHARE * seconds)
+        convolution = convolution_flops_per_s(device, (1 - _DECODER_SHARE) * seconds)
+        return msgspec.structs.replace(found, flops_per_s={**found.flops_per_s, "convolution": convolution})
 
     def clipping(self, norms: Sequence[float], limit: float) -> Clipping:
         # As torch.nn.utils.clip_grad_norm_ does, in its order and precision.

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fusionai.scheduling.estimator import update_bytes_per_s
 from fusionai.scheduling.links import Floats, Indices
 from fusionai.scheduling.swarm.chain import Chain
 from fusionai.scheduling.swarm.work import Work
@@ -94,7 +95,7 @@ def report_s(work: Work, holders_RA: Indices) -> float:
             np.add.at(held, others[others != holders_RA[:, parts[0]]], size)
     machines = np.unique(holders_RA)
     passes = 2 + 2 * task.optimizer_states + 3
-    rates = np.asarray([task.machines[machine].device.memory_bytes_per_s for machine in machines])
+    rates = np.asarray([update_bytes_per_s(task.machines[machine].device) for machine in machines])
     # The owner's weights are the same in every pipeline.
     times = np.where(machines == (task.owner_index if task.pinned else -1), 1 / len(holders_RA), 1.0)
     seconds = passes * held[machines] * times / rates
