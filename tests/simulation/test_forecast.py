@@ -52,15 +52,15 @@ def load(*machines: dict[str, Any], mbps: float = 10_000, **tables: Any) -> What
 
 def test_figures_are_those_of_plans() -> None:
     what_if = load({"count": 2, "name": "a"}, {"name": "b", "matmul_tflops": 3.0}, owner={})
-    found = forecast(private(), what_if, clock_s=iter([1.0, 3.5]).__next__)
+    found = forecast(private(), what_if, clock_s=iter([1.0, 3.5, 4.0]).__next__)
     setting = setting_of(what_if)
     assert found.plan == plan_on(private(), setting)
-    assert found.planning_s == 2.5
+    assert (found.planning_s, found.pipelines_planning_s) == (2.5, 0.5)
     assert f"(busy {found.busiest_share:.0%} of it)" in found.bottleneck
     alone = {each.machine: each for each in found.alone}
     assert alone.keys() == {"owner", "a-1", "b"}
     assert alone["a-1"].alike == 2
-    assert alone["b"].predicted_step_s == plan_with(private(), setting, what_if.members[2]).predicted_step_s
+    assert alone["b"].predicted_step_s == plan_with(private(), what_if, 2).predicted_step_s
     assert what_if.owner is not None
     assert alone["owner"].predicted_step_s == plan_at_home(private(), what_if.owner).predicted_step_s
     assert [each.speedup for each in found.alone] == sorted((each.speedup or 0 for each in found.alone), reverse=True)
@@ -74,7 +74,7 @@ def test_the_whole_search_for_one_machine_is_the_short_one() -> None:
     what_if = load({"name": "only"}, owner={})
     setting = setting_of(what_if)
     for asked in (request(), private()):
-        assert plan_with(asked, setting, what_if.members[0]).stages == plan_on(asked, setting).stages
+        assert plan_with(asked, what_if, 0).stages == plan_on(asked, setting).stages
 
 
 def test_an_open_job_is_driven_without_cost() -> None:
