@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,21 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scheduling"))
 from decoder_graph import SIZES, decoder
 
-from fusionai.errors import ConfigError
+from fusionai.cli.forecast_words import sentences
+from fusionai.errors import ConfigError, PlacementError
 from fusionai.simulation.forecast.changes import link_doubled, links_busy_s, one_more, uplinks_doubled
 from fusionai.simulation.forecast.forecast import forecast
-from fusionai.simulation.forecast.request import Request, plan_at_home, plan_on, plan_with, setting_of, with_owner
+from fusionai.simulation.forecast.request import (
+    Request,
+    part_of,
+    plan_at_home,
+    plan_on,
+    plan_with,
+    searched,
+    setting_of,
+    swarm_on,
+    with_owner,
+)
 from fusionai.simulation.hardware.pool_file import pool_from
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 
@@ -134,3 +147,80 @@ def test_a_job_that_counts_its_machines_takes_the_new_one() -> None:
     found = forecast(request(compnodes=2), load({"count": 2}, mbps=1e6, links={"rtt_ms": 0}))
     assert found.what_if["one_more_machine"].speedup > 1.1
     assert 0.3 < found.bound_share <= 1
+
+
+def test_pipelines_are_those_of_the_swarm_planner() -> None:
+    what_if = load({"count": 4, "name": "a"}, {"name": "slow", "matmul_tflops": 0.2})
+    found = forecast(request(microbatches=64), what_if, what_ifs=False)
+    swarm = swarm_on(request(microbatches=64), with_owner(what_if, "open"))
+    assert found.pipelines_step_s == swarm.predicted_step_s < found.predicted_step_s
+    assert [each.microbatches for each in found.pipelines] == [each.microbatches for each in swarm.pipelines]
+    assert sum(each.microbatches for each in found.pipelines) == 64
+    names = {each.peer: each.name for each in what_if.members}
+    for row, pipeline in zip(found.pipelines, swarm.pipelines, strict=True):
+        assert [each.machine for each in row.stages] == [names[each.peer] for each in pipeline.stages]
+        seconds = sum(each.predicted.forward_s + each.predicted.backward_s for each in pipeline.stages)
+        assert sum(each.seconds for each in row.stages) == pytest.approx(seconds)
+        assert all(0 < each.busy <= 1 for each in row.stages)
+    (line,) = (each for each in sentences(found) if each.startswith(f"With {len(swarm.pipelines)} pipelines"))
+    assert "Training runs one pipeline today" in line
+
+
+def test_a_job_that_says_how_it_is_cut_has_one_pipeline() -> None:
+    found = forecast(request(compnodes=2), load({"count": 4}), what_ifs=False)
+    assert found.pipelines == ()
+    assert found.pipelines_step_s is None
+    assert not any("pipelines" in each for each in sentences(found))
+
+
+def test_a_part_of_a_pool_has_its_links() -> None:
+    tables = {"regions": [{"name": "x"}, {"name": "y"}], "routes": [{"between": ["x", "y"], "mbps": 5, "rtt_ms": 40}]}
+    machines = [{"name": f"m{k}", "region": "xy"[k % 2], "up_mbps": 10.0 * (k + 1)} for k in range(5)]
+    what_if = load(*machines, owner={"region": "y", "up_mbps": 3}, **tables)
+    part = part_of(what_if, (1, 4))
+    assert [each.name for each in part.machines] == ["m1", "m4", "owner"]
+    kept = (1, 4, 5)
+    for here, there in itertools.permutations(range(3), 2):
+        assert part.link(here, there) == what_if.link(kept[here], kept[there])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_best_chain_of_a_large_pool_costs_little(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(seed)
+    machines = [
+        {
+            "name": f"m{k}",
+            "matmul_tflops": draw.choice((0.3, 1.0, 3.0)),
+            "memory_gb": draw.choice((0.1, 0.3)),
+            "up_mbps": draw.choice((50, 1000, 10_000)),
+        }
+        for k in range(9)
+    ]
+    what_if = load(*machines, owner={})
+    asked = private() if seed % 2 else request()
+    whole = plan_on(asked, setting_of(what_if))
+    assert searched(asked, what_if) is what_if
+    monkeypatch.setattr("fusionai.simulation.forecast.request.MOST_SEARCHED", 1)
+    part = searched(asked, what_if)
+    assert len(part.members) < 9
+    assert plan_on(asked, setting_of(part)).predicted_step_s <= whole.predicted_step_s * 1.15
+
+
+def test_large_pools_say_among_whom_was_sought() -> None:
+    what_if = load({"count": 90, "name": "slow", "matmul_tflops": 0.1}, {"count": 2, "name": "fast"})
+    found = forecast(request(), what_if)
+    assert found.considered < 92
+    assert {each.machine for each in found.stages} <= {"fast-1", "fast-2"}
+    assert any(f"among the {found.considered} machines" in each for each in sentences(found))
+    assert {each.machine for each in found.alone} == {"fast-1", "slow-1"}
+    # Numbers of machines that the best chain does not have are still obeyed.
+    assert len(forecast(request(compnodes=4), what_if, what_ifs=False).stages) == 4
+
+
+def test_a_pool_file_without_room_says_what_to_change_in_it() -> None:
+    for count in (3, 80):
+        what_if = load({"count": count, "memory_gb": 0.001, "name": "m"})
+        with pytest.raises(
+            PlacementError, match=r"offers 1 MB; add a compnode .* raise their `memory` in the pool file"
+        ):
+            forecast(request(), what_if)

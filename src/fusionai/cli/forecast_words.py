@@ -30,10 +30,10 @@ def sentences(found: Forecast) -> Iterator[str]:
         f"up, links for free); this one reaches {_percent(found.bound_share)} of that speed. "
         f"It took {seconds_text(found.planning_s)} to plan."
     )
-    if found.considered < len(found.assumed[-1].machines) - 1:
+    if found.considered < found.offered:
         yield (
             f"One pipeline was sought among the {found.considered} machines that make the best single chain: a search "
-            "among all would take too long."
+            f"among all {found.offered:,} would take too long."
         )
     yield from _pipelines(found)
     if found.busiest_share < _IDLE:

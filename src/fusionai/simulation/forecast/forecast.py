@@ -95,8 +95,10 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     """Of the bound's speed, what the plan reaches."""
     planning_s: float
     """Seconds that the plan took to make, those of the what-ifs not counted."""
+    offered: int
+    """Machines of the pool, the owner's not counted."""
     considered: int
-    """Machines among which the plan was sought: all, or of a large pool those of the best single chain."""
+    """Of those, the machines among which the plan was sought: all, or of a large pool those of the best single chain."""
     pipelines: tuple[PipelineRow, ...]
     """The best plan of any number of pipelines, which the runtime does not run yet if they are several. Empty where
     the job says how many machines serve, or where it is cut."""
@@ -151,6 +153,7 @@ def forecast(
         bound_step_s=bound_step_s,
         bound_share=bound_step_s / plan.predicted_step_s,
         planning_s=planned_s - started_s,
+        offered=len(full.members),
         considered=len(part.members),
         pipelines=_pipelines(request, swarm, full) if swarm else (),
         pipelines_step_s=swarm.predicted_step_s if swarm else None,

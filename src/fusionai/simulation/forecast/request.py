@@ -139,16 +139,17 @@ def searched(request: Request, what_if: WhatIfPool) -> WhatIfPool:
     if len(what_if.members) <= MOST_SEARCHED:
         return what_if
     chain = single_chain(_swarm_task(request, what_if))
+    if not chain:
+        # Raises with what is missing in the whole pool, or has a chain that was not among those looked at.
+        used = {stage.peer for stage in swarm_on(request, what_if).pipelines[0].stages}
+        chain = tuple(index for index, each in enumerate(what_if.members) if each.peer in used)
     wanted = len(request.cuts) + 1 if request.cuts is not None else request.compnodes
-    if chain and len(chain) >= wanted:
+    if len(chain) >= wanted:
         return part_of(what_if, chain)
     by_speed = sorted(
         (index for index, each in enumerate(what_if.members) if index not in set(chain)),
         key=lambda index: -flops_rate(what_if.members[index].device, "matmul", request.precision),
     )
-    # Where nothing fits, the largest say what is missing.
-    if not chain:
-        by_speed.sort(key=lambda index: -what_if.members[index].device.memory_bytes)
     more = max(wanted, MOST_SEARCHED) - len(chain)
     return part_of(what_if, sorted((*chain, *by_speed[:more])))
 

@@ -9,6 +9,7 @@ import msgspec
 
 from fusionai.errors import ConfigError
 from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.segments import reachable
 from fusionai.scheduling.swarm_plan import SwarmPlan
 from fusionai.simulation.availability import Poisson, Scripted
 from fusionai.simulation.bandwidth_sweep import SweepPoint, sweep_bandwidth
@@ -123,7 +124,9 @@ def trial(
     planning_s = clock_s() - started_s
     prices, unrented = _prices(full, plan, given)
     scenario = _scenario(request, full, plan, given, prices)
-    devices = {each.peer: each.device for each in full.machines}
+    assert full.owner is not None
+    devices = {each.peer: each.device for each in full.machines if reachable(each, full.owner)}
+    devices[full.owner.peer] = full.owner.device
 
     def execute(links: Links, scenario: Scenario = scenario) -> Report:
         return simulate(
