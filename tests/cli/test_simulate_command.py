@@ -207,6 +207,7 @@ def test_a_job_that_cannot_be_placed_says_what_a_pool_file_needs(
         command, *options = words
         assert main([command, str(job), "--pool", str(tiny), *options]) == 3
         text = capsys.readouterr().err
-        assert "attic, offers 1 MB" in text
+        assert "offers 1 MB: " in text
+        assert "are missing" in text
         assert "in the pool file" in text
         assert "join" not in text
