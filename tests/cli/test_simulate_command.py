@@ -114,52 +114,21 @@ def test_it_executes_what_plan_predicts(tmp_path: Path, simulated: Any, capsys: 
     assert found["report"]["median_step_s"] == pytest.approx(planned["predicted_step_s"], rel=0.02)
 
 
-def test_churn_is_drawn_from_the_seed(tmp_path: Path, simulated: Any) -> None:
-    given = (*files(tmp_path), "--steps", "400", "--snapshot-steps", "10")
-    calm, _ = simulated(*given)
-    step_s = calm["report"]["median_step_s"]
-    churn = ("--churn", f"{step_s * 60:.3f}s,{step_s * 5:.3f}s", "--detection", "1ms")
-    stormy, words = simulated(*given, *churn, "--seed", "1")
-    assert stormy["report"]["failures"]
-    assert stormy["report"]["elapsed_s"] > calm["report"]["elapsed_s"]
-    assert calm["report"]["failures"] == []
-    assert "Failures of machines at work: " in words
-    assert simulated(*given, *churn, "--seed", "1")[0]["report"] == stormy["report"]
-    assert simulated(*given, *churn, "--seed", "2")[0]["report"]["failures"] != stormy["report"]["failures"]
-    restarted, _ = simulated(*given, *churn, "--seed", "1", "--recovery", "restart")
-    assert restarted["report"]["elapsed_s"] > stormy["report"]["elapsed_s"], "everybody goes back"
-
-
-def test_codec_jitter_and_sweep(tmp_path: Path, simulated: Any) -> None:
-    given = (*files(tmp_path, machine(20, name="home", count=3)), "--steps", "4")
-    plain, _ = simulated(*given)
-    packed, _ = simulated(*given, "--codec", "topk:100")
-    assert packed["report"]["sent_bytes"] < plain["report"]["sent_bytes"] / 20
-    assert packed["report"]["tokens_per_s"] > 2 * plain["report"]["tokens_per_s"]
-    shaky, _ = simulated(*given, "--jitter", "0.3,0.1", "--seed", "3")
-    assert len(set(shaky["report"]["step_s"])) == 4
-    swept, words = simulated(*given, "--sweep", "0.5-2")
-    factors = {each["factor"]: each["microbatches_per_s"] for each in swept["sweep"]}
-    assert (min(factors), max(factors)) == (0.5, 2)
-    assert factors[1] == pytest.approx(plain["report"]["microbatches_per_s"])
-    assert factors[2] == pytest.approx(4 * factors[0.5], rel=0.3), "links limit"
-    assert "bandwidth" in words
-
-
-def test_pipelines_rent_and_machines_without_figures(tmp_path: Path, simulated: Any) -> None:
-    own = {"matmul_tflops": 9.5, "memory_gb": 8, "memory_gb_per_s": 400, "up_mbps": 1e5, "down_mbps": 1e5}
-    pool = machine(1e5, name="rented", gpu="A100 SXM 80GB", count=3), {**own, "name": "own"}
-    wide = {"batch_size": 32, "microbatches": 64, "steps": 10}
-    given = files(tmp_path, *pool, placement={"privacy": "open"}, training=wide)
-    found, words = simulated(*given, "--pipelines", "--rent", "--steps", "2")
-    assert found["pipelines"] == len(found["plan"]["pipelines"]) > 1
-    assert "Training runs one today" in words
-    rent = lookup("A100 SXM 80GB").rent_per_hour
-    assert rent is not None
-    machines = {found["names"][each["peer"]]: each for each in found["report"]["machines"]}
-    hours = found["report"]["elapsed_s"] / 3600
-    assert machines["rented-1"]["rent_usd"] == pytest.approx(rent.usd * hours)
-    assert found["unrented"] == (["own"] if "own" in machines else [])
+def test_options_reach_the_simulator(tmp_path: Path, simulated: Any) -> None:
+    given = files(tmp_path, machine(20, name="home", count=4))
+    words = "--steps 40 --seed 3 --churn 5min,1min --snapshot-steps 5 --recovery restart --codec topk:100"
+    words += " --jitter 0.3,0.1"
+    found, said = simulated(*given, *words.split(), "--sweep", "0.5-2", "--rent", "--usd-per-kwh", "0.3")
+    report = found["report"]
+    assert found["seed"] == 3
+    assert report["snapshots"] > 0
+    assert all(each["state_from"] for each in report["failures"])
+    assert len(set(report["step_s"])) > 30, "jitter"
+    assert {0.5, 1, 2} <= {each["factor"] for each in found["sweep"]}
+    assert report["electricity_usd"] == pytest.approx(0.3 * report["energy_j"] / 3.6e6)
+    assert len(found["unrented"]) == 3
+    assert "Nobody publishes a rent for: home-" in said
+    assert "bandwidth" in said
 
 
 @pytest.mark.parametrize(

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import itertools
 import random
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "scheduling"))
-from decoder_graph import SIZES, decoder
+from small_requests import load, private, request
 
 from fusionai.cli.forecast_words import sentences
 from fusionai.errors import ConfigError, PlacementError
 from fusionai.simulation.forecast.changes import link_doubled, links_busy_s, one_more, uplinks_doubled
 from fusionai.simulation.forecast.forecast import forecast
 from fusionai.simulation.forecast.request import (
-    Request,
     part_of,
     plan_at_home,
     plan_on,
@@ -28,39 +22,6 @@ from fusionai.simulation.forecast.request import (
     swarm_on,
     with_owner,
 )
-from fusionai.simulation.hardware.pool_file import pool_from
-from fusionai.simulation.hardware.what_if_pool import WhatIfPool
-
-GRAPH = decoder(6, hidden=512)
-
-
-def request(**changes: Any) -> Request:
-    fields: dict[str, Any] = {
-        "graph": GRAPH,
-        "graph_hash": "",
-        "sizes": SIZES,
-        "front": 0,
-        "back": len(GRAPH.nodes),
-        "microbatches": 8,
-        "optimizer_states": 2,
-        "precision": "fp32",
-        "privacy": "open",
-        "tokens_per_step": 8 * 128,
-    }
-    return Request(**{**fields, **changes})
-
-
-def private() -> Request:
-    # Embedding in front, head and loss behind.
-    return request(front=1, back=len(GRAPH.nodes) - 4, privacy="private")
-
-
-def load(*machines: dict[str, Any], mbps: float = 10_000, **tables: Any) -> WhatIfPool:
-    lines = {"up_mbps": mbps, "down_mbps": mbps, "matmul_tflops": 1.0, "memory_gb": 8, "memory_gb_per_s": 500}
-    found = {"machines": [{**lines, **each} for each in machines], **tables}
-    if "owner" in found:
-        found["owner"] = {**lines, **found["owner"]}
-    return pool_from(found, source="pool.toml")
 
 
 def test_figures_are_those_of_plans() -> None:

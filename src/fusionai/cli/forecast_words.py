@@ -56,12 +56,19 @@ def assumed_line(each: Assumed) -> str:
 
 
 def _pipelines(found: Forecast) -> Iterator[str]:
-    """Yield what several pipelines would give, if they are faster."""
+    """Yield what the planner of many pipelines would give, if it is faster."""
     count, step_s = len(found.pipelines), found.pipelines_step_s
-    if step_s is None or count < 2 or found.predicted_step_s < (1 + _AS_FAST) * step_s:
+    if step_s is None or not count or found.predicted_step_s < (1 + _AS_FAST) * step_s:
         return
     assert found.pipelines_tokens_per_s is not None
     machines = {stage.machine for pipeline in found.pipelines for stage in pipeline.stages}
+    if count == 1:
+        yield (
+            f"The planner of many pipelines finds one pipeline, on {named(tuple(sorted(machines)))}, whose step would "
+            f"take {seconds_text(step_s)}: {_times(found.predicted_step_s / step_s)} faster. A broker's planner searches "
+            "otherwise and does not find it."
+        )
+        return
     lengths = sorted({len(pipeline.stages) for pipeline in found.pipelines})
     stages = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
     yield (

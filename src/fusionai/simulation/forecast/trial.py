@@ -181,6 +181,8 @@ def _scenario(
         prices=prices,
         tokens_per_microbatch=request.tokens_per_step // request.microbatches,
         timeline_steps=given.timeline_steps,
+        # What churn keeps from its end is given up within seconds, not minutes.
+        most_failures=max(1000, 10 * given.steps, 20 * len(what_if.machines)),
     )
 
 
