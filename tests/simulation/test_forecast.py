@@ -111,7 +111,7 @@ def test_a_job_that_counts_its_machines_takes_the_new_one() -> None:
 
 
 def test_pipelines_are_those_of_the_swarm_planner() -> None:
-    what_if = load({"count": 4, "name": "a"}, {"name": "slow", "matmul_tflops": 0.2})
+    what_if = load({"count": 12, "name": "a"}, {"name": "slow", "matmul_tflops": 0.2}, links={"rtt_ms": 0.1})
     found = forecast(request(microbatches=64), what_if, what_ifs=False)
     swarm = swarm_on(request(microbatches=64), with_owner(what_if, "open"))
     assert found.pipelines_step_s == swarm.predicted_step_s < found.predicted_step_s
@@ -146,7 +146,7 @@ def test_a_part_of_a_pool_has_its_links() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_best_chain_of_a_large_pool_costs_little(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seeking_among_the_best_chains_costs_little(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = random.Random(seed)
     machines = [
         {
@@ -161,9 +161,9 @@ def test_the_best_chain_of_a_large_pool_costs_little(seed: int, monkeypatch: pyt
     asked = private() if seed % 2 else request()
     whole = plan_on(asked, setting_of(what_if))
     assert searched(asked, what_if) is what_if
-    monkeypatch.setattr("fusionai.simulation.forecast.request.MOST_SEARCHED", 1)
+    monkeypatch.setattr("fusionai.simulation.forecast.request.MOST_SEARCHED", 5)
     part = searched(asked, what_if)
-    assert len(part.members) < 9
+    assert len(part.members) <= 5
     assert plan_on(asked, setting_of(part)).predicted_step_s <= whole.predicted_step_s * 1.15
 
 
@@ -174,7 +174,7 @@ def test_large_pools_say_among_whom_was_sought() -> None:
     assert {each.machine for each in found.stages} <= {"fast-1", "fast-2"}
     assert any(f"among the {found.considered} machines" in each for each in sentences(found))
     assert {each.machine for each in found.alone} == {"fast-1", "slow-1"}
-    # Numbers of machines that the best chain does not have are still obeyed.
+    # Numbers of machines that the best chains do not have are still obeyed.
     assert len(forecast(request(compnodes=4), what_if, what_ifs=False).stages) == 4
 
 

@@ -32,7 +32,7 @@ def sentences(found: Forecast) -> Iterator[str]:
     )
     if found.considered < found.offered:
         yield (
-            f"One pipeline was sought among the {found.considered} machines that make the best single chain: a search "
+            f"One pipeline was sought among the {found.considered} machines that make the best single chains: a search "
             f"among all {found.offered:,} would take too long."
         )
     yield from _pipelines(found)
@@ -65,8 +65,8 @@ def _pipelines(found: Forecast) -> Iterator[str]:
     if count == 1:
         yield (
             f"The planner of many pipelines finds one pipeline, on {named(tuple(sorted(machines)))}, whose step would "
-            f"take {seconds_text(step_s)}: {_times(found.predicted_step_s / step_s)} faster. A broker's planner searches "
-            "otherwise and does not find it."
+            f"take {seconds_text(step_s)}: {_times(found.predicted_step_s / step_s)} faster. A broker's planner "
+            "searches otherwise and does not find it."
         )
         return
     lengths = sorted({len(pipeline.stages) for pipeline in found.pipelines})

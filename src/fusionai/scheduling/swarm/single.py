@@ -8,14 +8,15 @@ from fusionai.scheduling.swarm.selection import Selection
 from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.scheduling.swarm.work import make_work
 
-_REFINED = 4
+_REFINED = 8
 """Groups whose chain is solved."""
 
 
-def single_chain(task: SwarmTask) -> tuple[int, ...]:
+def single_chains(task: SwarmTask, most: int) -> tuple[int, ...]:
     """Return the numbers of the machines of the best single chain found, in rising order; none if nothing fits.
 
-    The owner's machine is not among them. Takes seconds for thousands of machines.
+    Those of the next best chains are added, to choose among, while there are no more than `most` together. The owner's
+    machine is not among them. Takes seconds for thousands of machines.
     """
     if not len(task.candidates):
         return ()
@@ -37,5 +38,9 @@ def single_chain(task: SwarmTask) -> tuple[int, ...]:
             found.append(made)
     if not found:
         return ()
-    best = min(found, key=lambda each: each.step_s)
-    return tuple(sorted({machine for chain in best.chains for machine in chain.machines}))
+    kept: set[int] = set()
+    for selection in sorted(found, key=lambda each: each.step_s):
+        machines = {machine for chain in selection.chains for machine in chain.machines}
+        if not kept or len(kept | machines) <= most:
+            kept |= machines
+    return tuple(sorted(kept))

@@ -98,7 +98,7 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     offered: int
     """Machines of the pool, the owner's not counted."""
     considered: int
-    """Of those, among how many the plan was sought: all, or of a large pool those of the best single chain."""
+    """Of those, among how many the plan was sought: all, or of a large pool those of the best single chains."""
     pipelines: tuple[PipelineRow, ...]
     """The best plan of any number of pipelines, which the runtime does not run yet if they are several. Empty where
     the job says how many machines serve, or where it is cut."""

@@ -20,7 +20,7 @@ from fusionai.scheduling.planner import plan_training
 from fusionai.scheduling.profile import Member, Pool
 from fusionai.scheduling.shortage import DESCRIBED
 from fusionai.scheduling.swarm.planner import plan_swarm
-from fusionai.scheduling.swarm.single import single_chain
+from fusionai.scheduling.swarm.single import single_chains
 from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.scheduling.swarm_plan import SwarmPlan
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
@@ -131,14 +131,14 @@ def part_of(what_if: WhatIfPool, members: Sequence[int]) -> WhatIfPool:
 def searched(request: Request, what_if: WhatIfPool) -> WhatIfPool:
     """Return the part of a pool among which one pipeline is sought; `what_if` has an owner.
 
-    All of a pool of up to `MOST_SEARCHED` machines. Of a larger one the machines of the best single chain that the
+    All of a pool of up to `MOST_SEARCHED` machines. Of a larger one the machines of the best single chains that the
     planner of many pipelines finds; with `compnodes` chosen and more than those, the fastest others are added.
 
     Raises PlacementError when no single chain holds the model.
     """
     if len(what_if.members) <= MOST_SEARCHED:
         return what_if
-    chain = single_chain(_swarm_task(request, what_if))
+    chain = single_chains(_swarm_task(request, what_if), MOST_SEARCHED)
     if not chain:
         # Raises with what is missing in the whole pool, or has a chain that was not among those looked at.
         used = {stage.peer for stage in swarm_on(request, what_if).pipelines[0].stages}
