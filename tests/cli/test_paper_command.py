@@ -28,6 +28,11 @@ def test_one_model(tmp_path: Path) -> None:
     # Two references, and each rate with two codecs: once for inference, for two sizes of a step in training.
     assert len(rows) == 3 * (2 + 2 * 2)
     for row in rows:
+        assert row.keys() >= {"model", "task", "pool", "codec"}
+        assert row["throughput"] == row["tokens_per_s"]
+        assert row["ratio_to_4xH100"] == row["ratio_to_4xh100_pcie"] > 0
+        assert f"{row['pipelines']} x {row['stages']} stages" in row["plan"]
+        assert "3080" not in row["pool"] or row["link"] == {100: "100 Mbps", 1000: "1 Gbps"}[row["link_mbps"]]
         assert row["tokens_per_s"] == pytest.approx(512 * row["samples_per_s"])
         assert row["machines"] == row["pipelines"] * row["stages"] <= 50
         assert row["fits"] == (not row["missing"])

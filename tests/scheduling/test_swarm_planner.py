@@ -247,7 +247,11 @@ class TestErrors:
             task_of(decoder(2), [])
 
     def test_too_little_memory(self) -> None:
-        with pytest.raises(PlacementError, match="are missing"):
+        with pytest.raises(PlacementError, match=r"2 compnodes .* offer 24 MB: .* are missing; add compnodes, raise"):
+            plan(task_of(decoder(4, hidden=256), [member(name, memory_bytes=12 * 10**6) for name in "ab"]))
+
+    def test_a_part_that_fits_nobody(self) -> None:
+        with pytest.raises(PlacementError, match=r"largest part needs .* the best compnode, a, offers 1 MB"):
             plan(task_of(decoder(4, hidden=256), [member(name, memory_bytes=10**6) for name in "ab"]))
 
     def test_nobody_can_be_linked_with_the_owner(self) -> None:

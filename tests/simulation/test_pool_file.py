@@ -155,7 +155,11 @@ REGIONS = [{"name": "eu"}, {"name": "us"}]
     [
         ({}, "machines is missing; add it"),
         ({"machines": []}, "machines is empty; add a [[machines]] table"),
-        ({"machines": {"gpu": "T4"}}, "machines must be an array, got {'gpu': 'T4'}"),
+        ({"machines": {"gpu": "T4"}}, "machines must be an array of tables; write [[machines]] in double"),
+        (
+            {"machines": [{"gpu": "T4", "up_mbps": "40", "down_mbps": 1}]},
+            "machines[0].up_mbps must be a number, got '40'; leave",
+        ),
         ({"machine": []}, "machine = [] is no field of a pool file; the fields there are machines, owner, regions"),
         (
             {"machines": [machine(gpus="T4")]},
@@ -253,7 +257,7 @@ REGIONS = [{"name": "eu"}, {"name": "us"}]
         ),
         (
             {"machines": [machine(region="eu")]},
-            "machines[0].region = 'eu' is not declared (there is everywhere); add a [[regions]]",
+            "machines[0].region = 'eu' is not declared (there is no [[regions]] table); add a [[regions]]",
         ),
         (
             {"machines": [machine(region="asia")], "regions": REGIONS},

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from fusionai.scheduling.explain import seconds_text
 from fusionai.simulation.forecast.alone import Alone
-from fusionai.simulation.forecast.forecast import Change, Forecast
+from fusionai.simulation.forecast.forecast import Assumed, Change, Forecast
 
 _AS_FAST = 0.02
 """Of a speed: what differs by less is called as fast. Predictions are not that good."""
@@ -30,6 +30,12 @@ def sentences(found: Forecast) -> Iterator[str]:
         f"up, links for free); this one reaches {_percent(found.bound_share)} of that speed. "
         f"It took {seconds_text(found.planning_s)} to plan."
     )
+    if found.considered < found.offered:
+        yield (
+            f"One pipeline was sought among the {found.considered} machines that make the best single chains: a search "
+            f"among all {found.offered:,} would take too long."
+        )
+    yield from _pipelines(found)
     if found.busiest_share < _IDLE:
         yield (
             f"Nothing is busy for more than {_percent(found.busiest_share)} of a step: microbatches wait for each "
@@ -41,8 +47,37 @@ def sentences(found: Forecast) -> Iterator[str]:
         yield _alone(found)
     yield from (_change(change) for change in found.what_if.values())
     yield ""
-    for each in found.assumed:
-        yield f"Assumed, not measured: {each.figure} ({_named(each.machines)}): {each.note}."
+    yield from (assumed_line(each) for each in found.assumed)
+
+
+def assumed_line(each: Assumed) -> str:
+    """Return an assumption in a sentence."""
+    return f"Assumed, not measured: {each.figure} ({named(each.machines)}): {each.note}."
+
+
+def _pipelines(found: Forecast) -> Iterator[str]:
+    """Yield what the planner of many pipelines would give, if it is faster."""
+    count, step_s = len(found.pipelines), found.pipelines_step_s
+    if step_s is None or not count or found.predicted_step_s < (1 + _AS_FAST) * step_s:
+        return
+    assert found.pipelines_tokens_per_s is not None
+    machines = {stage.machine for pipeline in found.pipelines for stage in pipeline.stages}
+    if count == 1:
+        yield (
+            f"The planner of many pipelines finds one pipeline, on {named(tuple(sorted(machines)))}, whose step would "
+            f"take {seconds_text(step_s)}: {_times(found.predicted_step_s / step_s)} faster. A broker's planner "
+            "searches otherwise and does not find it."
+        )
+        return
+    lengths = sorted({len(pipeline.stages) for pipeline in found.pipelines})
+    stages = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+    yield (
+        f"With {count} pipelines of {stages} stage{'' if lengths[-1] == 1 else 's'} each, on {len(machines)} machines, "
+        f"a step would take {seconds_text(step_s)}: {_tokens(found.pipelines_tokens_per_s)}, "
+        f"{_times(found.predicted_step_s / step_s)} faster. What would limit it: {found.pipelines_bottleneck}. "
+        "Training runs one pipeline today, so this is not what a broker would do yet; `fusionai simulate --pipelines` "
+        "executes it."
+    )
 
 
 def _alone(found: Forecast) -> str:
@@ -79,7 +114,8 @@ def _change(change: Change) -> str:
     return f"{what}: {change.speedup - 1:.1%} faster ({_tokens(change.tokens_per_s)})."
 
 
-def _named(names: tuple[str, ...]) -> str:
+def named(names: tuple[str, ...]) -> str:
+    """Return the first few names, and how many more there are."""
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return ", ".join(names[:_MOST_NAMED]) + more
 

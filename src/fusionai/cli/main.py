@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from fusionai.errors import ConfigError, FusionError
 
-COMMANDS = ("demo", "broker", "join", "plan", "paper", "train", "generate", "status")
+COMMANDS = ("demo", "broker", "join", "plan", "simulate", "paper", "train", "generate", "status")
 """Each is a module of `fusionai.cli` with `add_parser(subparsers)` and `run(arguments) -> int`."""
 
 INTERRUPTED = 130

@@ -1,4 +1,4 @@
-"""A job file against machines that nobody has joined yet: what `fusionai plan` does.
+"""A job file against machines that nobody has joined yet: what `fusionai plan` and `fusionai simulate` do.
 
 The model is made on the meta device and captured as for training, so the OP-DAG is the one that a broker would get; no
 weights and no text are read.
@@ -6,6 +6,7 @@ weights and no text are read.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from fusionai.graph.capture import capture_transformers
@@ -21,6 +22,7 @@ from fusionai.owner.model_configuration import (
 )
 from fusionai.simulation.forecast.forecast import Forecast, forecast
 from fusionai.simulation.forecast.request import Request, with_owner
+from fusionai.simulation.forecast.trial import Circumstances, Trial, trial
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 from fusionai.training.config import JobConfig
 from fusionai.training.data.tokenizer import END_ID, load_tokenizer
@@ -39,6 +41,24 @@ def forecast_job(job: JobConfig, what_if: WhatIfPool, *, what_ifs: bool = True) 
     """
     with_owner(what_if, job.placement.privacy)  # refused before seconds are spent on the capture
     return forecast(request_of(job), what_if, what_ifs=what_ifs)
+
+
+def simulate_job(job: JobConfig, what_if: WhatIfPool, given: Circumstances, *, pipelines: bool = False) -> Trial:
+    """Return what happens when a job's plan for a pool is executed. Blocks for seconds, with many steps for longer.
+
+    `pipelines`: execute the best plan of many pipelines, which the runtime does not run yet.
+
+    Raises as `forecast_job`.
+    """
+    with_owner(what_if, job.placement.privacy)
+    return trial(
+        request_of(job),
+        what_if,
+        given,
+        job_steps=job.training.steps,
+        pipelines=pipelines,
+        clock_s=time.perf_counter,
+    )
 
 
 def request_of(job: JobConfig) -> Request:

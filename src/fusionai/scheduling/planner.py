@@ -16,7 +16,7 @@ from typing import Literal
 
 import msgspec
 
-from fusionai.errors import ConfigError, PlacementError
+from fusionai.errors import ConfigError
 from fusionai.graph.cuts import crossing_bytes, cut_points
 from fusionai.graph.model import OpDag, Sizes
 from fusionai.scheduling.evaluation import Evaluated, Task, evaluate
@@ -25,7 +25,15 @@ from fusionai.scheduling.partition import Split, split
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.profile import Member, Pool
 from fusionai.scheduling.segments import MEMORY_MARGIN, Segments, make_line, make_segments, reachable
-from fusionai.scheduling.shortage import no_link_with_owner, nothing_fits, owner_too_small
+from fusionai.scheduling.shortage import (
+    JOINED,
+    Remedies,
+    no_compnodes,
+    no_link_with_owner,
+    nothing_fits,
+    owner_too_small,
+    too_few,
+)
 
 _MOST_POSITIONS = 160
 """More cut points than this are thinned out: the solver's tables grow with their square."""
@@ -59,6 +67,7 @@ def plan_training(
     compnodes: int = 0,
     cuts: Sequence[int] | None = None,
     split_backward: bool = True,
+    remedies: Remedies = JOINED,
 ) -> Plan:
     """Return the fastest plan. Blocks for up to seconds: call it in a thread.
 
@@ -66,7 +75,7 @@ def plan_training(
     `compnodes` is how many others to use, 0 for as many as serve best. `cuts` are cut positions strictly between
     `front` and `back` to use instead of the planner's; they decide how many compnodes are used, not which.
 
-    `split_backward`: see `evaluation.Task`.
+    `split_backward`: see `evaluation.Task`. `remedies`: what errors advise.
 
     Raises PlacementError with what is missing when no plan meets the constraints, and ConfigError for `cuts` that do
     not suit the graph or `compnodes`.
@@ -86,13 +95,11 @@ def plan_training(
         split_backward=split_backward,
     )
     if not pool.members:
-        raise PlacementError(
-            "the pool has no compnodes: run `fusionai join TOKEN` on each machine that is to take part"
-        )
+        raise no_compnodes(remedies)
     members = [each for each in pool.members if reachable(each, owner)]
     if not members:
-        raise no_link_with_owner(task)
-    counts = _counts(compnodes, cuts, members)
+        raise no_link_with_owner(pool.members, owner, remedies)
+    counts = _counts(compnodes, cuts, members, remedies)
     segments = make_segments(graph, sizes, _positions(task, cuts), optimizer_states=optimizer_states)
     owner_failure: Evaluated | None = None
     for limit in _limits(microbatches, max(counts) + len(segments.outer)):
@@ -104,10 +111,19 @@ def plan_training(
             best = min(polished, key=lambda each: each.plan.predicted_step_s)
             return _explained(task, best.plan, members, chosen=bool(compnodes) or cuts is not None)
         owner_failure = too_large or owner_failure
-    raise owner_too_small(task, owner_failure) if owner_failure else nothing_fits(task, segments, members, counts)
+    if owner_failure:
+        raise owner_too_small(owner, owner_failure.needs_bytes[owner.peer])
+    raise nothing_fits(
+        segments,
+        members,
+        fewest=min(counts),
+        most=max(counts),
+        optimizer_states=optimizer_states,
+        remedies=remedies,
+    )
 
 
-def _counts(compnodes: int, cuts: Sequence[int] | None, members: Sequence[Member]) -> list[int]:
+def _counts(compnodes: int, cuts: Sequence[int] | None, members: Sequence[Member], remedies: Remedies) -> list[int]:
     """Return the numbers of compnodes to consider."""
     wanted = len(cuts) + 1 if cuts is not None else compnodes
     if cuts is not None and compnodes not in (0, wanted):
@@ -116,10 +132,7 @@ def _counts(compnodes: int, cuts: Sequence[int] | None, members: Sequence[Member
             "agree, or leave one out"
         )
     if wanted > len(members):
-        raise PlacementError(
-            f"the job asks for {wanted} compnodes, but only {len(members)} are free and can be linked; run `fusionai "
-            "join TOKEN` on more machines, or lower placement.compnodes"
-        )
+        raise too_few(wanted, len(members), remedies)
     return [wanted] if wanted else list(range(1, len(members) + 1))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from fusionai.errors import ConfigError
@@ -101,11 +102,20 @@ def _place(each: PassReport) -> tuple[int, int]:
     return each.pipeline, each.stage
 
 
+_MISSING = "pictures need matplotlib; install it: pip install 'fusionai[plots]'"
+
+
+def require_matplotlib() -> None:
+    """Raise ConfigError if pictures cannot be drawn, without loading anything."""
+    if find_spec("matplotlib") is None:
+        raise ConfigError(_MISSING)
+
+
 def _figure() -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("pictures need matplotlib; install it: pip install 'fusionai[plots]'") from error
+        raise ConfigError(_MISSING) from error
     return Figure(layout="constrained")
 
 

@@ -52,8 +52,8 @@ def summary_table(report: Report) -> Table:
         missing = f"; {len(report.unpriced)} machines without a price" if report.unpriced else ""
         table.add_row(
             "cost",
-            f"{report.energy_j / 3.6e6:.3g} kWh, {report.electricity_usd:,.2f} USD of electricity, "
-            f"{report.rent_usd:,.2f} USD of rent{missing}",
+            f"{report.energy_j / 3.6e6:.3g} kWh, {usd_text(report.electricity_usd)} of electricity, "
+            f"{usd_text(report.rent_usd)} of rent{missing}",
         )
     return table
 
@@ -116,6 +116,11 @@ def sweep_table(points: Sequence[SweepPoint]) -> Table:
             f"{each.utilisation:.0%}",
         )
     return table
+
+
+def usd_text(amount: float) -> str:
+    """Return an amount of money, to the cent or, of little, in two digits."""
+    return f"{amount:,.2f} USD" if amount >= 1 or amount == 0 else f"{amount:.2g} USD"
 
 
 def _note_rest(table: Table, count: int) -> None:

@@ -17,10 +17,10 @@ import numpy as np
 
 from fusionai.errors import PlacementError
 from fusionai.graph.model import OpDag, Sizes
-from fusionai.scheduling.explain import bytes_text
 from fusionai.scheduling.links import LinkModel
 from fusionai.scheduling.profile import Member
 from fusionai.scheduling.segments import MEMORY_MARGIN
+from fusionai.scheduling.shortage import JOINED, Remedies, no_link_with_owner, nothing_fits, owner_too_small
 from fusionai.scheduling.swarm.candidates import ChainSolver, estimated, refined
 from fusionai.scheduling.swarm.exact import best_small_chains
 from fusionai.scheduling.swarm.grouping import Grouping, fenced, groupings, scopes
@@ -62,11 +62,13 @@ def plan_swarm(
     privacy: Literal["private", "open"],
     front: int,
     back: int,
+    remedies: Remedies = JOINED,
 ) -> SwarmPlan:
     """Return the fastest plan found. Blocks for up to a minute with ten thousand machines: call it in a thread.
 
     Nodes [0, front) and [back, N) run on the owner's machine in every pipeline; the graph must be arranged for that.
     `microbatches` are those of a step over all pipelines. `links` numbers the members, then the owner.
+    `remedies`: what errors advise.
 
     Raises PlacementError with what is missing when no plan meets memory, reachability and pins.
     """
@@ -84,6 +86,7 @@ def plan_swarm(
             privacy=privacy,
             front=front,
             back=back,
+            remedies=remedies,
         )
     )
 
@@ -91,11 +94,8 @@ def plan_swarm(
 def plan(task: SwarmTask) -> SwarmPlan:
     """Return the fastest plan found for a task; see `plan_swarm`."""
     if not len(task.candidates):
-        raise PlacementError(
-            f"none of the {len(task.members)} free compnodes can be linked with the owner's machine: one side of each "
-            "link must listen where the other can dial it; start `fusionai join` with --listen HOST:PORT, and "
-            "--advertise behind a router"
-        )
+        assert task.owner is not None, "without an owner everybody is a candidate"
+        raise no_link_with_owner(task.members, task.owner, task.remedies)
     work = make_work(task)
     solver = ChainSolver(work)
     candidates = _selections(solver)
@@ -222,31 +222,16 @@ def _shared_again(work: Work, runs: list[Running]) -> Outcome:
 
 def _nothing_fits(work: Work) -> PlacementError:
     """Return why no plan is possible: somebody holds too little, or links are missing."""
-    task, last = work.task, work.count
+    task = work.task
     if task.owner and task.pinned:
         need = sum(cost.training_bytes(1, task.optimizer_states) for cost in work.segments.outer) * MEMORY_MARGIN
-        if need > (offered := task.owner.device.memory_bytes):
-            return PlacementError(
-                f"the owner's own stages (what touches its data) need about {bytes_text(need)}, but its machine offers "
-                f"{bytes_text(offered)}; lower training.batch_size, raise the memory offered, or use "
-                'placement.privacy = "open" if the compnodes may see the data'
-            )
-    heap = float(work.heap_N[task.candidates].min())
-    flight = float(work.segments.flight_bytes_PP[0, last]) * (1 + heap)
-    need = (float(work.segments.fixed_bytes_PP[0, last]) + flight) * MEMORY_MARGIN
-    offers = sorted((task.machines[machine].device.memory_bytes for machine in task.candidates), reverse=True)
-    used = offers[:last]
-    text = (
-        f"training the compnodes' share of the model needs at least {bytes_text(need)} in at most {last} parts, and "
-        f"the {len(used)} largest compnodes offer {bytes_text(sum(used))}"
+        if need > task.owner.device.memory_bytes:
+            return owner_too_small(task.owner, need)
+    return nothing_fits(
+        work.segments,
+        [task.machines[machine] for machine in task.candidates],
+        fewest=1,
+        most=len(task.candidates),
+        optimizer_states=task.optimizer_states,
+        remedies=task.remedies,
     )
-    help_text = "add compnodes, raise their --memory, or lower training.batch_size"
-    if need > sum(used):
-        return PlacementError(f"{text}: {bytes_text(need - sum(used))} are missing; {help_text}")
-    unlinked = int((~task.dialable[task.candidates]).sum())
-    if unlinked > 1:
-        return PlacementError(
-            f"{text}, but {unlinked} of them cannot be dialled, and so not be linked with each other, and no chain of "
-            "the others holds it; start `fusionai join` with --listen and --advertise on some of them"
-        )
-    return PlacementError(f"{text}, but no cut gives each a part that fits, working space included; {help_text}")

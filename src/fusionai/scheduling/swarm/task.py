@@ -14,6 +14,7 @@ from fusionai.errors import PlacementError
 from fusionai.graph.model import OpDag, Sizes
 from fusionai.scheduling.links import Floats, Indices, LinkModel
 from fusionai.scheduling.profile import Member
+from fusionai.scheduling.shortage import JOINED, Remedies, no_compnodes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,12 +38,12 @@ class SwarmTask:
     privacy: Literal["private", "open"]
     front: int
     back: int
+    remedies: Remedies = JOINED
+    """What errors advise."""
 
     def __post_init__(self) -> None:
         if not self.members:
-            raise PlacementError(
-                "the pool has no compnodes: run `fusionai join TOKEN` on each machine that is to take part"
-            )
+            raise no_compnodes(self.remedies)
         if self.pinned and self.owner is None:
             raise PlacementError(
                 f"operators before {self.front} and from {self.back} on are pinned to the owner's machine, but no "

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 
 import msgspec
 
 from fusionai.errors import PlacementError
 from fusionai.graph.cost import StageCost
-from fusionai.scheduling.estimator import training_memory_bytes
+from fusionai.scheduling.estimator import flops_rate, training_memory_bytes
 from fusionai.scheduling.explain import bytes_text
 from fusionai.scheduling.profile import DeviceProfile, Member
 from fusionai.scheduling.segments import MEMORY_MARGIN, reachable
-from fusionai.simulation.forecast.request import Request, Setting, plan_at_home, plan_with
+from fusionai.simulation.forecast.request import Request, plan_at_home, plan_with
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
+
+_MOST_KINDS = 24
+"""Kinds of machines that are planned for, the fastest by peak: a pool may have thousands."""
 
 
 class Alone(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,35 +36,41 @@ class Alone(msgspec.Struct, frozen=True, kw_only=True):
     """Why it does not fit."""
 
 
-def each_alone(request: Request, what_if: WhatIfPool, setting: Setting, pool_step_s: float) -> tuple[Alone, ...]:
+def each_alone(request: Request, what_if: WhatIfPool, full: WhatIfPool, pool_step_s: float) -> tuple[Alone, ...]:
     """Return what each kind of machine would do by itself, the fastest first; those that hold too little come last.
 
-    Every figure is a plan's. Machines that are alike in all that a plan sees are planned for once. The owner's machine,
-    where the pool has one, is tried with the whole job.
+    Every figure is a plan's. Machines that are alike in all that a plan sees are planned for once; of more than
+    `_MOST_KINDS` kinds, those that compute fastest. The owner's machine, where the pool has one, is tried with the
+    whole job. `full` is the pool with somebody to drive the job.
     """
-    found = [_with_member(request, setting, group, pool_step_s) for group in _groups(what_if, setting)]
+    found = [_with_member(request, full, group, pool_step_s) for group in _groups(request, full)]
     if what_if.owner is not None:
         found.insert(0, _at_home(request, what_if.owner, pool_step_s))
     return tuple(sorted(found, key=lambda each: each.predicted_step_s or float("inf")))
 
 
-def _groups(what_if: WhatIfPool, setting: Setting) -> Iterator[list[Member]]:
-    """Yield the members that can be linked with the owner, those together that no plan for one could tell apart."""
-    groups: dict[Hashable, list[Member]] = {}
+def _groups(request: Request, what_if: WhatIfPool) -> list[list[int]]:
+    """Return the members that can be linked with the owner, those together that no plan for one could tell apart."""
+    assert what_if.owner is not None
+    groups: dict[Hashable, list[int]] = {}
     for index, member in enumerate(what_if.members):
-        if reachable(member, setting.owner):
+        if reachable(member, what_if.owner):
             links = what_if.up_bytes_per_s[index], what_if.down_bytes_per_s[index], what_if.region[index]
             key = msgspec.json.encode(member.device), *(float(each) for each in links)
-            groups.setdefault(key, []).append(member)
-    yield from groups.values()
+            groups.setdefault(key, []).append(index)
+
+    def speed(group: list[int]) -> float:
+        return flops_rate(what_if.members[group[0]].device, "matmul", request.precision)
+
+    return sorted(groups.values(), key=speed, reverse=True)[:_MOST_KINDS]
 
 
-def _with_member(request: Request, setting: Setting, group: list[Member], pool_step_s: float) -> Alone:
-    member, with_owner = group[0], request.privacy == "private"
+def _with_member(request: Request, what_if: WhatIfPool, group: list[int], pool_step_s: float) -> Alone:
+    member, with_owner = what_if.members[group[0]], request.privacy == "private"
     if lacking := _lacking(request, request.shared_cost, member.device):
         return _unfit(member, len(group), lacking, with_owner=with_owner)
     try:
-        step_s = plan_with(request, setting, member).predicted_step_s
+        step_s = plan_with(request, what_if, group[0]).predicted_step_s
     except PlacementError as error:
         return _unfit(member, len(group), str(error), with_owner=with_owner)
     return _fit(request, member, len(group), step_s, pool_step_s, with_owner=with_owner)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Literal
 
 import msgspec
@@ -11,12 +13,23 @@ import msgspec
 from fusionai.errors import PlacementError
 from fusionai.scheduling.bound import least_step_s
 from fusionai.scheduling.explain import holding
-from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.plan import Plan, StagePlan
+from fusionai.scheduling.profile import Member
+from fusionai.scheduling.swarm_plan import SwarmPlan
 from fusionai.simulation.forecast.alone import Alone, each_alone
 from fusionai.simulation.forecast.changes import best_machine, link_doubled, links_busy_s, one_more, uplinks_doubled
-from fusionai.simulation.forecast.request import Request, Setting, plan_on, setting_of, with_owner
+from fusionai.simulation.forecast.request import (
+    Request,
+    Setting,
+    plan_on,
+    searched,
+    setting_of,
+    swarm_on,
+    with_owner,
+)
 from fusionai.simulation.hardware.efficiency import ASSUMED
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
+from fusionai.simulation.workload_of_plan import pipelines_of
 
 ChangeName = Literal["one_more_machine", "bottleneck_link_doubled", "uplinks_doubled"]
 
@@ -35,6 +48,16 @@ class StageRow(msgspec.Struct, frozen=True, kw_only=True):
     """Of a microbatch, forward and backward."""
     busy: float
     """Share of a step for which the machine computes, in all of its stages."""
+
+
+class PipelineRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One of several pipelines."""
+
+    stages: tuple[StageRow, ...]
+    microbatches: int
+    """Of each step's, how many it takes."""
+    predicted_s: float
+    """From the first forward to the last backward of its microbatches."""
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +95,17 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     """Of the bound's speed, what the plan reaches."""
     planning_s: float
     """Seconds that the plan took to make, those of the what-ifs not counted."""
+    offered: int
+    """Machines of the pool, the owner's not counted."""
+    considered: int
+    """Of those, among how many the plan was sought: all, or of a large pool those of the best single chains."""
+    pipelines: tuple[PipelineRow, ...]
+    """The best plan of any number of pipelines, which the runtime does not run yet if they are several. Empty where
+    the job says how many machines serve, or where it is cut."""
+    pipelines_step_s: float | None
+    pipelines_tokens_per_s: float | None
+    pipelines_bottleneck: str
+    pipelines_planning_s: float
     alone: tuple[Alone, ...]
     what_if: dict[ChangeName, Change]
     """Without a change that cannot be made: no link is doubled where nothing is sent."""
@@ -95,17 +129,19 @@ def forecast(
         clock_s: times the planning.
 
     Raises:
-        ConfigError: the job is private and the pool has no owner, there are too many machines, or the job's cuts are
-            wrong.
+        ConfigError: the job is private and the pool has no owner, or the job's cuts are wrong.
         PlacementError: no plan meets the constraints; the text says what is missing.
     """
     full = with_owner(what_if, request.privacy)
-    setting = setting_of(full)
     started_s = clock_s()
+    part = searched(request, full)
+    setting = setting_of(part)
     plan = plan_on(request, setting)
-    planning_s = clock_s() - started_s
-    bound_step_s = _bound_s(request, setting)
-    rows = _rows(request, plan, setting)
+    planned_s = clock_s()
+    swarm = None if request.arranged else swarm_on(request, full)
+    swarm_s = clock_s() - planned_s
+    bound_step_s = _bound_s(request, full)
+    (rows,) = rows_of(request, plan, setting.machines)
     longest_link_s = max(links_busy_s(request, plan, setting).values(), default=0.0)
     return Forecast(
         plan=plan,
@@ -116,15 +152,22 @@ def forecast(
         bottleneck=plan.bottleneck,
         bound_step_s=bound_step_s,
         bound_share=bound_step_s / plan.predicted_step_s,
-        planning_s=planning_s,
-        alone=each_alone(request, what_if, setting, plan.predicted_step_s) if what_ifs else (),
-        what_if=_changes(request, full, setting, plan) if what_ifs else {},
+        planning_s=planned_s - started_s,
+        offered=len(full.members),
+        considered=len(part.members),
+        pipelines=_pipelines(request, swarm, full) if swarm else (),
+        pipelines_step_s=swarm.predicted_step_s if swarm else None,
+        pipelines_tokens_per_s=request.tokens_per_step / swarm.predicted_step_s if swarm else None,
+        pipelines_bottleneck=swarm.bottleneck if swarm else "",
+        pipelines_planning_s=swarm_s,
+        alone=each_alone(request, what_if, full, plan.predicted_step_s) if what_ifs else (),
+        what_if=_changes(request, part, setting, plan) if what_ifs else {},
         assumed=assumptions(what_if),
     )
 
 
-def _bound_s(request: Request, setting: Setting) -> float:
-    computing = setting.machines if request.privacy == "private" else setting.pool.members
+def _bound_s(request: Request, what_if: WhatIfPool) -> float:
+    computing = what_if.machines if request.privacy == "private" else what_if.members
     return least_step_s(
         request.whole_cost,
         [each.device for each in computing],
@@ -134,23 +177,47 @@ def _bound_s(request: Request, setting: Setting) -> float:
     )
 
 
-def _rows(request: Request, plan: Plan, setting: Setting) -> tuple[StageRow, ...]:
-    machines = {each.peer: each for each in setting.machines}
-    busy_s = dict.fromkeys(machines, 0.0)
-    for stage in plan.stages:
-        busy_s[stage.peer] += plan.microbatches * (stage.predicted.forward_s + stage.predicted.backward_s)
+def rows_of(request: Request, plan: Plan | SwarmPlan, machines: Sequence[Member]) -> tuple[tuple[StageRow, ...], ...]:
+    """Return the stages of each pipeline of a plan, with the names of machines."""
+    by_peer = {each.peer: each for each in machines}
+    busy_s: defaultdict[str, float] = defaultdict(float)
+    for pipeline in pipelines_of(plan):
+        for stage in pipeline.stages:
+            busy_s[stage.peer] += pipeline.microbatches * (stage.predicted.forward_s + stage.predicted.backward_s)
+
+    @cache
+    def held(start: int, stop: int) -> str:
+        return holding(request.graph.nodes[start:stop])
+
+    busy = {peer: seconds / plan.predicted_step_s for peer, seconds in busy_s.items()}
+    return tuple(_stage_rows(pipeline.stages, by_peer, busy, held) for pipeline in pipelines_of(plan))
+
+
+def _stage_rows(
+    stages: Sequence[StagePlan],
+    machines: Mapping[str, Member],
+    busy: Mapping[str, float],
+    held: Callable[[int, int], str],
+) -> tuple[StageRow, ...]:
     return tuple(
         StageRow(
             stage=stage.stage,
             machine=machines[stage.peer].name,
             device=machines[stage.peer].device.name,
-            holds=holding(request.graph.nodes[stage.start : stage.stop]),
+            holds=held(stage.start, stage.stop),
             memory_bytes=stage.predicted.memory_bytes,
             offered_bytes=machines[stage.peer].device.memory_bytes,
             seconds=stage.predicted.forward_s + stage.predicted.backward_s,
-            busy=busy_s[stage.peer] / plan.predicted_step_s,
+            busy=busy[stage.peer],
         )
-        for stage in plan.stages
+        for stage in stages
+    )
+
+
+def _pipelines(request: Request, plan: SwarmPlan, what_if: WhatIfPool) -> tuple[PipelineRow, ...]:
+    return tuple(
+        PipelineRow(stages=rows, microbatches=each.microbatches, predicted_s=each.predicted_s)
+        for each, rows in zip(plan.pipelines, rows_of(request, plan, what_if.machines), strict=True)
     )
 
 

@@ -8,20 +8,28 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-import msgspec
 import numpy as np
 
 from fusionai.errors import ConfigError
 from fusionai.graph.cost import StageCost, stage_cost
 from fusionai.graph.cuts import cut
 from fusionai.graph.model import OpDag, Sizes
+from fusionai.scheduling.estimator import flops_rate
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.planner import plan_training
 from fusionai.scheduling.profile import Member, Pool
+from fusionai.scheduling.shortage import DESCRIBED
+from fusionai.scheduling.swarm.planner import plan_swarm
+from fusionai.scheduling.swarm.single import single_chains
+from fusionai.scheduling.swarm.task import SwarmTask
+from fusionai.scheduling.swarm_plan import SwarmPlan
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 
 _DRIVER = "the owner's machine"
 """Who drives an open job where the pool file has no owner."""
+
+MOST_SEARCHED = 64
+"""Machines up to which one pipeline is sought among all of them: the search's time grows with their square."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +62,11 @@ class Request:
         """Cost of all that may be distributed, as one stage."""
         ends = [position for position in (self.front, self.back) if 0 < position < len(self.graph.nodes)]
         return stage_cost(cut(self.graph, ends)[1 if self.front else 0], self.sizes)
+
+    @property
+    def arranged(self) -> bool:
+        """Whether the job itself says how many machines serve, or where it is cut: then in one pipeline."""
+        return bool(self.compnodes) or self.cuts is not None
 
     def using(self, compnodes: int) -> Request:
         """Return the same request for another number of machines."""
@@ -102,6 +115,45 @@ def with_owner(what_if: WhatIfPool, privacy: Literal["private", "open"]) -> What
     )
 
 
+def part_of(what_if: WhatIfPool, members: Sequence[int]) -> WhatIfPool:
+    """Return the pool of some of the members, by their numbers, and the owner's machine if there is one."""
+    kept = [*members, *(() if what_if.owner_index is None else (what_if.owner_index,))]
+    return dataclasses.replace(
+        what_if,
+        members=tuple(what_if.members[index] for index in members),
+        hardware=tuple(what_if.hardware[index] for index in kept),
+        up_bytes_per_s=what_if.up_bytes_per_s[kept],
+        down_bytes_per_s=what_if.down_bytes_per_s[kept],
+        region=what_if.region[kept],
+    )
+
+
+def searched(request: Request, what_if: WhatIfPool) -> WhatIfPool:
+    """Return the part of a pool among which one pipeline is sought; `what_if` has an owner.
+
+    All of a pool of up to `MOST_SEARCHED` machines. Of a larger one the machines of the best single chains that the
+    planner of many pipelines finds; with `compnodes` chosen and more than those, the fastest others are added.
+
+    Raises PlacementError when no single chain holds the model.
+    """
+    if len(what_if.members) <= MOST_SEARCHED:
+        return what_if
+    chain = single_chains(_swarm_task(request, what_if), MOST_SEARCHED)
+    if not chain:
+        # Raises with what is missing in the whole pool, or has a chain that was not among those looked at.
+        used = {stage.peer for stage in swarm_on(request, what_if).pipelines[0].stages}
+        chain = tuple(index for index, each in enumerate(what_if.members) if each.peer in used)
+    wanted = len(request.cuts) + 1 if request.cuts is not None else request.compnodes
+    if len(chain) >= wanted:
+        return part_of(what_if, chain)
+    by_speed = sorted(
+        (index for index, each in enumerate(what_if.members) if index not in set(chain)),
+        key=lambda index: -flops_rate(what_if.members[index].device, "matmul", request.precision),
+    )
+    more = max(wanted, MOST_SEARCHED) - len(chain)
+    return part_of(what_if, sorted((*chain, *by_speed[:more])))
+
+
 def setting_of(what_if: WhatIfPool) -> Setting:
     """Return the machines of a pool that has an owner, every link written out."""
     assert what_if.owner is not None
@@ -113,12 +165,53 @@ def plan_on(request: Request, setting: Setting) -> Plan:
     return _plan(request, setting, compnodes=request.compnodes, cuts=request.cuts)
 
 
-def plan_with(request: Request, setting: Setting, member: Member) -> Plan:
-    """Return the plan for one machine of the pool; in a private job the owner's keeps its part.
+def swarm_on(request: Request, what_if: WhatIfPool) -> SwarmPlan:
+    """Return the best plan of any number of pipelines; `what_if` has an owner. Raises as `plan_swarm`.
+
+    Blocks for up to a minute with ten thousand machines.
+    """
+    task = _swarm_task(request, what_if)
+    return plan_swarm(
+        task.graph,
+        graph_hash=task.graph_hash,
+        sizes=task.sizes,
+        microbatches=task.microbatches,
+        optimizer_states=task.optimizer_states,
+        precision=task.precision,
+        members=task.members,
+        owner=task.owner,
+        links=task.links,
+        privacy=task.privacy,
+        front=task.front,
+        back=task.back,
+        remedies=task.remedies,
+    )
+
+
+def _swarm_task(request: Request, what_if: WhatIfPool) -> SwarmTask:
+    return SwarmTask(
+        graph=request.graph,
+        graph_hash=request.graph_hash,
+        sizes=request.sizes,
+        microbatches=request.microbatches,
+        optimizer_states=request.optimizer_states,
+        precision=request.precision,
+        members=what_if.members,
+        owner=what_if.owner,
+        links=what_if,
+        privacy=request.privacy,
+        front=request.front,
+        back=request.back,
+        remedies=DESCRIBED,
+    )
+
+
+def plan_with(request: Request, what_if: WhatIfPool, index: int) -> Plan:
+    """Return the plan for member `index` of a pool with an owner; in a private job the owner's keeps its part.
 
     Raises PlacementError when it does not fit.
     """
-    alone = Setting(msgspec.structs.replace(setting.pool, members=(member,)), setting.owner)
+    alone = setting_of(part_of(what_if, (index,)))
     # No cut positions of its own: there is nothing to search, and nothing but the stages that will run is costed.
     return _plan(request, alone, compnodes=0, cuts=())
 
@@ -156,4 +249,5 @@ def _plan(request: Request, setting: Setting, *, compnodes: int, cuts: Sequence[
         back=request.back,
         compnodes=compnodes,
         cuts=cuts,
+        remedies=DESCRIBED,
     )

@@ -15,7 +15,7 @@ down_mbps = 250
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -308,10 +308,14 @@ def _region_index(field: str, name: str | None, regions: tuple[str, ...]) -> int
         return 0
     if name not in regions:
         raise ConfigError(
-            f"{field} = {shown(name)} is not declared (there is {', '.join(regions)}); "
+            f"{field} = {shown(name)} is not declared (there is {_declared(regions)}); "
             "add a [[regions]] table with that name"
         )
     return regions.index(name)
+
+
+def _declared(regions: Sequence[str]) -> str:
+    return "no [[regions]] table" if list(regions) == [_ONLY_REGION] else ", ".join(regions)
 
 
 def _region_links(file: PoolFile, regions: tuple[str, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -39,13 +39,26 @@ def explained(text: str, table: dict[str, Any], kind: type[msgspec.Struct]) -> s
         return f"{field} = {shown(inside)} is no field of a pool file; the fields there are {fields}"
     if missing := re.fullmatch(r"Object missing required field `(.*)`", said):
         return f"{_joined(path, missing[1])} is missing; add it (docs/pool-file.md has every field)"
-    found = shown(_value(table, path))
+    value = _value(table, path)
+    found = shown(value)
     if "enum value" in said:
         return f"{path} must be one of {', '.join(get_args(_kind_at(kind, path)))}, got {found}"
     if expected := re.match(r"Expected `(\w+)[^`]*`(?: of length (\d+))?", said):
+        if expected[1] == "array" and isinstance(value, dict):
+            return f"{path} must be an array of tables; write [[{path}]] in double brackets above each, got {found}"
         length = f" of {expected[2]}" if expected[2] else ""
+        if expected[1] in ("float", "int") and isinstance(value, str) and _number(value):
+            return f"{path} must be {_KINDS[expected[1]]}, got {found}; leave the quotes out"
         return f"{path} must be {_KINDS.get(expected[1], expected[1])}{length}, got {found}"
     return f"{path or 'the top level'}: {said}, got {found}"
+
+
+def _number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _joined(path: str, field: str) -> str:

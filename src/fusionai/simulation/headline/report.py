@@ -34,13 +34,19 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     task: Task
     pool: str
     link: str
+    link_mbps: float
+    """What a machine sends, and what it receives, in Mbit/s."""
     codec: str
     samples: int
     """Of a step in training, of the stream in inference; a sample is one sequence."""
     samples_per_s: float
     tokens_per_s: float
+    throughput: float
+    """In tokens/s."""
     latency_s: float
     """One sample through all stages of this plan; in training there and back."""
+    ratio_to_4xh100: float = msgspec.field(name="ratio_to_4xH100")
+    """Of throughput, to 4 H100 PCIe: the cards whose peak that of 50 RTX 3080 equals."""
     ratio_to_4xh100_pcie: float
     ratio_to_4xh100_sxm: float
     compute_only_reference: bool
@@ -165,11 +171,14 @@ def _row(
         task=searcher.costs.task,
         pool=cluster.name,
         link=cluster.rate,
+        link_mbps=cluster.bytes_per_s * 8 / 1e6,
         codec="dense" if isinstance(codec, Dense) else f"top-k 1/{TOP_K:g}",
         samples=samples,
         samples_per_s=speed,
         tokens_per_s=tokens_per_s,
+        throughput=tokens_per_s,
         latency_s=searcher.one_sample_s(found, cluster, codec),
+        ratio_to_4xh100=speed / speeds[0],
         ratio_to_4xh100_pcie=speed / speeds[0],
         ratio_to_4xh100_sxm=speed / speeds[1],
         compute_only_reference=compute_only_reference,

@@ -1,0 +1,49 @@
+"""A simulated job in sentences, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fusionai.cli.forecast_words import assumed_line, named
+from fusionai.scheduling.explain import bytes_text, seconds_text
+from fusionai.simulation.duration import duration_text
+from fusionai.simulation.forecast.trial import Trial
+from fusionai.simulation.report_tables import usd_text
+
+
+def sentences(found: Trial) -> Iterator[str]:
+    """Yield what a trial says, a sentence a line."""
+    report, job = found.report, found.job
+    yield ""
+    if found.pipelines > 1:
+        yield (
+            f"This plan has {found.pipelines} pipelines. Training runs one today, so it is not what a broker would do "
+            "yet."
+        )
+    yield (
+        f"The planner predicted {seconds_text(found.predicted_step_s)} for a step; simulated, the median is "
+        f"{seconds_text(report.median_step_s)}. Tensors of a machine share its line here, and in the plan they do not."
+        if report.steps
+        else f"The planner predicted {seconds_text(found.predicted_step_s)} for a step."
+    )
+    if not report.finished:
+        yield (
+            f"The job did not get through: {report.ended_because}. Machines that stay longer (--churn), more spare "
+            "machines in the pool file, or more frequent snapshots (--snapshot-steps) would help."
+        )
+    if report.failures:
+        over = [each.recovery_s for each in report.failures if each.recovery_s is not None]
+        mean = f"; recovering took {duration_text(sum(over) / len(over))} on average" if over else ""
+        yield f"Failures of machines at work: {len(report.failures)}{mean}. Another --seed draws others."
+    if job is not None:
+        rent = f", {usd_text(job.rent_usd)} of rent" if job.rent_usd else ""
+        yield (
+            f"At this pace the job's {job.steps:,} steps take {duration_text(job.elapsed_s)}, {job.energy_kwh:,.3g} "
+            f"kWh ({usd_text(job.electricity_usd)} of electricity){rent}, and {bytes_text(job.sent_bytes)} sent."
+        )
+    if report.unpriced:
+        yield f"Without power or price: {named(tuple(found.names.get(each, each) for each in report.unpriced))}."
+    if found.unrented:
+        yield f"Nobody publishes a rent for: {named(found.unrented)}; they count with electricity alone."
+    yield ""
+    yield from (assumed_line(each) for each in found.assumed)

@@ -1,0 +1,31 @@
+"""Durations as people write and read them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from fusionai.errors import ConfigError
+
+_UNITS_S = {"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def parse_duration(text: str, *, name: str) -> float:
+    """Return the seconds of such as "90s", "20min", "1.5h" or "2d".
+
+    Raises:
+        ConfigError: the text is no duration above 0; `name` says whose it is.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(ms|s|min|h|d)\s*", text)
+    seconds = float(match[1]) * _UNITS_S[match[2]] if match else 0.0
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"{name} {text!r} is no duration; write such as 90s, 20min, 1.5h or 2d")
+    return seconds
+
+
+def duration_text(seconds: float) -> str:
+    """Return seconds for people, in the largest unit of which there are two, or one of milliseconds."""
+    for unit in ("d", "h", "min", "s"):
+        if seconds >= 2 * _UNITS_S[unit]:
+            return f"{seconds / _UNITS_S[unit]:.3g} {unit}"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
