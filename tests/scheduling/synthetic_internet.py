@@ -26,7 +26,10 @@ class Internet:
         self.count = count + broker
         self._seed, self._noise, self._detour = seed, noise, detour
         cities = np.concatenate(
-            [draw.normal(center, 6e-3, (6, 2)) for center in ((0, 0), (75e-3, 10e-3), (150e-3, -20e-3), (190e-3, 60e-3))]
+            [
+                draw.normal(center, 6e-3, (6, 2))
+                for center in ((0, 0), (75e-3, 10e-3), (150e-3, -20e-3), (190e-3, 60e-3))
+            ]
         )
         site: list[int] = []
         kind: list[str] = []

@@ -5,8 +5,8 @@ reckoned as min(up i, down j), and a handful of probes of i, with partners that 
 Round trips follow from network coordinates. Machines of one local network are the exception to both: they are found
 as groups of very short round trips, and have their own rates among themselves.
 
-Everything is kept by machine, never by pair: ten thousand machines take a few megabytes. What is estimated, how, and how
-wrong it is: docs/profiles.md.
+Everything is kept by machine, never by pair: ten thousand machines take a few megabytes. How wrong estimates are:
+docs/profiles.md.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class LinkProbes:
 
 @dataclass(frozen=True, eq=False)
 class EstimatedLinks:
-    """Estimates by machine, and measures where there are some, as a `LinkModel`. N machines, in the probes' numbering."""
+    """Estimates by machine, and measures where there are some, as a `LinkModel`. N machines, as the probes number them."""
 
     coordinates: Coordinates
     up_N: Floats
@@ -221,7 +221,7 @@ def _near(probes: LinkProbes, anchor: int | None) -> np.ndarray:
     away[anchor] = 0.0
     one, other = away[probes.sources], away[probes.targets]
     apart = np.abs(one - other) > NEAR_RTT_S + _SAME_WAY * np.minimum(one, other)  # False where one is unknown
-    return near & ~apart
+    return np.asarray(near & ~apart)
 
 
 def _sites(probes: LinkProbes, near: np.ndarray, count: int) -> Indices:
