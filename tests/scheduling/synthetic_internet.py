@@ -60,10 +60,11 @@ class Internet:
         """Return a number in [0, 1) for each pair, the same both ways and at every call."""
         low, high = np.minimum(sources, targets).astype(np.uint64), np.maximum(sources, targets).astype(np.uint64)
         mixed = (low * np.uint64(self.count) + high) * np.uint64(4) + np.uint64(what)
-        mixed += np.uint64((self._seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+        mixed = np.atleast_1d(mixed + np.uint64((self._seed + 1) * 0x9E3779B97F4A7C15 % 2**64))
+        # Hashing wraps around on purpose.
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-        return (mixed >> np.uint64(11)).astype(np.float64) / 2.0**53
+        return ((mixed >> np.uint64(11)).astype(np.float64) / 2.0**53).reshape(np.shape(low))
 
     def rtts_s(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the true round trips: a `LinkModel`."""

@@ -1,7 +1,7 @@
 """Plans made on links that were measured: those which a plan uses, where they are only estimated, are measured first.
 
-In a small pool every pair is measured anyway. In a large one most are estimated from a few probes of each machine, and a
-plan picks the links that look best: so also those whose estimate is too good.
+In a small pool every pair is measured anyway. In a large one most are estimated from a few probes of each machine, and
+a plan picks the links that look best: so also those whose estimate is too good.
 """
 
 from __future__ import annotations

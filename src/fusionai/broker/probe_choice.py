@@ -1,20 +1,20 @@
 """Whom a newcomer to a large pool is probed with: a few near, a few far, and some that can take what it sends.
 
-Pure. The first partners are chosen before anything is known of the newcomer, the others one by one from what the probes
-so far found. What each kind is for: machines of the same network are found by their addresses, or by walking from the
-nearest one found so far to its nearest (as Meridian does, Wong, Slivkins, Sirer, SIGCOMM 2005); a wide partner shows the
-newcomer's own access line rather than the partner's; the others place it on the map.
+Pure. The first partners are chosen before anything is known of the newcomer, the others one by one from what the
+probes so far found. What each kind is for: machines of the same network are found by the address from which the broker
+sees them, or by walking from the nearest one found so far to its nearest (as Meridian does, Wong, Slivkins, Sirer,
+SIGCOMM 2005); a wide partner shows the newcomer's own access line rather than the partner's; the others place it on the
+map.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
-from fusionai.network.address import split_address
-
-FIRST = 5
+FIRST = 7
 """Partners chosen at once."""
 AT_MOST = 8
 """Partners of a newcomer in all, the broker apart."""
@@ -27,15 +27,16 @@ _WIDE_SHARE = 0.25
 _Peer = TypeVar("_Peer", bound=str)
 
 
-def network_of(addresses: Sequence[str]) -> str:
-    """Return the network of a machine's first address ("192.168.1" of "192.168.1.7:7700"), "" without one.
+def network_of(host: str) -> str:
+    """Return the network of an address, "" of none: the first 24 bits of IPv4, the first 56 of IPv6.
 
-    A private network's numbers are those of many homes: it says where to look, never what is there.
+    It says where to look, never what is there: an internet provider's customers share one too.
     """
-    if not addresses:
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
         return ""
-    host, _ = split_address(addresses[0])
-    return ":".join(host.split(":")[:4]) if ":" in host else host.rpartition(".")[0]
+    return str(ipaddress.ip_network((address, 24 if address.version == 4 else 56), strict=False))
 
 
 def first_partners(

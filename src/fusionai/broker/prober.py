@@ -128,7 +128,7 @@ class Prober:
         try:
             book, peer, me = self._state.links, record.peer, self._state.endpoint.peer_id
             left = AT_MOST - len(book.partners(peer).keys() - {me})
-            others = {each.peer: network_of(each.addresses) for each in self._state.registry.idle()}
+            others = {each.peer: self._network(each.peer) for each in self._state.registry.idle()}
             allowed = {
                 other: network for other, network in others.items() if other != peer and not book.get(peer, other)
             }
@@ -138,9 +138,7 @@ class Prober:
                 for other in allowed
                 if other in access
             }
-            first = first_partners(
-                network_of(record.addresses), allowed, widths, self._random, most=max(0, min(FIRST, left))
-            )
+            first = first_partners(self._network(peer), allowed, widths, self._random, most=max(0, min(FIRST, left)))
             await self._probe_with(peer, first)
             left -= len(first)
             for other in first:
@@ -157,6 +155,10 @@ class Prober:
             await self._state.estimates.refresh(now=False)
         finally:
             self._introducing.discard(record.peer)
+
+    def _network(self, peer: PeerId) -> str:
+        link = self._state.endpoint.link(peer)
+        return "" if link is None else network_of(link.remote_host)
 
     async def _probe_with(self, peer: PeerId, others: Iterable[PeerId]) -> None:
         keys = [pair(peer, other) for other in others]

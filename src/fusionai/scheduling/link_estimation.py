@@ -21,8 +21,8 @@ from fusionai.scheduling.links import Floats, Indices
 from fusionai.scheduling.network_coordinates import DIMENSIONS, Coordinates, fit_coordinates
 from fusionai.scheduling.profile import UNMEASURED, AccessProfile, LinkProfile
 
-NEAR_RTT_S = 3e-3
-"""Round trips up to this make a site: a wired or good wireless network, or a data centre."""
+NEAR_RTT_S = 2e-3
+"""Round trips up to this make a site: a wired network, or a data centre. Wireless ones often take longer."""
 
 _SAME_WAY = 0.1
 """Machines of one site have round trips to the broker that differ by no more than `NEAR_RTT_S` and this share."""
@@ -73,7 +73,7 @@ class LinkProbes:
 
 @dataclass(frozen=True, eq=False)
 class EstimatedLinks:
-    """Estimates by machine, and measures where there are some, as a `LinkModel`. N machines, as the probes number them."""
+    """Estimates by machine, and measures where there are any, as a `LinkModel`. N machines, numbered as in probes."""
 
     coordinates: Coordinates
     up_N: Floats
@@ -155,7 +155,7 @@ def estimate_links(probes: LinkProbes, count: int, *, anchor: int | None = None)
     default = UNMEASURED.bandwidth_bytes_per_s
     up_N = np.where(up_N > 0, up_N, np.where(near_up_N > 0, np.minimum(near_up_N, default), default))
     down_N = np.where(down_N > 0, down_N, np.where(near_down_N > 0, np.minimum(near_down_N, default), default))
-    coordinates = fit_coordinates(probes.sources, probes.targets, probes.rtts_s, count)
+    coordinates = _coordinates(probes.chosen(far), site_N)
     senders, receivers, bandwidths = probes.directed()
     keys = senders * count + receivers
     order = np.argsort(keys, kind="stable")
@@ -232,6 +232,14 @@ def _sites(probes: LinkProbes, near: np.ndarray, count: int) -> Indices:
     for number, members in enumerate(sorted(nx.connected_components(graph), key=min)):
         site_N[list(members)] = number
     return site_N
+
+
+def _coordinates(far: LinkProbes, site_N: Indices) -> Coordinates:
+    """Return coordinates from probes between sites; the machines of a site are at one place, and share their probes."""
+    alone = np.arange(len(site_N)) + len(site_N)
+    _, place_N = np.unique(np.where(site_N >= 0, site_N, alone), return_inverse=True)
+    found = fit_coordinates(place_N[far.sources], place_N[far.targets], far.rtts_s, int(place_N.max(initial=-1)) + 1)
+    return Coordinates(found.points_ND[place_N], found.heights_N[place_N])
 
 
 def _largest(probes: LinkProbes, count: int) -> tuple[Floats, Floats]:

@@ -45,7 +45,7 @@ class Coordinates:
 
 
 def fit_coordinates(sources: Indices, targets: Indices, rtts_s: Floats, count: int) -> Coordinates:
-    """Return coordinates of machines 0 to `count` - 1 from measured pairs, each given once, in seconds.
+    """Return coordinates of machines 0 to `count` - 1 from measured pairs; round trips in seconds.
 
     The same measures give the same coordinates. A machine without any stays in the middle.
     """
