@@ -38,13 +38,13 @@ def test_a_few_near_one_wide_and_the_rest_anywhere() -> None:
 
 def test_wide_partners_take_turns() -> None:
     candidates = {f"p{each}": "" for each in range(400)}
-    widths = {each: 1e6 for each in candidates}
+    widths = dict.fromkeys(candidates, 1e6)
     wide = [first_partners("", candidates, widths, random.Random(seed), most=1)[0] for seed in range(200)]
     assert max(map(wide.count, wide)) < 12
 
 
 def test_walking_towards_the_near() -> None:
-    """Machines on a line, a ms apart, each probed with the next ones: from 50 ms away the walk ends next to the goal."""
+    """Machines on a line, a ms apart, each probed with the next ones: from 50 ms away the walk ends at the goal."""
     around = {each: {each + by: abs(by) / 1e3 for by in (-8, -3, -1, 1, 3, 8)} for each in range(-100, 100)}
     goal, found = 7, {"57": 0.05}
     neighbours = {str(each): {str(other): rtt_s for other, rtt_s in near.items()} for each, near in around.items()}
