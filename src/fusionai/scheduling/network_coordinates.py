@@ -47,7 +47,8 @@ class Coordinates:
 def fit_coordinates(sources: Indices, targets: Indices, rtts_s: Floats, count: int) -> Coordinates:
     """Return coordinates of machines 0 to `count` - 1 from measured pairs; round trips in seconds.
 
-    The same measures give the same coordinates. A machine without any stays in the middle.
+    The same measures give the same coordinates. A machine without any stays in the middle. Springs have local minima:
+    one machine in some tens ends in a wrong place even if the measures fit a map exactly.
     """
     if not len(sources):
         return Coordinates(np.zeros((count, DIMENSIONS)), np.zeros(count))
