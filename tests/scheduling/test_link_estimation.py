@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from synthetic_internet import Internet
 
 from fusionai.scheduling.link_estimation import EstimatedLinks, LinkProbes, estimate_links, links_of_access
+from fusionai.scheduling.links import PoolLinks
 from fusionai.scheduling.network_coordinates import fit_coordinates
 from fusionai.scheduling.profile import UNMEASURED, AccessProfile, LinkProfile, Pool
 from fusionai.scheduling.swarm.planner import plan_swarm
@@ -142,6 +143,11 @@ def test_pools_and_arrays_say_the_same() -> None:
     source, target = everyone(net.count)
     again = links_of_access(access, peers, links)
     one_by_one = [pool.link(peers[one], peers[other]) for one, other in zip(source, target, strict=True)]
+    dense = PoolLinks(pool, peers)
+    np.testing.assert_allclose(dense.rtts_s(source, target), found.rtts_s(source, target))
+    np.testing.assert_allclose(
+        dense.bandwidths_bytes_per_s(source, target), found.bandwidths_bytes_per_s(source, target)
+    )
     for model in (found, again):
         np.testing.assert_allclose(model.rtts_s(source, target), [each.rtt_s for each in one_by_one])
         np.testing.assert_allclose(
