@@ -221,7 +221,14 @@ def test_a_broken_link_between_two_compnodes_ends_the_job_at_once(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "lie", [LinkProfile(math.nan, 1e6), LinkProfile(0.1, math.nan), LinkProfile(0.1, math.inf), LinkProfile(0.1, -1.0)]
+    "lie",
+    [
+        LinkProfile(math.nan, 1e6),
+        LinkProfile(0.1, math.nan),
+        LinkProfile(0.1, math.inf),
+        LinkProfile(0.1, -1.0),
+        LinkProfile(0.1, 1e15),
+    ],
 )
 def test_a_lie_about_a_link_does_not_reach_the_plans(tmp_path: Path, lie: LinkProfile) -> None:
     async def main() -> None:

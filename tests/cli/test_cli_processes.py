@@ -65,10 +65,14 @@ def last_object(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return dict(json.loads(result.stdout.strip().splitlines()[-1]))
 
 
-def states(token: str) -> dict[str, str]:
+def compnodes(token: str) -> dict[str, dict[str, Any]]:
     result = run("status", "--broker", token, "--json")
     assert result.returncode == 0, result.stderr
-    return {each["name"]: each["state"] for each in last_object(result)["compnodes"]}
+    return {each["name"]: each for each in last_object(result)["compnodes"]}
+
+
+def states(token: str) -> dict[str, str]:
+    return {name: each["state"] for name, each in compnodes(token).items()}
 
 
 class Place:
@@ -136,6 +140,11 @@ def test_a_pool_from_join_to_restart(place: Place) -> None:
     while states(token)["doomed"] != "lost":
         assert time.monotonic() - killed_s < 2, "a reset connection is a death seen at once"
     assert states(token) == {"polite": "left", "doomed": "lost", "third": "idle"}
+    known = compnodes(token)
+    history = {name: (each["availability"]["losses"], each["availability"]["leaves"]) for name, each in known.items()}
+    assert history == {"polite": (0, 1), "doomed": (1, 0), "third": (0, 0)}
+    assert known["third"]["disk"]["free_bytes"] > 0
+    assert known["third"]["access"]["up_bytes_per_s"] > 0
 
     broker.process.kill()
     broker.process.wait(10)

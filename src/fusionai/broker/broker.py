@@ -31,7 +31,7 @@ from fusionai.broker.prober import Prober
 from fusionai.broker.records import PRESENT, MemberRecord
 from fusionai.broker.store import SqliteStore
 from fusionai.broker.validation import check_heartbeat, check_progress, check_register, check_submit
-from fusionai.errors import AuthenticationError, ConfigError, NetworkError, ProtocolError, TokenError
+from fusionai.errors import AuthenticationError, ConfigError, NetworkError, ProtocolError, StorageError, TokenError
 from fusionai.network.address import split_address
 from fusionai.network.endpoint import Endpoint
 from fusionai.network.identity import Identity, PeerId
@@ -46,6 +46,11 @@ NAME = "broker"
 """The broker's name in lab mode."""
 
 DATABASE = "broker.sqlite"
+_ALIVE = "alive_s"
+"""Setting: Unix time at which the broker was last known to run. Stays of members are counted up to it."""
+_ALIVE_EVERY_S = 60.0
+_MOST_ESTIMATED = 32
+"""Compnodes of a pool whose estimated pairs a status lists; of larger ones it tells each member's access instead."""
 LIMITS = Limits(bulk_body_bytes=256 << 20)
 """Members send the broker OP-DAGs and probes, no tensors."""
 
@@ -115,12 +120,13 @@ class Broker:
         await self._journal.open()
         try:
             members, jobs, links = await self._journal.load()
-            self._state.registry.restore(members)
+            self._state.registry.restore(members, float(await self._journal.get(_ALIVE) or 0.0))
             self._state.jobs.restore(jobs)
             self._state.links.restore(links)
             self.address = await self._listen()
             self._addresses = advertised(self.address, self._advertise)
             self._lifecycle.recover()
+            self._state.tasks.start(self._note_alive(), "alive")
         except BaseException:
             await self.close()
             raise
@@ -148,6 +154,7 @@ class Broker:
         await self._prober.close()
         await self._state.tasks.close()
         await self._state.endpoint.close()
+        await self._write_alive()
         await self._journal.close()
 
     def token(self, role: str = "member", lifetime_s: float = 86_400.0) -> str:
@@ -158,10 +165,15 @@ class Broker:
         """Return the pool as it is known now."""
         registry = self._state.registry
         present = {self._identity.peer_id, *(peer for peer in self._registered if registry.is_present(peer))}
+        access = self._state.estimates.known
+        links = self._state.links.status(present, self._state.name, registry.bytes_sent)
+        compnodes = [each.peer for each in registry.present("compnode")]
+        if len(compnodes) <= _MOST_ESTIMATED:
+            links += self._state.links.estimated_status(compnodes, access, self._state.name, registry.bytes_sent)
         return Status(
             broker=self._identity.peer_id,
-            compnodes=registry.status(self._state.now_s()),
-            links=self._state.links.status(present, self._state.name, registry.bytes_sent),
+            compnodes=registry.status(self._state.now_s(), access),
+            links=links,
             jobs=self._state.jobs.status(),
         )
 
@@ -274,14 +286,17 @@ class Broker:
         return await asyncio.shield(self._status)
 
     async def _fresh_status(self) -> bytes:
-        await asyncio.sleep(0)
-        self._status = None
+        try:
+            await self._state.estimates.refresh(now=False)
+        finally:
+            self._status = None
         return encode(self.status())
 
     async def _on_measure(self, member: MemberRecord, payload: bytes) -> bytes:
         self._prober.measure_again()
         peers = [self._state.endpoint.peer_id, *(each.peer for each in self._state.registry.idle())]
         await self._prober.settle(peers, timeout_s=3 * PROBES_TIMEOUT_S)
+        await self._state.estimates.refresh(now=True)
         return encode(self.status())
 
     async def _on_ended(self, member: MemberRecord, payload: bytes) -> bytes:
@@ -299,6 +314,17 @@ class Broker:
         return b""
 
     # --- inside -----------------------------------------------------------------------------------------------
+
+    async def _note_alive(self) -> None:
+        while True:
+            await self._write_alive()
+            await asyncio.sleep(_ALIVE_EVERY_S)
+
+    async def _write_alive(self) -> None:
+        try:
+            await self._journal.put(_ALIVE, repr(self._state.now_s()))
+        except StorageError as error:
+            log.error("%s", error)
 
     def _member(self, link: Link) -> MemberRecord:
         held = self._registered.get(link.peer)

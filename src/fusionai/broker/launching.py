@@ -6,12 +6,14 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Mapping
+from functools import partial
 
 from fusionai.broker.assigning import assignments
 from fusionai.broker.codec import ASSIGNMENT
 from fusionai.broker.lifecycle import Lifecycle
 from fusionai.broker.messages import Assign, Connect, Launched, Release, Submit
 from fusionai.broker.parcels import ParcelInbox, pack
+from fusionai.broker.planning import plan_on_measured_links
 from fusionai.broker.pool import PoolState
 from fusionai.broker.prober import Prober
 from fusionai.broker.records import JobRecord, MemberRecord
@@ -23,7 +25,7 @@ from fusionai.graph.model import OpDag
 from fusionai.network.identity import PeerId
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.planner import plan_training
-from fusionai.scheduling.profile import Member, Pool
+from fusionai.scheduling.profile import Member
 from fusionai.training.messages import Assignment, JobId
 
 log = logging.getLogger(__name__)
@@ -136,11 +138,7 @@ class Launcher:
         await self._prober.settle(peers, timeout_s=PROBES_TIMEOUT_S)
         idle = [each for each in self._state.registry.idle() if each.peer in peers]
         records = {each.peer: each for each in (owner, *idle)}
-        pool = Pool(
-            members=tuple(_member(each) for each in idle),
-            links=self._state.links.matrix(records),
-        )
-        plan = await asyncio.to_thread(
+        make = partial(
             plan_training,
             graph,
             graph_hash=message.graph_hash,
@@ -148,7 +146,6 @@ class Launcher:
             microbatches=message.microbatches,
             optimizer_states=len(message.options.optimizer.states),
             precision=message.options.precision,
-            pool=pool,
             owner=_member(owner),
             privacy=message.privacy,
             front=message.front,
@@ -157,6 +154,8 @@ class Launcher:
             cuts=message.cuts,
             split_backward=not message.options.compile,
         )
+        members = tuple(_member(each) for each in idle)
+        plan = await plan_on_measured_links(self._state, self._prober, members, owner.peer, make)
         chosen = {PeerId(stage.peer) for stage in plan.stages} | {owner.peer}
         lost = [records[peer].name for peer in chosen if self._state.endpoint.link(peer) is None]
         if lost:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 from fusionai.broker.messages import LinkStatus
 from fusionai.broker.records import LinkRecord, MemberRecord
 from fusionai.network.identity import PeerId
-from fusionai.scheduling.profile import LinkProfile
+from fusionai.scheduling.profile import AccessProfile, LinkProfile
 
 Pair = tuple[PeerId, PeerId]
 
@@ -27,6 +27,8 @@ class LinkBook:
         self._keep = keep
         self._links: dict[Pair, LinkRecord] = {}
         self._of: dict[PeerId, set[Pair]] = {}
+        self.version = 0
+        """Rises with every change."""
 
     def restore(self, records: Iterable[LinkRecord]) -> None:
         """Take measures from before a restart."""
@@ -40,6 +42,7 @@ class LinkBook:
 
     def forget(self, peer: PeerId) -> None:
         """Drop a member's links: it came back, perhaps from elsewhere."""
+        self.version += 1
         for key in self._of.pop(peer, set()):
             self._links.pop(key, None)
             self._of.get(key[0] if key[1] == peer else key[1], set()).discard(key)
@@ -48,13 +51,22 @@ class LinkBook:
         """Return a pair's measure."""
         return self._links.get(pair(one, other))
 
+    def records(self) -> list[LinkRecord]:
+        """Return all measures."""
+        return list(self._links.values())
+
+    def partners(self, peer: PeerId) -> dict[PeerId, LinkRecord]:
+        """Return the measures of one peer, by the other side."""
+        keys = self._of.get(peer, set())
+        return {key[0] if key[1] == peer else key[1]: self._links[key] for key in keys}
+
     def reachable(self, one: PeerId, other: PeerId) -> bool:
         """False when a probe found that neither side can dial the other."""
         record = self.get(one, other)
         return record is None or record.there is not None
 
     def matrix(self, peers: Iterable[PeerId]) -> dict[str, LinkProfile]:
-        """Return the links among `peers` as `fusionai.scheduling.profile.Pool` wants them."""
+        """Return the measured links among `peers` as `fusionai.scheduling.profile.Pool` wants them."""
         wanted = set(peers)
         found: dict[str, LinkProfile] = {}
         for peer in wanted:
@@ -100,7 +112,25 @@ class LinkBook:
                 )
         return tuple(sorted(lines, key=lambda each: (each.source, each.target)))
 
+    def estimated_status(
+        self,
+        peers: Sequence[PeerId],
+        access: Mapping[PeerId, AccessProfile],
+        name: Callable[[PeerId], str],
+        bytes_sent: Callable[[PeerId, PeerId], int],
+    ) -> tuple[LinkStatus, ...]:
+        """Return both directions of the pairs of `peers` that no probe has measured, as far as they are estimated."""
+        known = [peer for peer in peers if peer in access]
+        lines = [
+            LinkStatus(name(source), name(target), access[source].link_to(access[target]), bytes_sent(source, target))
+            for source in known
+            for target in known
+            if source != target and self.get(source, target) is None
+        ]
+        return tuple(sorted(lines, key=lambda each: (each.source, each.target)))
+
     def _put(self, record: LinkRecord) -> None:
+        self.version += 1
         key = pair(record.source, record.target)
         self._links[key] = record
         for peer in key:

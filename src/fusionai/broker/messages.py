@@ -14,7 +14,7 @@ import msgspec
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.model import Sizes
 from fusionai.scheduling.plan import Plan
-from fusionai.scheduling.profile import DeviceProfile, LinkProfile
+from fusionai.scheduling.profile import AccessProfile, Availability, DeviceProfile, DiskProfile, LinkProfile
 from fusionai.training.messages import Assignment, JobId
 
 # --- members to broker ------------------------------------------------------------------------------------
@@ -31,6 +31,8 @@ class Register(msgspec.Struct, frozen=True, tag="broker.register"):
     """Where others may dial this member; empty when it does not listen."""
     lab: bool = False
     """Whether this member emulates its speed or its links."""
+    disk: DiskProfile | None = None
+    """Of its state folder; None: not measured."""
 
 
 class Registered(msgspec.Struct, frozen=True, tag="broker.registered"):
@@ -51,6 +53,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="broker.heartbeat"):
     """Job to a line for people, such as "stage 1: layers 0-5"."""
     bytes_sent: dict[str, int]
     """Tensor bytes since joining, by receiving peer."""
+    disk_free_bytes: int | None = None
+    """Under its state folder now; None: not said."""
 
 
 class Leave(msgspec.Struct, frozen=True, tag="broker.leave"):
@@ -134,15 +138,20 @@ class MemberStatus(msgspec.Struct, frozen=True):
     last_seen_s: float
     """Seconds since the broker heard from it."""
     lab: bool
+    disk: DiskProfile | None = None
+    """As measured when it joined, with the free bytes it told last."""
+    availability: Availability | None = None
+    access: AccessProfile | None = None
+    """What it can send and receive, estimated from probes; None: nothing is known yet."""
 
 
 class LinkStatus(msgspec.Struct, frozen=True):
-    """One measured link."""
+    """One direction of a link: measured, or in small pools estimated where no probe has measured the pair."""
 
     source: str
     target: str
     profile: LinkProfile | None
-    """None: not measured, or neither side can dial the other."""
+    """None: neither side can dial the other. Its `estimated` says whether a probe measured it."""
     bytes_sent: int
     reachable: bool = True
 

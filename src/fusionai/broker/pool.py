@@ -12,6 +12,7 @@ import msgspec
 from fusionai.broker.codec import decode, encode, kind_of
 from fusionai.broker.jobs import JobBook
 from fusionai.broker.journal import Journal
+from fusionai.broker.link_estimates import LinkEstimates
 from fusionai.broker.links import LinkBook
 from fusionai.broker.registry import Registry
 from fusionai.broker.tasks import Tasks
@@ -36,6 +37,7 @@ class PoolState:
         self.registry = Registry(journal.keep, journal.drop)
         self.jobs = JobBook(journal.keep)
         self.links = LinkBook(journal.keep)
+        self.estimates = LinkEstimates(self.links, endpoint.peer_id)
         self.tasks = Tasks()
 
     @staticmethod

@@ -2,7 +2,8 @@
 
 At most one probe at a time touches a member, so that probes do not slow each other, and none touches one that
 works for a job. In a pool of up to `ALL_PAIRS` compnodes every pair is measured; in a larger one each newcomer is
-measured with `SAMPLE` others, so that the probes of a joining member do not grow with the pool.
+measured with a few others (`probe_choice`), so that the probes of a joining member do not grow with the pool. The other
+pairs are estimated, and measured when a plan is to use them (`planning`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+
+from msgspec.structs import replace
 
 from fusionai.broker.links import Pair, pair
 from fusionai.broker.messages import Expect, Probe, Probed
 from fusionai.broker.pool import PoolState
+from fusionai.broker.probe_choice import AT_MOST, FIRST, first_partners, network_of, next_partner
 from fusionai.broker.records import PRESENT, LinkRecord, MemberRecord
 from fusionai.broker.tasks import Tasks
 from fusionai.broker.validation import check_link
@@ -27,7 +31,10 @@ from fusionai.scheduling.profile import LinkProfile
 log = logging.getLogger(__name__)
 
 ALL_PAIRS = 16
-SAMPLE = 8
+AGAIN = 4
+"""Partners of each compnode in a larger pool when links are measured anew."""
+MOST_AGAIN = 200
+"""Pairs that are measured anew at once in a larger pool."""
 CONCURRENT = 4
 """Probes at once in the whole pool: each may fill the link of two homes for a second."""
 
@@ -46,6 +53,7 @@ class Prober:
         self._slots = asyncio.Semaphore(CONCURRENT)
         self._locks: dict[PeerId, asyncio.Lock] = {}
         self._wanted: dict[Pair, asyncio.Event] = {}
+        self._introducing: set[PeerId] = set()
         self._random = random.Random(0)
 
     def consider(self, peer: PeerId) -> None:
@@ -55,33 +63,38 @@ class Prober:
             return
         self._want(pair(self._state.endpoint.peer_id, peer), again=False)
         others = [each for each in self._state.registry.idle() if each.peer != peer]
-        if len(others) >= ALL_PAIRS:
-            others = self._random.sample(others, SAMPLE)
-        for other in others:
-            self._want(pair(peer, other.peer), again=False)
+        if len(others) < ALL_PAIRS:
+            for other in others:
+                self._want(pair(peer, other.peer), again=False)
+        elif peer not in self._introducing:
+            self._introducing.add(peer)
+            if self._tasks.start(self._introduce(record), "introduce") is None:
+                self._introducing.discard(peer)
 
     def measure_again(self) -> None:
         """Measure the links of idle compnodes anew, even those known."""
-        idle = self._state.registry.idle()
-        for record in idle:
-            self._want(pair(self._state.endpoint.peer_id, record.peer), again=True)
-        for index, record in enumerate(idle):
+        idle = [each.peer for each in self._state.registry.idle()]
+        pairs = [pair(self._state.endpoint.peer_id, peer) for peer in idle]
+        for index, peer in enumerate(idle):
             others = idle[index + 1 :]
             if len(idle) > ALL_PAIRS:
-                others = self._random.sample(others, min(SAMPLE // 2, len(others)))
-            for other in others:
-                self._want(pair(record.peer, other.peer), again=True)
+                others = self._random.sample(others, min(AGAIN, len(others)))
+            pairs += [pair(peer, other) for other in others]
+        if len(idle) > ALL_PAIRS:
+            pairs = self._random.sample(pairs, min(MOST_AGAIN, len(pairs)))
+        for each in pairs:
+            self._want(each, again=True)
+
+    async def measure(self, pairs: Sequence[Pair], *, timeout_s: float) -> None:
+        """Measure pairs that are not measured yet, as far as that is possible within `timeout_s`."""
+        for key in pairs:
+            self._want(key, again=False)
+        await self._wait([done for key in pairs if (done := self._wanted.get(key))], timeout_s)
 
     async def settle(self, peers: Iterable[PeerId], *, timeout_s: float) -> None:
         """Wait until the probes under way among `peers` are done, but no longer than `timeout_s`."""
         wanted = set(peers)
-        waiting = [done.wait() for key, done in self._wanted.items() if wanted.issuperset(key)]
-        if waiting:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await asyncio.gather(*waiting)
-            except TimeoutError:
-                log.info("planning before all links are measured")
+        await self._wait([done for key, done in self._wanted.items() if wanted.issuperset(key)], timeout_s)
 
     @asynccontextmanager
     async def undisturbed(self, peers: Iterable[PeerId]) -> AsyncIterator[None]:
@@ -102,6 +115,64 @@ class Prober:
         await self._tasks.close()
 
     # --- inside ---------------------------------------------------------------------------------------------
+
+    async def _wait(self, probes: Iterable[asyncio.Event], timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.gather(*(each.wait() for each in probes))
+        except TimeoutError:
+            log.info("planning before all links are measured")
+
+    async def _introduce(self, record: MemberRecord) -> None:
+        """Measure a newcomer to a large pool with a few others: at most `AT_MOST`, those known before included."""
+        try:
+            book, peer, me = self._state.links, record.peer, self._state.endpoint.peer_id
+            left = AT_MOST - len(book.partners(peer).keys() - {me})
+            others = {each.peer: self._network(each.peer) for each in self._state.registry.idle()}
+            allowed = {
+                other: network for other, network in others.items() if other != peer and not book.get(peer, other)
+            }
+            access = self._state.estimates.known
+            widths = {
+                other: min(access[other].up_bytes_per_s, access[other].down_bytes_per_s)
+                for other in allowed
+                if other in access
+            }
+            first = first_partners(self._network(peer), allowed, widths, self._random, most=max(0, min(FIRST, left)))
+            await self._probe_with(peer, first)
+            left -= len(first)
+            for other in first:
+                del allowed[other]
+            while left > 0:
+                near = next_partner(self._rtts_s(peer), self._rtts_s, allowed)
+                if near is None:
+                    near = next(iter(allowed), None)
+                if near is None:
+                    break
+                await self._probe_with(peer, [near])
+                del allowed[near]
+                left -= 1
+            await self._state.estimates.refresh(now=False)
+        finally:
+            self._introducing.discard(record.peer)
+
+    def _network(self, peer: PeerId) -> str:
+        link = self._state.endpoint.link(peer)
+        return "" if link is None else network_of(link.remote_host)
+
+    async def _probe_with(self, peer: PeerId, others: Iterable[PeerId]) -> None:
+        keys = [pair(peer, other) for other in others]
+        for key in keys:
+            self._want(key, again=False)
+        for key in keys:
+            if (done := self._wanted.get(key)) is not None:
+                await done.wait()
+
+    def _rtts_s(self, peer: PeerId) -> dict[PeerId, float]:
+        """Return a member's measured round trips to other members."""
+        me = self._state.endpoint.peer_id
+        records = self._state.links.partners(peer).items()
+        return {other: record.there.rtt_s for other, record in records if record.there is not None and other != me}
 
     def _want(self, key: Pair, *, again: bool) -> None:
         if key in self._wanted or (not again and self._state.links.get(*key) is not None):
@@ -168,8 +239,8 @@ class Prober:
                 return LinkRecord(
                     source=source.peer,
                     target=target.peer,
-                    there=found.there,
-                    back=found.back,
+                    there=replace(found.there, estimated=False),
+                    back=replace(found.back, estimated=False),
                     measured_s=self._state.now_s(),
                 )
             except NetworkError as error:

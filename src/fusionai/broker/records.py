@@ -6,9 +6,10 @@ from typing import Literal
 
 import msgspec
 
+from fusionai.broker.presence import Presence
 from fusionai.network.identity import PeerId
 from fusionai.scheduling.plan import Plan
-from fusionai.scheduling.profile import DeviceProfile, LinkProfile
+from fusionai.scheduling.profile import DeviceProfile, DiskProfile, LinkProfile
 from fusionai.training.messages import JobId
 
 Role = Literal["compnode", "owner", "observer"]
@@ -34,6 +35,8 @@ class MemberRecord(msgspec.Struct, frozen=True, kw_only=True):
     lab: bool
     seen_s: float
     """Unix time when the broker last heard from it."""
+    disk: DiskProfile | None = None
+    presence: Presence = Presence()
 
 
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):

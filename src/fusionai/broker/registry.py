@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from msgspec.structs import replace
 
 from fusionai.broker.messages import Heartbeat, MemberStatus, Register
+from fusionai.broker.presence import Presence, arrived, availability, departed
 from fusionai.broker.records import PRESENT, MemberRecord, MemberState
 from fusionai.errors import AuthenticationError
 from fusionai.network.identity import PeerId
+from fusionai.scheduling.profile import AccessProfile, DiskProfile
 from fusionai.training.messages import JobId
 
 MOST_MEMBERS = 20_000
@@ -39,11 +41,15 @@ class Registry:
         self._activity: dict[PeerId, Heartbeat] = {}
         self._leases: dict[PeerId, JobId] = {}
 
-    def restore(self, records: Iterable[MemberRecord]) -> None:
-        """Take members from before a restart: whoever was there is unreachable until it registers again."""
+    def restore(self, records: Iterable[MemberRecord], alive_s: float = 0.0) -> None:
+        """Take members from before a restart: whoever was there is unreachable until it registers again.
+
+        `alive_s` is the Unix time at which the broker was last known to run: stays are counted up to it.
+        """
         for record in records:
             if record.state in PRESENT:
-                record = replace(record, state="unreachable")
+                stayed = departed(record.presence, "unreachable", alive_s)
+                record = replace(record, state="unreachable", presence=stayed)
             self._put(record)
 
     # --- joining and going ------------------------------------------------------------------------------------
@@ -71,6 +77,8 @@ class Registry:
             addresses=message.addresses,
             lab=message.lab,
             seen_s=now_s,
+            disk=message.disk,
+            presence=arrived(Presence() if known is None else known.presence, now_s),
         )
         self._activity.pop(peer, None)
         self._put(record)
@@ -83,7 +91,7 @@ class Registry:
         record = self._members.get(peer)
         if record is None or record.state not in PRESENT:
             return record
-        record = replace(record, state=state, seen_s=now_s)
+        record = replace(record, state=state, seen_s=now_s, presence=departed(record.presence, state, now_s))
         self._put(record)
         self._keep(record)
         return record
@@ -161,15 +169,26 @@ class Registry:
         """Return the tensor bytes that one member has sent another since it joined."""
         return self.activity(source).bytes_sent.get(target, 0)
 
-    def status(self, now_s: float) -> tuple[MemberStatus, ...]:
-        """Return every compnode as `fusionai status` shows it, those present first, then by name."""
+    def disk(self, peer: PeerId) -> DiskProfile | None:
+        """Return a member's disk, with the free bytes that it told last."""
+        record = self._members.get(peer)
+        if record is None or record.disk is None:
+            return None
+        told = self.activity(peer).disk_free_bytes
+        return record.disk if told is None else replace(record.disk, free_bytes=told)
+
+    def status(self, now_s: float, access: Mapping[PeerId, AccessProfile] | None = None) -> tuple[MemberStatus, ...]:
+        """Return every compnode as `fusionai status` shows it, those present first, then by name.
+
+        `access` is what is estimated of their links.
+        """
         found = sorted(
             (each for each in self._members.values() if each.role == "compnode"),
             key=lambda each: (each.state not in PRESENT, each.name),
         )
-        return tuple(self._status(each, now_s) for each in found)
+        return tuple(self._status(each, now_s, (access or {}).get(each.peer)) for each in found)
 
-    def _status(self, record: MemberRecord, now_s: float) -> MemberStatus:
+    def _status(self, record: MemberRecord, now_s: float, access: AccessProfile | None) -> MemberStatus:
         activity = self.activity(record.peer) if record.state in PRESENT else _QUIET
         return MemberStatus(
             peer=record.peer,
@@ -182,6 +201,9 @@ class Registry:
             holds=activity.holds,
             last_seen_s=max(0.0, now_s - record.seen_s),
             lab=record.lab,
+            disk=self.disk(record.peer),
+            availability=availability(record.presence, now_s),
+            access=access,
         )
 
     # --- inside ---------------------------------------------------------------------------------------------

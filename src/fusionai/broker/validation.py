@@ -8,7 +8,7 @@ import re
 from fusionai.broker.messages import Heartbeat, JobProgress, Register, Submit
 from fusionai.errors import ConfigError, ProtocolError
 from fusionai.network.address import split_address
-from fusionai.scheduling.profile import DeviceProfile, LinkProfile
+from fusionai.scheduling.profile import DeviceProfile, DiskProfile, LinkProfile
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _MOST_ADDRESSES = 8
@@ -19,6 +19,10 @@ _MOST_HELD = 16
 """Jobs of one member: a compnode has one, an owner eight. A status lists them of all members, in one message."""
 _MOST_MICROBATCHES = 65_536
 _MOST_SIZE = 1 << 40
+_MOST_DISK_BYTES = 1 << 60
+_MOST_DISK_BYTES_PER_S = 1e12
+_MOST_BYTES_PER_S = 1e12
+"""Of a link: no machine has ten network cards of 800 Gbit/s."""
 
 
 def check_name(name: str) -> None:
@@ -45,6 +49,8 @@ def check_register(message: Register) -> None:
         _require(message.role == "observer", f"a {message.role} must register with its device's profile")
     else:
         _check_device(message.device)
+    if message.disk is not None:
+        _check_disk(message.disk)
 
 
 def _check_device(device: DeviceProfile) -> None:
@@ -60,15 +66,23 @@ def _check_device(device: DeviceProfile) -> None:
     _require(1 <= device.threads <= 65_536, "the device's number of threads is out of range")
 
 
+def _check_disk(disk: DiskProfile) -> None:
+    _require(0 <= disk.free_bytes < _MOST_DISK_BYTES, "the disk's free space is out of range")
+    for speed in (disk.write_bytes_per_s, disk.read_bytes_per_s):
+        _require(speed is None or 0 < speed < _MOST_DISK_BYTES_PER_S, "a disk's speed is out of range")
+
+
 def check_link(profile: LinkProfile) -> None:
     """Raises ProtocolError unless a measured link is plausible."""
-    _require(_positive(profile.bandwidth_bytes_per_s), "a measured bandwidth is not above 0")
+    _require(0 < profile.bandwidth_bytes_per_s < _MOST_BYTES_PER_S, "a measured bandwidth is out of range")
     _require(0 <= profile.rtt_s < 3600, "a measured round trip is out of range")
 
 
 def check_heartbeat(message: Heartbeat) -> None:
     """Raises ProtocolError."""
     _require(0 <= message.busy < 1e6 and 0 <= message.memory_bytes < _MOST_SIZE << 10, "a figure is out of range")
+    free = message.disk_free_bytes
+    _require(free is None or 0 <= free < _MOST_DISK_BYTES, "the disk's free space is out of range")
     _require(len(message.holds) <= _MOST_HELD, "a heartbeat names too many jobs")
     _require(
         all(len(job) <= 64 and len(line) <= _MOST_TEXT for job, line in message.holds.items()),

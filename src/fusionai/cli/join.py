@@ -104,6 +104,7 @@ async def _serve(arguments: argparse.Namespace, folder: Path) -> int:
                 "peer": member.identity.peer_id,
                 "address": member.address,
                 "device": profile,
+                "disk": member.disk,
                 "lab": member.lab,
             },
         )

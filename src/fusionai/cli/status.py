@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fusionai.broker.messages import Status
+    from fusionai.scheduling.profile import AccessProfile, Availability, DiskProfile
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -56,6 +57,16 @@ def _show(screen: Console, status: Status) -> None:
         screen.print("the pool has no compnodes: run `fusionai join TOKEN` on each machine that is to take part")
     else:
         table = Table("compnode", "state", "device", "GFLOP/s", "offers", "uses", "busy", "holds", "seen", box=None)
+        columns = (
+            "disk free",
+            "disk write / read",
+            "sends / receives",
+            "member for",
+            "there",
+            "losses",
+            "between losses",
+        )
+        machines = Table("machine", *columns, box=None)
         for each in status.compnodes:
             device = each.device
             table.add_row(
@@ -69,15 +80,18 @@ def _show(screen: Console, status: Status) -> None:
                 "; ".join(each.holds.values()),
                 f"{each.last_seen_s:.0f} s ago",
             )
+            machines.add_row(each.name, *_disk(each.disk), _access(each.access), *_history(each.availability))
         screen.print(table)
+        screen.print(machines)
     if status.links:
-        table = Table("link", "round trip", "bandwidth", "sent", box=None)
+        table = Table("link", "round trip", "bandwidth", "by", "sent", box=None)
         for link in status.links:
             profile = link.profile
             table.add_row(
                 f"{link.source} -> {link.target}",
                 f"{profile.rtt_s * 1e3:.1f} ms" if profile else "cannot connect",
-                f"{profile.bandwidth_bytes_per_s * 8 / 1e6:,.0f} Mbit/s" if profile else "",
+                f"{_mbit(profile.bandwidth_bytes_per_s)} Mbit/s" if profile else "",
+                "estimated" if profile and profile.estimated else "measured",
                 f"{link.bytes_sent / 1e6:.1f} MB",
             )
         screen.print(table)
@@ -96,3 +110,34 @@ def _show(screen: Console, status: Status) -> None:
                 job.reason,
             )
         screen.print(table)
+
+
+def _mbit(bytes_per_s: float) -> str:
+    return f"{bytes_per_s * 8 / 1e6:,.0f}"
+
+
+def _disk(disk: DiskProfile | None) -> tuple[str, str]:
+    if disk is None:
+        return "", ""
+    write, read = (
+        "not measured" if speed is None else f"{speed / 1e6:,.0f} MB/s"
+        for speed in (disk.write_bytes_per_s, disk.read_bytes_per_s)
+    )
+    return f"{disk.free_bytes / 1e9:,.0f} GB", f"{write} / {read}"
+
+
+def _access(access: AccessProfile | None) -> str:
+    """Return what a machine sends and receives at all, estimated."""
+    return "" if access is None else f"{_mbit(access.up_bytes_per_s)} / {_mbit(access.down_bytes_per_s)} Mbit/s"
+
+
+def _history(known: Availability | None) -> tuple[str, str, str, str]:
+    if known is None:
+        return "", "", "", ""
+    share = known.present_s / known.member_s if known.member_s > 0 else 1.0
+    return (
+        f"{known.member_s / 3600:,.1f} h",
+        f"{share:.0%}",
+        str(known.losses),
+        f"{known.mean_time_between_losses_s / 3600:,.0f} h",
+    )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fusionai.compnode.disk import measure_disk
 from fusionai.compnode.hardware import measure
 from fusionai.compnode.member import Member
 from fusionai.execution.plane import Plane
@@ -79,6 +80,7 @@ class Agent:
             cache_folder=config.state_folder,
             remeasure=config.remeasure,
         )
+        disk = await asyncio.to_thread(measure_disk, config.state_folder, remeasure=config.remeasure)
         if stop.is_set():
             return
         member = Member(
@@ -87,6 +89,8 @@ class Agent:
             role="compnode",
             name=config.name,
             profile=profile,
+            disk=disk,
+            disk_folder=config.state_folder,
             plane=plane,
             listen=config.listen,
             advertise=config.advertise,

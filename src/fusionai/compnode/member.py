@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal, TypeVar, overload
 
 import msgspec
@@ -28,6 +29,7 @@ from fusionai.broker.parcels import MOST_BYTES as PARCEL_BYTES
 from fusionai.broker.parcels import ParcelInbox, unpack
 from fusionai.broker.tasks import Tasks
 from fusionai.broker.validation import check_name
+from fusionai.compnode.disk import free_disk_bytes
 from fusionai.compnode.hosting import BusyMeter, Hosting
 from fusionai.compnode.session import BrokerSession
 from fusionai.errors import AuthenticationError, ConfigError, NetworkError, ProtocolError
@@ -40,7 +42,7 @@ from fusionai.network.limits import Limits
 from fusionai.network.link import Link
 from fusionai.network.probe import probe_link
 from fusionai.network.token import JoinToken
-from fusionai.scheduling.profile import DeviceProfile, LinkProfile
+from fusionai.scheduling.profile import DeviceProfile, DiskProfile, LinkProfile
 from fusionai.training.messages import JobId
 from fusionai.training.stage_host import StageHost
 from fusionai.training.wire import PREFIX as JOB_PREFIX
@@ -85,6 +87,8 @@ class Member:
         role: Literal["compnode", "owner", "observer"],
         name: str,
         profile: DeviceProfile | None = None,
+        disk: DiskProfile | None = None,
+        disk_folder: Path | None = None,
         plane: Plane | None = None,
         listen: str | None = "127.0.0.1:0",
         advertise: Sequence[str] = (),
@@ -100,6 +104,8 @@ class Member:
             role: an observer only asks for the status; the others need `profile` and `plane`.
             name: for people; the broker makes it unique.
             profile: measured device (`fusionai.compnode.hardware.measure`).
+            disk: measured disk (`fusionai.compnode.disk.measure_disk`); None when it is not offered.
+            disk_folder: where it is, so that the broker is told what is free there from time to time.
             plane: runs this machine's sub-DAGs.
             listen: "host:port" at which other members may dial this one; None not to listen.
             advertise: addresses to tell others of, where they differ from `listen`.
@@ -120,6 +126,8 @@ class Member:
         self.name = name
         """The name asked for; after `start` the one given by the broker."""
         self.profile = profile
+        self.disk = disk
+        self._disk_folder = disk_folder
         self.address: str | None = None
         """Where it listens, after `start`."""
         if limits is None and role == "compnode" and profile is not None:
@@ -346,6 +354,7 @@ class Member:
             device=self.profile,
             addresses=self._addresses,
             lab=self._lab,
+            disk=self.disk,
         )
 
     def _on_registered(self, registered: Registered) -> None:
@@ -357,6 +366,7 @@ class Member:
             memory_bytes=self._hosting.memory_bytes,
             holds=self._hosting.holds,
             bytes_sent=self._hosting.bytes_sent,
+            disk_free_bytes=None if self._disk_folder is None else free_disk_bytes(self._disk_folder),
         )
 
     def _lose(self, job: JobId, reason: str) -> None:

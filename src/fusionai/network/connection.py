@@ -59,12 +59,15 @@ class Connection(asyncio.BufferedProtocol):
         """Monotonic time in seconds when bytes last arrived."""
         self.peer = PeerId("")
         """Who is at the other end; set when the handshake is done."""
+        self.remote_host = ""
+        """The address from which the other end is seen, without its port; "" when the system does not say."""
 
     # --- asyncio's side -----------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are not of asyncio's class.
         self._transport = cast(asyncio.Transport, transport)
+        self.remote_host = str((transport.get_extra_info("peername") or ("",))[0])
         try:
             tls = transport.get_extra_info("ssl_object")
             if tls.selected_alpn_protocol() != ALPN:

@@ -96,6 +96,8 @@ class Link:
         self.peer_instance = greeting.instance
         self.dialled = dialled
         """Whether this side opened the link."""
+        self.remote_host = control.remote_host
+        """The address from which the peer is seen, a router's where there is one; "" when unknown."""
         self.statistics = LinkStatistics()
         self.lab = lab
         """What this side's sending emulates; None when the link is real."""

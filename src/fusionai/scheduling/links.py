@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Protocol
 
 import numpy as np
@@ -31,13 +32,22 @@ class LinkModel(Protocol):
 
 
 class PoolLinks:
-    """The measured links of a `Pool`, as a `LinkModel`; for pools small enough to have probed every pair."""
+    """The links of a `Pool`, as a `LinkModel`; for pools small enough to have probed every pair.
+
+    `link_estimation.links_of_access` serves large ones.
+    """
 
     def __init__(self, pool: Pool, peers: Sequence[str]) -> None:
-        """Number the machines as `peers` does: members, then the owner. Unprobed pairs are `UNMEASURED`."""
+        """Number the machines as `peers` does: members, then the owner. Other pairs are as `Pool.link` says."""
         place = {peer: index for index, peer in enumerate(peers)}
         self._bandwidth_NN = np.full((len(peers), len(peers)), UNMEASURED.bandwidth_bytes_per_s)
         self._rtt_NN = np.full((len(peers), len(peers)), UNMEASURED.rtt_s)
+        if pool.access:
+            known = [peer for peer in peers if peer in pool.access]
+            for source, target in permutations(known, 2):
+                estimate = pool.access[source].link_to(pool.access[target])
+                self._bandwidth_NN[place[source], place[target]] = estimate.bandwidth_bytes_per_s
+                self._rtt_NN[place[source], place[target]] = estimate.rtt_s
         for pair, link in pool.links.items():
             source, _, target = pair.partition(">")
             if source in place and target in place:

@@ -1,0 +1,96 @@
+"""Plans made on links that were measured: those which a plan uses, where they are only estimated, are measured first.
+
+In a small pool every pair is measured anyway. In a large one most are estimated from a few probes of each machine, and
+a plan picks the links that look best: so also those whose estimate is too good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Protocol
+
+from msgspec.structs import replace
+
+from fusionai.broker.links import Pair, pair
+from fusionai.broker.pool import PoolState
+from fusionai.broker.presence import availability
+from fusionai.broker.prober import Prober
+from fusionai.network.identity import PeerId
+from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.profile import AccessProfile, LinkProfile, Member, Pool
+
+log = logging.getLogger(__name__)
+
+MOST_PLANS_AGAIN = 2
+MEASURING_TIMEOUT_S = 15.0
+"""How long a plan's links may be measured; what is not by then stays an estimate."""
+
+_MUCH = 1.5
+"""A measure that differs by more than this factor from what was reckoned is worth another plan."""
+_MUCH_RTT_S = 0.01
+
+
+class MakePlan(Protocol):
+    """Makes a plan for a pool; blocks."""
+
+    def __call__(self, *, pool: Pool) -> Plan: ...
+
+
+async def plan_on_measured_links(
+    state: PoolState, prober: Prober, members: Sequence[Member], owner: str, make: MakePlan
+) -> Plan:
+    """Return a plan for idle `members`, made with all that is known of their links.
+
+    Links between stages that follow each other and are only estimated are then measured, and if one turns out far
+    from its estimate, the plan is made again with the measure: at most `MOST_PLANS_AGAIN` times. Errors are `make`'s.
+    """
+    peers = [*(PeerId(each.peer) for each in members), PeerId(owner)]
+    members = tuple(_with_history(state, each) for each in members)
+    for again in range(MOST_PLANS_AGAIN + 1):
+        estimates = await state.estimates.refresh(now=True)
+        access: dict[str, AccessProfile] = {peer: estimates[peer] for peer in peers if peer in estimates}
+        pool = Pool(members=members, links=state.links.matrix(peers), access=access)
+        plan = await asyncio.to_thread(make, pool=pool)
+        unmeasured = [each for each in _used(plan) if state.links.get(*each) is None]
+        if not unmeasured:
+            return plan
+        await prober.measure(unmeasured, timeout_s=MEASURING_TIMEOUT_S)
+        measured = state.links.matrix(peers)
+        wrong = [name for name in _directions(unmeasured) if _far(pool, name, measured)]
+        if not wrong or again == MOST_PLANS_AGAIN:
+            return plan
+        log.info("planning again: %d of the plan's links are not as estimated", len(wrong))
+    raise AssertionError("the loop returns")
+
+
+def _with_history(state: PoolState, member: Member) -> Member:
+    peer = PeerId(member.peer)
+    record = state.registry.get(peer)
+    if record is None:
+        return member
+    return replace(member, disk=state.registry.disk(peer), availability=availability(record.presence, state.now_s()))
+
+
+def _used(plan: Plan) -> list[Pair]:
+    """Return the pairs of machines whose stages follow each other, each once."""
+    peers = [PeerId(stage.peer) for stage in plan.stages]
+    return list(dict.fromkeys(pair(one, other) for one, other in pairwise(peers) if one != other))
+
+
+def _directions(pairs: Sequence[Pair]) -> list[str]:
+    return [f"{source}>{target}" for one, other in pairs for source, target in ((one, other), (other, one))]
+
+
+def _far(pool: Pool, name: str, measured: Mapping[str, LinkProfile]) -> bool:
+    """Whether a link was measured and is much better or worse than the pool said."""
+    found = measured.get(name)
+    if found is None:
+        return False
+    source, _, target = name.partition(">")
+    reckoned = pool.link(source, target)
+    ratio = found.bandwidth_bytes_per_s / reckoned.bandwidth_bytes_per_s
+    late_s = abs(found.rtt_s - reckoned.rtt_s)
+    return not 1 / _MUCH <= ratio <= _MUCH or late_s > max(_MUCH_RTT_S, (_MUCH - 1) * reckoned.rtt_s)
