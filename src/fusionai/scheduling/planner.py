@@ -10,6 +10,7 @@ lowered step by step to one: slower, but the model trains.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import Literal
@@ -21,7 +22,8 @@ from fusionai.graph.cuts import crossing_bytes, cut_points
 from fusionai.graph.model import OpDag, Sizes
 from fusionai.scheduling.evaluation import Evaluated, Task, evaluate
 from fusionai.scheduling.explain import left_out_line
-from fusionai.scheduling.partition import Split, split
+from fusionai.scheduling.links import PoolLinks
+from fusionai.scheduling.partition import split
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.profile import Member, Pool
 from fusionai.scheduling.segments import MEMORY_MARGIN, Segments, make_line, make_segments, reachable
@@ -34,6 +36,8 @@ from fusionai.scheduling.shortage import (
     owner_too_small,
     too_few,
 )
+from fusionai.scheduling.swarm.single import best_single_chains
+from fusionai.scheduling.swarm.task import SwarmTask
 
 _MOST_POSITIONS = 160
 """More cut points than this are thinned out: the solver's tables grow with their square."""
@@ -46,6 +50,9 @@ _MOST_POLISHED = 3
 
 _FEW_MICROBATCHES = 16
 """Up to so many, what the last microbatch leaves to compute matters, and candidates are sought with it and without."""
+
+_FEW_MEMBERS = 6
+"""Up to so many every set and order is looked at in any case (`partition`)."""
 
 _CORRECTIONS = 3
 """How often the solver is told that a machine holds less than it reckoned with."""
@@ -101,9 +108,12 @@ def plan_training(
         raise no_link_with_owner(pool.members, owner, remedies)
     counts = _counts(compnodes, cuts, members, remedies)
     segments = make_segments(graph, sizes, _positions(task, cuts), optimizer_states=optimizer_states)
+    chains = _linked_chains(task, segments, members, counts) if cuts is None else []
     owner_failure: Evaluated | None = None
     for limit in _limits(microbatches, max(counts) + len(segments.outer)):
         fitting, too_large = _search(task, segments, members, counts, limit)
+        linked = [_evaluated(task, segments, members, devices, bounds, limit) for devices, bounds in chains]
+        fitting += [each for each in linked if not each.overloaded(task)]
         if fitting:
             # Polishing ends in a local minimum: where it starts matters.
             fitting = sorted(fitting, key=lambda each: each.plan.predicted_step_s)[:_MOST_POLISHED]
@@ -173,7 +183,7 @@ def _search(
     place = {member.peer: index for index, member in enumerate(members)}
     owner_failure: Evaluated | None = None
     for _ in range(1 + _CORRECTIONS):
-        found: dict[tuple[tuple[int, ...], tuple[int, ...]], Split] = {}
+        found: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
         for hide_deferred in _hidings(task):
             line = make_line(
                 segments,
@@ -186,8 +196,8 @@ def _search(
                 in_flight_limit=limit,
                 hide_deferred=hide_deferred,
             )
-            found |= {(each.devices, each.bounds): each for each in split(line, counts)}
-        tried = [_evaluated(task, segments, members, each, limit) for each in found.values()]
+            found |= {(each.devices, each.bounds) for each in split(line, counts)}
+        tried = [_evaluated(task, segments, members, *each, limit) for each in sorted(found)]
         if fitting := [each for each in tried if not each.overloaded(task)]:
             return fitting, None
         shrunk = False
@@ -204,6 +214,36 @@ def _search(
         if not shrunk:
             break
     return [], owner_failure
+
+
+def _linked_chains(
+    task: Task, segments: Segments, members: Sequence[Member], counts: Sequence[int]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return chains that follow the links, as members and positions; the search here goes by speed first."""
+    if len(members) <= _FEW_MEMBERS:
+        return []
+    swarm = SwarmTask(
+        graph=task.graph,
+        graph_hash=task.graph_hash,
+        sizes=task.sizes,
+        microbatches=task.microbatches,
+        optimizer_states=task.optimizer_states,
+        precision=task.precision,
+        members=tuple(members),
+        owner=task.owner,
+        links=PoolLinks(task.pool, [*(each.peer for each in members), task.owner.peer]),
+        privacy=task.privacy,
+        front=task.front,
+        back=task.back,
+    )
+    found = []
+    for chain in best_single_chains(swarm):
+        # That planner thins its positions out by itself.
+        inner = [bisect_left(segments.positions, position) for position in chain.cuts]
+        bounds = (0, *inner, len(segments.positions) - 1)
+        if len(chain.machines) in counts and all(early < late for early, late in pairwise(bounds)):
+            found.append((chain.machines, bounds))
+    return found
 
 
 def _hidings(task: Task) -> tuple[bool, ...]:
@@ -241,10 +281,17 @@ def _polished(task: Task, segments: Segments, best: Evaluated, limit: int) -> Ev
     return best
 
 
-def _evaluated(task: Task, segments: Segments, members: Sequence[Member], chosen: Split, limit: int) -> Evaluated:
-    """Add the owner's stages to a split and evaluate it."""
-    cuts = [segments.positions[bound] for bound in chosen.bounds]
-    peers = [members[device].peer for device in chosen.devices]
+def _evaluated(
+    task: Task,
+    segments: Segments,
+    members: Sequence[Member],
+    devices: Sequence[int],
+    bounds: Sequence[int],
+    limit: int,
+) -> Evaluated:
+    """Add the owner's stages to a split, given by members and positions, and evaluate it."""
+    cuts = [segments.positions[bound] for bound in bounds]
+    peers = [members[device].peer for device in devices]
     if task.front > 0:
         peers.insert(0, task.owner.peer)
     if task.back < len(task.graph.nodes):
