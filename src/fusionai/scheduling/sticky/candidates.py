@@ -95,9 +95,7 @@ class Weighing:
     def with_moves(self) -> list[Line]:
         """Return the line with more or less of the waiting in its delays, most first."""
         weights = sorted({share / self.steps_left for share in _SHARES} | {1 / self.few_steps}, reverse=True)
-        return [
-            replace(self.line, delay_s_DPP=self.line.delay_s_DPP + weight * self.waiting_DPP) for weight in weights
-        ]
+        return [replace(self.line, delay_s_DPP=self.line.delay_s_DPP + weight * self.waiting_DPP) for weight in weights]
 
     def seconds(self, placed: Placed, steps: int) -> float:
         """Return the seconds that so many steps and the moves before them take, as the solver reckons steps."""
