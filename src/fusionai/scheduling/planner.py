@@ -17,7 +17,7 @@ from typing import Literal
 
 import msgspec
 
-from fusionai.errors import ConfigError
+from fusionai.errors import ConfigError, PlacementError
 from fusionai.graph.cuts import crossing_bytes, cut_points
 from fusionai.graph.model import OpDag, Sizes
 from fusionai.scheduling.evaluation import Evaluated, Task, evaluate
@@ -73,6 +73,7 @@ def plan_training(
     back: int,
     compnodes: int = 0,
     cuts: Sequence[int] | None = None,
+    in_order: bool = False,
     split_backward: bool = True,
     remedies: Remedies = JOINED,
 ) -> Plan:
@@ -80,7 +81,8 @@ def plan_training(
 
     Nodes [0, front) and [back, N) run on the owner's machine; the graph must be arranged for that already.
     `compnodes` is how many others to use, 0 for as many as serve best. `cuts` are cut positions strictly between
-    `front` and `back` to use instead of the planner's; they decide how many compnodes are used, not which.
+    `front` and `back` to use instead of the planner's; they decide how many compnodes are used, not which. With
+    `in_order` the members of the pool take the parts between `cuts` in their order: nothing is left to choose.
 
     `split_backward`: see `evaluation.Task`. `remedies`: what errors advise.
 
@@ -108,16 +110,24 @@ def plan_training(
         raise no_link_with_owner(pool.members, owner, remedies)
     counts = _counts(compnodes, cuts, members, remedies)
     segments = make_segments(graph, sizes, _positions(task, cuts), optimizer_states=optimizer_states)
+    if in_order and (cuts is None or len(members) != len(segments.costs)):
+        raise PlacementError(
+            f"{len(members)} compnodes that can be linked with the owner's machine are to take {len(segments.costs)} "
+            "shares in their order; make placement.machines and placement.cuts agree"
+        )
     chains = _linked_chains(task, segments, members, counts) if cuts is None else []
     owner_failure: Evaluated | None = None
     for limit in _limits(microbatches, max(counts) + len(segments.outer)):
-        fitting, too_large = _search(task, segments, members, counts, limit)
+        if in_order:
+            fitting, too_large = _as_given(task, segments, members, limit)
+        else:
+            fitting, too_large = _search(task, segments, members, counts, limit)
         linked = [_evaluated(task, segments, members, devices, bounds, limit) for devices, bounds in chains]
         fitting += [each for each in linked if not each.overloaded(task)]
         if fitting:
             # Polishing ends in a local minimum: where it starts matters.
             fitting = sorted(fitting, key=lambda each: each.plan.predicted_step_s)[:_MOST_POLISHED]
-            polished = [_polished(task, segments, each, limit) for each in fitting]
+            polished = fitting if in_order else [_polished(task, segments, each, limit) for each in fitting]
             best = min(polished, key=lambda each: each.plan.predicted_step_s)
             return _explained(task, best.plan, members, chosen=bool(compnodes) or cuts is not None)
         owner_failure = too_large or owner_failure
@@ -214,6 +224,15 @@ def _search(
         if not shrunk:
             break
     return [], owner_failure
+
+
+def _as_given(
+    task: Task, segments: Segments, members: Sequence[Member], limit: int
+) -> tuple[list[Evaluated], Evaluated | None]:
+    """Return the plan that gives each member one segment, in their order; see `_search`."""
+    made = _evaluated(task, segments, members, range(len(members)), range(len(members) + 1), limit)
+    overloaded = made.overloaded(task)
+    return ([] if overloaded else [made]), made if task.owner.peer in overloaded else None
 
 
 def _linked_chains(
