@@ -1,0 +1,380 @@
+"""Discrete events of serving: prompts and tokens go around the machines of a plan.
+
+A request is admitted in the order of arrival, as soon as every machine of a route has room for its whole cache. Its prompt
+passes the route once and gives the first token; each further token goes around again, from the gateway back to it. A
+machine runs one pass at a time: one prompt, or the decode tokens that wait, up to the plan's batch; in turns while both do. Times are the
+estimator's. A machine whose task is private has the owner's embedding and head as a machine of its own, passed twice.
+
+Pure: no clock, no files, chance only in the requests.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fusionai.errors import ConfigError
+from fusionai.scheduling.estimator import flops_rate
+from fusionai.scheduling.profile import DeviceProfile
+from fusionai.scheduling.segments import MEMORY_MARGIN
+from fusionai.scheduling.serving.estimator import range_times
+from fusionai.scheduling.serving.plan import ServingPlan
+from fusionai.scheduling.serving.task import ServingTask
+from fusionai.simulation.serving.report import MachineUse, ServingReport, spread_of
+from fusionai.simulation.serving.requests import Request
+from fusionai.simulation.serving.routing import Hop, Router
+from fusionai.simulation.serving.wires import Wire
+
+_GATEWAY = -1
+
+
+def simulate_serving(
+    task: ServingTask,
+    plan: ServingPlan,
+    requests: Sequence[Request],
+    *,
+    until_s: float = math.inf,
+    warm_up_s: float = 0.0,
+    in_turn: bool = False,
+) -> ServingReport:
+    """Serve requests by a plan.
+
+    Args:
+        task: what was planned.
+        plan: for this task's model and machines.
+        requests: any order.
+        until_s: simulated seconds after which the run ends; else when all requests are answered.
+        warm_up_s: not measured.
+        in_turn: links carry prompts and tokens one after another, instead of tokens first.
+
+    Raises:
+        ConfigError: the plan is for another model, a request can never be admitted, or nothing would be measured.
+    """
+    if plan.graph_hash != task.model.graph_hash:
+        raise ConfigError(f"the plan is for {plan.model}, the task for {task.model.name}; plan the task again")
+    run = _Run(task, plan, sorted(requests, key=lambda each: each.arrival_s), warm_up_s, in_turn)
+    return run.report(until_s)
+
+
+class _Sequence:
+    """A request on its way."""
+
+    __slots__ = ("first_s", "last_s", "made", "request", "route")
+
+    def __init__(self, request: Request, route: tuple[Hop, ...]) -> None:
+        self.request, self.route = request, route
+        self.made = 0
+        self.first_s = self.last_s = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return self.request.prompt_tokens + self.request.output_tokens
+
+
+class _Station:
+    """A machine: what waits, and what its passes take, from sums over the segments before each position."""
+
+    def __init__(self, task: ServingTask, device: DeviceProfile, batch: int) -> None:
+        model = task.model
+        self.batch = batch
+
+        def sums(values: np.ndarray) -> list[float]:
+            return [0.0, *np.cumsum(values).tolist()]
+
+        bandwidth = device.memory_bytes_per_s
+        products, attention = (flops_rate(device, name, task.precision) for name in ("matmul", "attention"))
+        self.read_s = sums(model.read_bytes_S / bandwidth)
+        self.kv_s = sums(model.kv_bytes_S / bandwidth)
+        self.moved_s = sums(model.moved_bytes_S / bandwidth)
+        self.flops_s = sums(model.flops_S / products)
+        self.attention_s = sums(model.attention_flops_S / attention)
+        self.starts_s = sums(model.operators_S * device.overhead_s)
+        self.last_only = model.last_only_S
+        self.head_flops_s = sums(model.flops_S * model.last_only_S / products)
+        self.head_moved_s = sums(model.moved_bytes_S * model.last_only_S / bandwidth)
+        self.on_cpu = device.device == "cpu"
+        self.prompts: deque[tuple[_Sequence, int]] = deque()
+        self.tokens: deque[tuple[_Sequence, int]] = deque()
+        """With the place in the route; the owner's embedding is -1, its head the length of the route."""
+        self.busy = False
+        self.prompt_last = False
+        self.busy_s = 0.0
+        self.passes = 0
+        self.batched = 0
+
+    def prompt_s(self, tokens: int, first: int, last: int) -> float:
+        """Return the seconds of a prompt's pass."""
+        body = tokens * (self.flops_s[last] - self.flops_s[first])
+        body -= (tokens - 1) * (self.head_flops_s[last] - self.head_flops_s[first])
+        body += tokens * tokens * (self.attention_s[last] - self.attention_s[first])
+        moved = self.moved_s[last] - self.moved_s[first] + self.kv_s[last] - self.kv_s[first]
+        memory = self.read_s[last] - self.read_s[first] + tokens * moved
+        memory -= (tokens - 1) * (self.head_moved_s[last] - self.head_moved_s[first])
+        return self._with_starts(max(body, memory), first, last)
+
+    def decode_s(self, contexts: Sequence[tuple[int, int, int]]) -> float:
+        """Return the seconds of a pass of tokens, each with its context, first and last position."""
+        compute = memory = 0.0
+        lowest, highest = contexts[0][1], contexts[0][2]
+        for context, first, last in contexts:
+            compute += self.flops_s[last] - self.flops_s[first]
+            compute += context * (self.attention_s[last] - self.attention_s[first])
+            memory += context * (self.kv_s[last] - self.kv_s[first]) + self.moved_s[last] - self.moved_s[first]
+            if first < lowest:
+                lowest = first
+            if last > highest:
+                highest = last
+        memory += self.read_s[highest] - self.read_s[lowest]
+        return self._with_starts(max(compute, memory), lowest, highest)
+
+    def _with_starts(self, work_s: float, first: int, last: int) -> float:
+        starts = self.starts_s[last] - self.starts_s[first]
+        return work_s + starts if self.on_cpu else max(work_s, starts)
+
+
+class _Run:
+    def __init__(
+        self, task: ServingTask, plan: ServingPlan, requests: list[Request], warm_up_s: float, in_turn: bool
+    ) -> None:
+        self.task, self.plan, self.requests = task, plan, requests
+        self.warm_up_s, self.in_turn = warm_up_s, in_turn
+        place = {member.peer: index for index, member in enumerate(task.members)}
+        self.machine_of = [place[shard.peer] for shard in plan.shards]
+        devices = [task.members[machine].device for machine in self.machine_of]
+        self.stations = [
+            _Station(task, device, shard.batch) for shard, device in zip(plan.shards, devices, strict=True)
+        ]
+        self.owner: _Station | None = None
+        if plan.private:
+            assert task.owner is not None
+            self.owner = _Station(task, task.owner.device, max(1, len(requests)))
+        kv_sums = [[0.0, *np.cumsum(task.model.kv_bytes_S).tolist()]] * len(devices)
+        self.cache_bytes = []
+        for shard, device in zip(plan.shards, devices, strict=True):
+            fixed = range_times(task.model, device, task.load, task.precision).fixed_bytes[shard.first, shard.last]
+            self.cache_bytes.append(device.memory_bytes / MEMORY_MARGIN - float(fixed))
+        self.router = Router(plan, kv_sums, self.cache_bytes)
+        self.least_room = list(self.cache_bytes)
+        self.waiting: deque[Request] = deque()
+        self.events: list[tuple[float, int, Callable[[], None]]] = []
+        self.order = itertools.count()
+        self.now_s = 0.0
+        self.wires: dict[tuple[int, int], Wire] = {}
+        self.finished = self.generated = self.admitted = 0
+        self.first_latencies: list[float] = []
+        self.token_latencies: list[float] = []
+        self.sequence_seconds = 0.0
+        self.counted_s = 0.0
+
+    # --- events ---------------------------------------------------------------------------------------------------
+
+    def at(self, when_s: float, call: Callable[[], None]) -> None:
+        heapq.heappush(self.events, (when_s, next(self.order), call))
+
+    def report(self, until_s: float) -> ServingReport:
+        for request in self.requests:
+            if request.arrival_s <= until_s:
+                self.at(request.arrival_s, lambda request=request: self._arrive(request))  # type: ignore[misc]
+        while self.events and self.events[0][0] <= until_s:
+            when_s, _, call = heapq.heappop(self.events)
+            self._count_to(when_s)
+            self.now_s = when_s
+            call()
+        if self.waiting and not self.events:
+            request = self.waiting[0]
+            raise ConfigError(
+                f"a request of {request.prompt_tokens} + {request.output_tokens} tokens fits no route of the plan, even "
+                "when all caches are empty; shorten the longest requests, or give the machines more memory"
+            )
+        end_s = until_s if math.isfinite(until_s) else self.now_s
+        self._count_to(end_s)
+        measured_s = end_s - self.warm_up_s
+        if not measured_s > 0:
+            raise ConfigError(
+                f"warm_up_s must be less than the run's {end_s:.3g} s, got {self.warm_up_s}; give more requests"
+            )
+        return ServingReport(
+            requests=len(self.requests),
+            finished=self.finished,
+            measured_from_s=self.warm_up_s,
+            measured_to_s=end_s,
+            tokens_per_s=self.generated / measured_s,
+            prompt_latency=spread_of(self.first_latencies),
+            token_latency=spread_of(self.token_latencies),
+            machines=tuple(
+                MachineUse(
+                    shard.peer,
+                    min(station.busy_s / measured_s, 1.0),
+                    station.batched / station.passes if station.passes else 0.0,
+                    1 - least / cache if cache > 0 else 0.0,
+                )
+                for shard, station, least, cache in zip(
+                    self.plan.shards, self.stations, self.least_room, self.cache_bytes, strict=True
+                )
+            ),
+            mean_sequences=self.sequence_seconds / measured_s,
+        )
+
+    def _count_to(self, when_s: float) -> None:
+        start_s = max(self.counted_s, self.warm_up_s)
+        if when_s > start_s:
+            self.sequence_seconds += (self.admitted - self.finished) * (when_s - start_s)
+        self.counted_s = max(self.counted_s, when_s)
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def _arrive(self, request: Request) -> None:
+        self.waiting.append(request)
+        self._admit()
+
+    def _admit(self) -> None:
+        while self.waiting:
+            request = self.waiting[0]
+            route = self.router.route(request.prompt_tokens + request.output_tokens)
+            if route is None:
+                return
+            self.waiting.popleft()
+            self.admitted += 1
+            for hop in route:
+                self.least_room[hop.machine] = min(
+                    self.least_room[hop.machine], self.router.room_bytes[hop.machine]
+                )
+            self._start([_Sequence(request, route)], prompt=True)
+
+    def _start(self, sequences: list[_Sequence], *, prompt: bool) -> None:
+        """Begin a round of sequences at the gateway: they are embedded there, or sent to their first machines."""
+        if self.owner is None:
+            self._forward(sequences, 0, _GATEWAY, self.task.front, prompt=prompt)
+        else:
+            (self.owner.prompts if prompt else self.owner.tokens).extend((each, -1) for each in sequences)
+            self._work(self.owner, _GATEWAY)
+
+    def _forward(self, sequences: list[_Sequence], step: int, source: int, position: int, *, prompt: bool) -> None:
+        """Send sequences that have been worked on up to a position to their `step`-th machines."""
+        by_target: dict[int, list[_Sequence]] = {}
+        for each in sequences:
+            target = each.route[step].machine if step < len(each.route) else _GATEWAY
+            by_target.setdefault(target, []).append(each)
+        size = float(self.task.model.crossing_bytes_P[position])
+        for target, group in by_target.items():
+            wire = self._wire(source, target)
+            if prompt and target != _GATEWAY:
+                wire.send_bulk(group[0].request.prompt_tokens * size, (group, step, True))
+            else:
+                # Of a prompt only the last token goes on to be sampled.
+                wire.send(len(group) * size, (group, step, prompt))
+
+    def _wire(self, source: int, target: int) -> Wire:
+        if (found := self.wires.get((source, target))) is None:
+            one, other = (self.task.gateway if end < 0 else self.machine_of[end] for end in (source, target))
+            found = self.wires[source, target] = Wire(
+                float(self.task.bandwidth_NN[one, other]),
+                float(self.task.delay_NN[one, other]),
+                lambda message: self._delivered(target, *message),
+                self.at,
+                lambda: self.now_s,
+                in_turn=self.in_turn,
+            )
+        return found
+
+    def _delivered(self, target: int, group: list[_Sequence], step: int, prompt: bool) -> None:
+        if target != _GATEWAY:
+            station = self.stations[target]
+            (station.prompts if prompt else station.tokens).extend((each, step) for each in group)
+            self._work(station, target)
+        elif self.owner is not None:
+            (self.owner.prompts if prompt else self.owner.tokens).extend((each, len(each.route)) for each in group)
+            self._work(self.owner, _GATEWAY)
+        else:
+            self._sampled(group)
+
+    # --- passes ---------------------------------------------------------------------------------------------------
+
+    def _work(self, station: _Station, machine: int) -> None:
+        """Begin a pass if the machine is free."""
+        if station.busy or not (station.prompts or station.tokens):
+            return
+        station.busy = True
+        if station.prompts and not (station.tokens and station.prompt_last):
+            station.prompt_last = True
+            sequence, step = station.prompts.popleft()
+            first, last = self._span(sequence, step)
+            # A head needs the last token of a prompt only, which is all that it gets.
+            tokens = 1 if step == len(sequence.route) else sequence.request.prompt_tokens
+            seconds = station.prompt_s(tokens, first, last)
+            group = [(sequence, step)]
+            prompt = True
+        else:
+            station.prompt_last = False
+            group = [station.tokens.popleft() for _ in range(min(station.batch, len(station.tokens)))]
+            prompt = False
+            seconds = station.decode_s(
+                [
+                    (sequence.request.prompt_tokens + sequence.made, *self._span(sequence, step))
+                    for sequence, step in group
+                ]
+            )
+            if self.now_s >= self.warm_up_s:
+                station.passes += 1
+                station.batched += len(group)
+        station.busy_s += max(0.0, self.now_s + seconds - max(self.now_s, self.warm_up_s))
+        self.at(self.now_s + seconds, lambda: self._passed(station, machine, group, prompt))
+
+    def _span(self, sequence: _Sequence, step: int) -> tuple[int, int]:
+        if step < 0:
+            return 0, self.task.front
+        if step == len(sequence.route):
+            return self.task.back, self.task.back + 1
+        hop = sequence.route[step]
+        return hop.first, hop.last
+
+    def _passed(
+        self, station: _Station, machine: int, group: list[tuple[_Sequence, int]], prompt: bool
+    ) -> None:
+        station.busy = False
+        by_step: dict[int, list[_Sequence]] = {}
+        for sequence, step in group:
+            by_step.setdefault(step, []).append(sequence)
+        sampled: list[_Sequence] = []
+        onward: dict[tuple[int, int], list[_Sequence]] = {}
+        for step, sequences in by_step.items():
+            for sequence in sequences:
+                if machine == _GATEWAY and step == len(sequence.route):
+                    sampled.append(sequence)
+                else:
+                    onward.setdefault((step + 1, self._span(sequence, step)[1]), []).append(sequence)
+        # One message to each machine, whatever the place in the routes.
+        for (step, position), sequences in sorted(onward.items(), key=lambda each: each[0]):
+            self._forward(sequences, step, machine, position, prompt=prompt)
+        if sampled:
+            self._sampled(sampled)
+        self._work(station, machine)
+
+    def _sampled(self, group: list[_Sequence]) -> None:
+        """Take a token of each sequence, end those that are complete, and begin the next round of the others."""
+        going, measured, ended = [], self.now_s >= self.warm_up_s, False
+        for sequence in group:
+            sequence.made += 1
+            if sequence.made == 1:
+                sequence.first_s = self.now_s
+                if measured:
+                    self.first_latencies.append(self.now_s - sequence.request.arrival_s)
+            elif measured:
+                self.token_latencies.append(self.now_s - sequence.last_s)
+            sequence.last_s = self.now_s
+            self.generated += measured
+            if sequence.made < sequence.request.output_tokens:
+                going.append(sequence)
+                continue
+            self.router.release(sequence.route, sequence.tokens)
+            self.finished += 1
+            ended = True
+        if going:
+            self._start(going, prompt=False)
+        if ended:
+            self._admit()
