@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fusionai.scheduling.explain import bytes_text, seconds_text
+from fusionai.scheduling.serving.estimator import CHUNK_TOKENS
 from fusionai.scheduling.serving.evaluation import Evaluated, Evaluator, Share
 from fusionai.scheduling.serving.flow import SINK, SOURCE
 from fusionai.scheduling.serving.latency import Route
@@ -18,8 +19,9 @@ from fusionai.scheduling.serving.throughput import bound_tokens_per_s
 _FULL = 0.98
 """Share of a capacity from which on it is called exhausted."""
 
-_SLACK = 1.25
-"""Batches above the mean that a pass may take, since arrivals are uneven."""
+_SLACK = 3.75
+"""Times the mean batch that a pass may take: with less, uneven arrivals are not caught up with; with no limit everything
+gathers in one batch. Of 1.25, 2, 3.75 and no limit, 3.75 gave most in simulated runs (docs/serving-placement.md)."""
 
 _MOST_NAMED = 4
 
@@ -60,6 +62,7 @@ def assembled(
         private=task.private,
         shards=shards,
         flows=flows,
+        prompt_chunk=CHUNK_TOKENS,
         predicted_tokens_per_s=float(found.tokens_per_s),
         predicted_token_s=token_s,
         ceiling_tokens_per_s=ceiling,
@@ -134,7 +137,7 @@ def _slowest(evaluator: Evaluator, route: Route) -> str:
     way = [task.gateway, *(share.machine for share in route.shares), task.gateway]
     places = [task.front, *(share.last for share in route.shares)]
     gateway = "the gateway" if task.owner is None else task.owner.name
-    for source, target, position in zip(way, way[1:], places, strict=True):
+    for source, target, position in zip(way[:-1], way[1:], places, strict=True):
         ends = [gateway if each == task.gateway else names[each] for each in (source, target)]
         parts.append((evaluator.hop_s(source, target, position), f"link {ends[0]} > {ends[1]}"))
     seconds, what = max(parts)

@@ -1,9 +1,9 @@
 """Seconds and sequences: what a range of segments costs a machine that serves, and how many tokens it passes on.
 
-A pass is either one prompt or a batch of `b` decode tokens of different sequences:
+A pass is either a chunk of a prompt or a batch of `b` decode tokens of different sequences:
 
     decode pass    max(start, read + b * memory, b * compute)
-    prompt pass    the same roofline over all of its tokens, weights read once
+    prompt pass    the same roofline over the chunk's tokens
 
 `read` is the weights over the memory bandwidth, `memory` one sequence's cache and small operators over it, `compute`
 its FLOPs over the achieved rates, and `start` the starting of operators, which on a CPU is added instead. That is the
@@ -23,7 +23,7 @@ suffixes: P = positions of the model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -34,8 +34,10 @@ from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.serving.load import ServingLoad
 from fusionai.scheduling.serving.model import ServingModel
 
-WORKING_TOKENS = 2048
-"""Tokens of the longest prompt pass that working space is kept for; longer prompts run in several passes."""
+CHUNK_TOKENS = 256
+"""Tokens of a prompt that one pass takes at most. A whole prompt holds every machine of a long pipeline up for longer than
+a decode pass takes, so that tokens queue up behind it all the way; chunks let them by (as in Sarathi-Serve, Agrawal et
+al., OSDI 2024). Smaller ones would read the weights more often than products need."""
 
 _ALIVE = 4
 """Boundary tensors of a prompt pass that live at once: input, output, a residual, one more."""
@@ -55,7 +57,9 @@ class RangeTimes:
     compute_s: Floats
     """For each sequence of a decode pass."""
     prompt_s: Floats
-    """A prompt pass of mean length."""
+    """All passes of a prompt of mean length."""
+    prompt_least_s: Floats
+    """The same if its weights were read only once."""
     fixed_bytes: Floats
     """Weights and working space, without margin."""
     sequences: Floats
@@ -67,7 +71,7 @@ class RangeTimes:
         """Return the costs picked by an index into the tables."""
         picked = [
             np.asarray(getattr(self, name)[index if len(index) > 1 else index[0]])
-            for name in ("start_s", "added_s", "read_s", "memory_s", "compute_s", "prompt_s", "fixed_bytes", "sequences")
+            for name in TABLES
         ]
         return RangeTimes(*picked, self.output_tokens, self.decode_share)
 
@@ -76,10 +80,9 @@ class RangeTimes:
         work = np.maximum(self.read_s + batch * self.memory_s, batch * self.compute_s)
         return np.asarray(self.added_s + np.maximum(self.start_s, work))
 
-    @property
-    def prompt_share_s(self) -> Floats:
+    def prompt_share_s(self, *, least: bool = False) -> Floats:
         """Return the seconds of prompt passes for each token generated."""
-        return self.prompt_s / self.output_tokens
+        return (self.prompt_least_s if least else self.prompt_s) / self.output_tokens
 
     def own_s(self, tokens_per_s: Floats, *, least: bool = False) -> Floats:
         """Return the seconds from a token's arrival to the end of its pass; inf where the rate is out of reach.
@@ -88,7 +91,7 @@ class RangeTimes:
         """
         with np.errstate(divide="ignore", invalid="ignore"):
             decoded = tokens_per_s * self.decode_share
-            free = (1 - tokens_per_s * self.prompt_share_s) / decoded
+            free = (1 - tokens_per_s * self.prompt_share_s(least=least)) / decoded
             # A pass takes at most `free` seconds for each of its sequences.
             batch = np.maximum(
                 (self.read_s + self.added_s) / (free - self.memory_s), (self.start_s + self.added_s) / free
@@ -108,13 +111,17 @@ class RangeTimes:
     def tokens_per_s(self, rest_s: Floats, *, least: bool = False) -> Floats:
         """Return the most tokens that can be generated per second through a range, 0 where it does not fit."""
         floor = np.maximum(np.maximum(self.memory_s, self.compute_s), 1e-15) * self.decode_share
-        high = np.broadcast_to(1 / (self.prompt_share_s + floor), np.broadcast(floor, rest_s).shape).copy()
+        high = np.broadcast_to(1 / (self.prompt_share_s(least=least) + floor), np.broadcast(floor, rest_s).shape).copy()
         low = np.zeros_like(high)
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             fits = self.held(middle, rest_s, least=least) <= self.sequences
             low, high = np.where(fits, middle, low), np.where(fits, high, middle)
         return np.where(self.sequences >= 1, low, 0.0)
+
+
+TABLES = tuple(field.name for field in fields(RangeTimes) if field.name not in ("output_tokens", "decode_share"))
+"""Names of the tables of `RangeTimes`."""
 
 
 def range_times(model: ServingModel, device: DeviceProfile, load: ServingLoad, precision: str) -> RangeTimes:
@@ -129,12 +136,18 @@ def range_times(model: ServingModel, device: DeviceProfile, load: ServingLoad, p
     read = sums(model.read_bytes_S) / bandwidth
     kv = sums(model.kv_bytes_S)
     prompt_tokens_S = np.where(model.last_only_S > 0, 1.0, load.prompt_tokens)
-    prompt_flops_s = sums(prompt_tokens_S * model.flops_S) / products
-    prompt_flops_s = prompt_flops_s + load.prompt_pairs * sums(model.attention_flops_S) / attention
-    prompt_moved_s = read + sums(prompt_tokens_S * (model.moved_bytes_S + model.kv_bytes_S)) / bandwidth
-    prompt = np.maximum(prompt_flops_s, prompt_moved_s)
-    prompt = prompt + starts if on_cpu else np.maximum(prompt, starts)
-    fixed = sums(model.weight_bytes_S) + _ALIVE * WORKING_TOKENS * float(model.crossing_bytes_P.max())
+    # The last chunk of a prompt is half full on average; each token attends to those before it.
+    chunks = load.prompt_tokens / CHUNK_TOKENS + 0.5
+    pairs = (load.prompt_pairs + CHUNK_TOKENS * load.prompt_tokens) / 2
+
+    def prompt(passes: float, attended: float) -> Floats:
+        flops_s = sums(prompt_tokens_S * model.flops_S) / products
+        flops_s = flops_s + attended * sums(model.attention_flops_S) / attention
+        moved_s = passes * read + sums(prompt_tokens_S * (model.moved_bytes_S + model.kv_bytes_S)) / bandwidth
+        work_s = np.maximum(flops_s, moved_s)
+        return work_s + passes * starts if on_cpu else np.maximum(work_s, passes * starts)
+
+    fixed = sums(model.weight_bytes_S) + _ALIVE * CHUNK_TOKENS * float(model.crossing_bytes_P.max())
     left = device.memory_bytes / MEMORY_MARGIN - fixed
     # A range without attention has no cache, and room for any number.
     with np.errstate(divide="ignore"):
@@ -146,7 +159,8 @@ def range_times(model: ServingModel, device: DeviceProfile, load: ServingLoad, p
         read_s=read,
         memory_s=(load.context_tokens * kv + sums(model.moved_bytes_S)) / bandwidth,
         compute_s=sums(model.flops_S) / products + load.context_tokens * sums(model.attention_flops_S) / attention,
-        prompt_s=prompt,
+        prompt_s=prompt(max(chunks, 1.0), pairs),
+        prompt_least_s=prompt(1.0, load.prompt_pairs / 2),
         fixed_bytes=fixed,
         sequences=np.where(empty | (left < 0), 0.0, np.maximum(room, 0.0)),
         output_tokens=load.output_tokens,

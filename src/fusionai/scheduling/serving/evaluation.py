@@ -18,7 +18,7 @@ from fusionai.errors import PlacementError
 from fusionai.scheduling.explain import bytes_text
 from fusionai.scheduling.links import Floats
 from fusionai.scheduling.segments import MEMORY_MARGIN
-from fusionai.scheduling.serving.estimator import RangeTimes, range_times
+from fusionai.scheduling.serving.estimator import TABLES, RangeTimes, range_times
 from fusionai.scheduling.serving.flow import SINK, SOURCE, Arc, most_flow
 from fusionai.scheduling.serving.task import ServingTask
 
@@ -248,8 +248,7 @@ def _key(device: object) -> str:
 
 
 def _stacked(tables: Sequence[RangeTimes]) -> RangeTimes:
-    names = ("start_s", "added_s", "read_s", "memory_s", "compute_s", "prompt_s", "fixed_bytes", "sequences")
-    arrays = [np.stack([getattr(table, name) for table in tables]) for name in names]
+    arrays = [np.stack([getattr(table, name) for table in tables]) for name in TABLES]
     return RangeTimes(*arrays, tables[0].output_tokens, tables[0].decode_share)
 
 
@@ -258,13 +257,13 @@ def _owner_times(task: ServingTask) -> RangeTimes:
     assert task.owner is not None
     table = range_times(task.model, task.owner.device, task.load, task.precision)
     front, back = table.at(0, 1), table.at(task.back, task.back + 1)
-    names = ("start_s", "added_s", "read_s", "memory_s", "compute_s", "prompt_s", "fixed_bytes")
-    summed = [getattr(front, name) + getattr(back, name) for name in names]
-    need, offered = float(summed[-1]) * MEMORY_MARGIN, task.owner.device.memory_bytes
+    summed = {name: getattr(front, name) + getattr(back, name) for name in TABLES}
+    need, offered = float(summed["fixed_bytes"]) * MEMORY_MARGIN, task.owner.device.memory_bytes
     if need > offered:
         raise PlacementError(
             f"embedding and head of {task.model.name} need {bytes_text(need)} on the owner's machine, {task.owner.name}"
             f", which offers {bytes_text(offered)}, {bytes_text(need - offered)} too little; raise the memory offered, "
             "or serve with private = false if the compnodes may see the tokens"
         )
-    return RangeTimes(*summed, np.asarray(np.inf), task.load.output_tokens, task.load.decode_share)
+    summed["sequences"] = np.asarray(np.inf)
+    return RangeTimes(*summed.values(), task.load.output_tokens, task.load.decode_share)

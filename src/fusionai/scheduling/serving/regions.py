@@ -21,7 +21,7 @@ def regions_of(task: ServingTask) -> list[tuple[int, ...]]:
     both = np.minimum(task.bandwidth_NN, task.bandwidth_NN.T)[:count, :count]
     delay = np.maximum(task.delay_NN, task.delay_NN.T)[:count, :count]
     pairs = ~np.eye(count, dtype=bool)
-    if np.ptp(both[pairs]) == 0 and np.ptp(delay[pairs]) == 0:
+    if all((figures[pairs] == figures[pairs][0]).all() for figures in (both, delay)):
         return [tuple(range(count))]
     weights = np.where(np.isfinite(both), both, 0.0)
     weights /= max(float(weights.max()), 1e-300)

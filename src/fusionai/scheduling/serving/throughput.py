@@ -2,7 +2,7 @@
 
 Small pools are searched whole. In others, clusters of machines with fast links are arranged: each a pipeline of its own, or
 several one after another along the model, as links allow; within an arrangement segments are covered (`cover`), and what
-comes out is evaluated with its flows and changed machine by machine while that helps.
+comes out is evaluated with its flows and then annealed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,13 @@ _MOST_EVALUATED = 600
 _MOST_REGIONS = 4
 """More clusters are arranged along one tour instead of in every way."""
 
-_TRIALS = 5000
+_TRIALS = 8000
 """Changes tried in all, divided by the number of machines: evaluating one takes about so much longer."""
+
+_MOST_TRIALS = 1000
+
+_WARMTH = 0.03
+"""Share of the best rate by which a change may be worse, to begin with."""
 
 _ADJUSTMENTS = 2
 
@@ -224,53 +229,53 @@ class _Search:
         return best
 
     def improve(self) -> None:
-        """Change the best placement machine by machine, in an order drawn with a fixed seed, while that helps."""
+        """Anneal the best placement: random changes, worse ones kept less and less often; the seed is fixed."""
         if self.best is None:
             return
         draw = random.Random(0)
-        machines = len(self.task.members)
-        trials = max(60, min(1000, _TRIALS // machines))
-        while trials > 0:
-            before = self.best
-            moves = list(self._moves(before))
-            draw.shuffle(moves)
-            for machine, first, last in moves:
-                if trials <= 0:
-                    return
-                trials -= 1
-                placement = [share for share in before.shares if share.machine != machine]
-                if last > first:
-                    placement.append(Share(last, first, machine))
-                self.consider(placement, rounds=4)
-                if self.best is not before:
-                    break
-            else:
-                return
+        trials = max(60, min(_MOST_TRIALS, _TRIALS // len(self.task.members)))
+        for start in (1.0, 0.5):
+            here, rate = {share.machine: (share.first, share.last) for share in self.best.shares}, self.best.tokens_per_s
+            for trial in range(trials // 2):
+                there = self._changed(here, draw)
+                if there is None:
+                    continue
+                found = self.consider([Share(last, first, m) for m, (first, last) in there.items()], rounds=3)
+                reached = 0.0 if found is None else found.tokens_per_s
+                warmth = _WARMTH * start * (1 - 2 * trial / trials) * self.best.tokens_per_s
+                if reached >= rate or (warmth > 0 and draw.random() < math.exp((reached - rate) / warmth)):
+                    here, rate = there, reached
 
-    def _moves(self, found: Evaluated) -> Iterator[tuple[int, int, int]]:
-        """Yield changes of one machine: a border moved, or the whole range to where little flows."""
-        front, back = self.task.front, self.task.back
+    def _changed(self, placed: dict[int, tuple[int, int]], draw: random.Random) -> dict[int, tuple[int, int]] | None:
+        """Return a placement with one random change, None if that does not fit."""
+        front, back, count = self.task.front, self.task.back, len(self.task.members)
+        there = dict(placed)
+        machine, kind = draw.randrange(count), draw.random()
+        if kind < 0.3 and placed:
+            # A border of everybody who ends or begins there.
+            border, step = draw.choice(list(placed.values()))[draw.randrange(2)], draw.choice((-1, 1))
+            if border in (front, back):
+                return None
+            there = {m: tuple(end + step if end == border else end for end in ends) for m, ends in placed.items()}  # type: ignore[misc]
+        elif kind < 0.55 and count > 1:
+            other = draw.randrange(count)
+            mine, theirs = placed.get(machine, (0, 0)), placed.get(other, (0, 0))
+            there[machine], there[other] = theirs, mine
+        elif kind < 0.75 and placed:
+            # The same range as another, or one that begins where another ends.
+            first, last = draw.choice(list(placed.values()))
+            there[machine] = (first, last) if draw.random() < 0.5 else (last, min(back, 2 * last - first))
+        elif kind < 0.8:
+            there.pop(machine, None)
+        else:
+            first, last = placed.get(machine, (draw.randrange(front, back), back))
+            there[machine] = (first + draw.choice((-1, 0, 1)), last + draw.choice((-1, 0, 1)))
+        there = {m: ends for m, ends in there.items() if ends[1] > ends[0]}
         fits = self.evaluator.times.sequences
-        placed = {share.machine: share for share in found.shares}
-        capacity_S = np.zeros(self.segments)
-        for share, rate in zip(found.shares, found.capacity_M, strict=True):
-            capacity_S[share.first : share.last] += rate
-        borders = sorted({share.first for share in found.shares} | {share.last for share in found.shares})
-        for machine in range(len(self.task.members)):
-            kind = self.evaluator.kind_of[machine]
-            tried = set()
-            if (share := placed.get(machine)) is not None:
-                first, last = share.first, share.last
-                for early, late in itertools.product((-2, -1, 0, 1, 2), repeat=2):
-                    tried.add((first + early, last + late))
-            weakest = int(np.argmin(capacity_S[front:])) + front
-            for border in borders:
-                for other in borders:
-                    if border <= weakest < other:
-                        tried.add((border, other))
-            for first, last in sorted(tried):
-                if front <= first < last <= back and fits[kind, first, last] >= 1:
-                    yield machine, first, last
+        for m, (first, last) in there.items():
+            if not (front <= first and last <= back and fits[self.evaluator.kind_of[m], first, last] >= 1):
+                return None
+        return None if there == placed else there
 
     def everything(self) -> bool:
         """Look at every placement of a small pool; return whether that was possible."""

@@ -2,7 +2,8 @@
 
 A request is admitted in the order of arrival, as soon as every machine of a route has room for its whole cache. Its prompt
 passes the route once and gives the first token; each further token goes around again, from the gateway back to it. A
-machine runs one pass at a time: one prompt, or the decode tokens that wait, up to the plan's batch; in turns while both do. Times are the
+machine runs one pass at a time: a chunk of a prompt, or the decode tokens that wait, up to the plan's batch; in turns
+while both do. Times are the
 estimator's. A machine whose task is private has the owner's embedding and head as a machine of its own, passed twice.
 
 Pure: no clock, no files, chance only in the requests.
@@ -76,6 +77,20 @@ class _Sequence:
         return self.request.prompt_tokens + self.request.output_tokens
 
 
+class _Chunk:
+    """Consecutive tokens of a request's prompt, up to the `end`-th."""
+
+    __slots__ = ("end", "sequence", "tokens")
+
+    def __init__(self, sequence: _Sequence, tokens: int, end: int) -> None:
+        self.sequence, self.tokens, self.end = sequence, tokens, end
+
+    @property
+    def complete(self) -> bool:
+        """Whether the prompt ends with it."""
+        return self.end == self.sequence.request.prompt_tokens
+
+
 class _Station:
     """A machine: what waits, and what its passes take, from sums over the segments before each position."""
 
@@ -98,7 +113,7 @@ class _Station:
         self.head_flops_s = sums(model.flops_S * model.last_only_S / products)
         self.head_moved_s = sums(model.moved_bytes_S * model.last_only_S / bandwidth)
         self.on_cpu = device.device == "cpu"
-        self.prompts: deque[tuple[_Sequence, int]] = deque()
+        self.prompts: deque[tuple[_Chunk, int]] = deque()
         self.tokens: deque[tuple[_Sequence, int]] = deque()
         """With the place in the route; the owner's embedding is -1, its head the length of the route."""
         self.busy = False
@@ -107,15 +122,16 @@ class _Station:
         self.passes = 0
         self.batched = 0
 
-    def prompt_s(self, tokens: int, first: int, last: int) -> float:
-        """Return the seconds of a prompt's pass."""
-        body = tokens * (self.flops_s[last] - self.flops_s[first])
-        body -= (tokens - 1) * (self.head_flops_s[last] - self.head_flops_s[first])
-        body += tokens * tokens * (self.attention_s[last] - self.attention_s[first])
+    def prompt_s(self, tokens: int, context: int, first: int, last: int) -> float:
+        """Return the seconds of a pass of a prompt's tokens, of which the last attends to `context` tokens."""
+        pairs = tokens * context - tokens * (tokens - 1) / 2
+        compute = tokens * (self.flops_s[last] - self.flops_s[first])
+        compute -= (tokens - 1) * (self.head_flops_s[last] - self.head_flops_s[first])
+        compute += pairs * (self.attention_s[last] - self.attention_s[first])
         moved = self.moved_s[last] - self.moved_s[first] + self.kv_s[last] - self.kv_s[first]
         memory = self.read_s[last] - self.read_s[first] + tokens * moved
         memory -= (tokens - 1) * (self.head_moved_s[last] - self.head_moved_s[first])
-        return self._with_starts(max(body, memory), first, last)
+        return self._with_starts(max(compute, memory), first, last)
 
     def decode_s(self, contexts: Sequence[tuple[int, int, int]]) -> float:
         """Return the seconds of a pass of tokens, each with its context, first and last position."""
@@ -244,30 +260,43 @@ class _Run:
                 self.least_room[hop.machine] = min(
                     self.least_room[hop.machine], self.router.room_bytes[hop.machine]
                 )
-            self._start([_Sequence(request, route)], prompt=True)
+            sequence = _Sequence(request, route)
+            for start in range(0, request.prompt_tokens, self.plan.prompt_chunk):
+                tokens = min(self.plan.prompt_chunk, request.prompt_tokens - start)
+                chunk = _Chunk(sequence, tokens, start + tokens)
+                if self.owner is None:
+                    self._forward_chunk(chunk, 0, _GATEWAY, self.task.front)
+                else:
+                    self.owner.prompts.append((chunk, -1))
+            if self.owner is not None:
+                self._work(self.owner, _GATEWAY)
 
-    def _start(self, sequences: list[_Sequence], *, prompt: bool) -> None:
+    def _next_round(self, sequences: list[_Sequence]) -> None:
         """Begin a round of sequences at the gateway: they are embedded there, or sent to their first machines."""
         if self.owner is None:
-            self._forward(sequences, 0, _GATEWAY, self.task.front, prompt=prompt)
+            self._forward(sequences, 0, _GATEWAY, self.task.front)
         else:
-            (self.owner.prompts if prompt else self.owner.tokens).extend((each, -1) for each in sequences)
+            self.owner.tokens.extend((each, -1) for each in sequences)
             self._work(self.owner, _GATEWAY)
 
-    def _forward(self, sequences: list[_Sequence], step: int, source: int, position: int, *, prompt: bool) -> None:
-        """Send sequences that have been worked on up to a position to their `step`-th machines."""
+    def _forward(self, sequences: list[_Sequence], step: int, source: int, position: int) -> None:
+        """Send tokens that have been worked on up to a position to their `step`-th machines."""
         by_target: dict[int, list[_Sequence]] = {}
         for each in sequences:
             target = each.route[step].machine if step < len(each.route) else _GATEWAY
             by_target.setdefault(target, []).append(each)
         size = float(self.task.model.crossing_bytes_P[position])
         for target, group in by_target.items():
-            wire = self._wire(source, target)
-            if prompt and target != _GATEWAY:
-                wire.send_bulk(group[0].request.prompt_tokens * size, (group, step, True))
-            else:
-                # Of a prompt only the last token goes on to be sampled.
-                wire.send(len(group) * size, (group, step, prompt))
+            self._wire(source, target).send(len(group) * size, (group, step))
+
+    def _forward_chunk(self, chunk: _Chunk, step: int, source: int, position: int) -> None:
+        """The same with a part of a prompt; at the end only its last token goes on, to be sampled."""
+        size = float(self.task.model.crossing_bytes_P[position])
+        route = chunk.sequence.route
+        if step < len(route):
+            self._wire(source, route[step].machine).send_bulk(chunk.tokens * size, (chunk, step))
+        elif chunk.complete:
+            self._wire(source, _GATEWAY).send(size, ([chunk.sequence], step))
 
     def _wire(self, source: int, target: int) -> Wire:
         if (found := self.wires.get((source, target))) is None:
@@ -282,16 +311,18 @@ class _Run:
             )
         return found
 
-    def _delivered(self, target: int, group: list[_Sequence], step: int, prompt: bool) -> None:
-        if target != _GATEWAY:
-            station = self.stations[target]
-            (station.prompts if prompt else station.tokens).extend((each, step) for each in group)
-            self._work(station, target)
-        elif self.owner is not None:
-            (self.owner.prompts if prompt else self.owner.tokens).extend((each, len(each.route)) for each in group)
-            self._work(self.owner, _GATEWAY)
+    def _delivered(self, target: int, what: list[_Sequence] | _Chunk, step: int) -> None:
+        if target == _GATEWAY and self.owner is None:
+            assert isinstance(what, list)
+            self._sampled(what)
+            return
+        station = self.stations[target] if target != _GATEWAY else self.owner
+        assert station is not None
+        if isinstance(what, _Chunk):
+            station.prompts.append((what, step))
         else:
-            self._sampled(group)
+            station.tokens.extend((each, step) for each in what)
+        self._work(station, target)
 
     # --- passes ---------------------------------------------------------------------------------------------------
 
@@ -302,17 +333,13 @@ class _Run:
         station.busy = True
         if station.prompts and not (station.tokens and station.prompt_last):
             station.prompt_last = True
-            sequence, step = station.prompts.popleft()
-            first, last = self._span(sequence, step)
-            # A head needs the last token of a prompt only, which is all that it gets.
-            tokens = 1 if step == len(sequence.route) else sequence.request.prompt_tokens
-            seconds = station.prompt_s(tokens, first, last)
-            group = [(sequence, step)]
-            prompt = True
+            chunk, step = station.prompts.popleft()
+            hop_first, hop_last = self._span(chunk.sequence, step)
+            seconds = station.prompt_s(chunk.tokens, chunk.end, hop_first, hop_last)
+            self.at(self.now_s + seconds, lambda: self._chunk_passed(station, machine, chunk, step, hop_last))
         else:
             station.prompt_last = False
             group = [station.tokens.popleft() for _ in range(min(station.batch, len(station.tokens)))]
-            prompt = False
             seconds = station.decode_s(
                 [
                     (sequence.request.prompt_tokens + sequence.made, *self._span(sequence, step))
@@ -322,8 +349,8 @@ class _Run:
             if self.now_s >= self.warm_up_s:
                 station.passes += 1
                 station.batched += len(group)
+            self.at(self.now_s + seconds, lambda: self._passed(station, machine, group))
         station.busy_s += max(0.0, self.now_s + seconds - max(self.now_s, self.warm_up_s))
-        self.at(self.now_s + seconds, lambda: self._passed(station, machine, group, prompt))
 
     def _span(self, sequence: _Sequence, step: int) -> tuple[int, int]:
         if step < 0:
@@ -333,24 +360,22 @@ class _Run:
         hop = sequence.route[step]
         return hop.first, hop.last
 
-    def _passed(
-        self, station: _Station, machine: int, group: list[tuple[_Sequence, int]], prompt: bool
-    ) -> None:
+    def _chunk_passed(self, station: _Station, machine: int, chunk: _Chunk, step: int, position: int) -> None:
         station.busy = False
-        by_step: dict[int, list[_Sequence]] = {}
-        for sequence, step in group:
-            by_step.setdefault(step, []).append(sequence)
+        self._forward_chunk(chunk, step + 1, machine, position)
+        self._work(station, machine)
+
+    def _passed(self, station: _Station, machine: int, group: list[tuple[_Sequence, int]]) -> None:
+        station.busy = False
         sampled: list[_Sequence] = []
         onward: dict[tuple[int, int], list[_Sequence]] = {}
-        for step, sequences in by_step.items():
-            for sequence in sequences:
-                if machine == _GATEWAY and step == len(sequence.route):
-                    sampled.append(sequence)
-                else:
-                    onward.setdefault((step + 1, self._span(sequence, step)[1]), []).append(sequence)
-        # One message to each machine, whatever the place in the routes.
-        for (step, position), sequences in sorted(onward.items(), key=lambda each: each[0]):
-            self._forward(sequences, step, machine, position, prompt=prompt)
+        for sequence, step in group:
+            if machine == _GATEWAY and step == len(sequence.route):
+                sampled.append(sequence)
+            else:
+                onward.setdefault((step + 1, self._span(sequence, step)[1]), []).append(sequence)
+        for (step, position), sequences in onward.items():
+            self._forward(sequences, step, machine, position)
         if sampled:
             self._sampled(sampled)
         self._work(station, machine)
@@ -375,6 +400,6 @@ class _Run:
             self.finished += 1
             ended = True
         if going:
-            self._start(going, prompt=False)
+            self._next_round(going)
         if ended:
             self._admit()
