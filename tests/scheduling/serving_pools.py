@@ -125,8 +125,7 @@ def least_token_s(task: ServingTask) -> float:
             return math.inf
         one, other = np.asarray(source), np.asarray(target)
         return float(
-            links.rtts_s(one, other) / 2
-            + model.crossing_bytes_P[position] / links.bandwidths_bytes_per_s(one, other)
+            links.rtts_s(one, other) / 2 + model.crossing_bytes_P[position] / links.bandwidths_bytes_per_s(one, other)
         )
 
     best, front, back, gateway = math.inf, task.front, task.back, task.gateway

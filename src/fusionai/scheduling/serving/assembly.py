@@ -20,8 +20,8 @@ _FULL = 0.98
 """Share of a capacity from which on it is called exhausted."""
 
 _SLACK = 3.75
-"""Times the mean batch that a pass may take: with less, uneven arrivals are not caught up with; with no limit everything
-gathers in one batch. Of 1.25, 2, 3.75 and no limit, 3.75 gave most in simulated runs (docs/serving-placement.md)."""
+"""Times the mean batch that a pass may take: with less, uneven arrivals are not caught up with; with no limit all
+gather in one batch. Of 1.25, 2, 3.75 and no limit, 3.75 gave most in simulated runs (docs/serving-placement.md)."""
 
 _MOST_NAMED = 4
 
@@ -108,9 +108,7 @@ def _flows(evaluator: Evaluator, found: Evaluated, used: set[int]) -> tuple[Flow
     return tuple(flows)
 
 
-def _bottleneck(
-    evaluator: Evaluator, found: Evaluated, shards: Sequence[ShardPlan], flows: Sequence[FlowPlan]
-) -> str:
+def _bottleneck(evaluator: Evaluator, found: Evaluated, shards: Sequence[ShardPlan], flows: Sequence[FlowPlan]) -> str:
     """Return what is exhausted: machines, links, the owner; or that a better arrangement would be needed."""
     names = _names(evaluator.task)
     if found.tokens_per_s >= evaluator.owner_rate * _FULL:

@@ -9,7 +9,7 @@ A pass is either a chunk of a prompt or a batch of `b` decode tokens of differen
 its FLOPs over the achieved rates, and `start` the starting of operators, which on a CPU is added instead. That is the
 roofline model (Williams et al., CACM 2009) with the rates of a `DeviceProfile`.
 
-Of the memory offered, `MEMORY_MARGIN` keeps a share; weights and working space come first, and the caches fill the rest.
+Of the memory offered, `MEMORY_MARGIN` keeps a share; weights and working space come first, the caches fill the rest.
 
 Residents. A sequence holds its cache on every machine of its route while it is generated, wherever its token is at the
 moment. If T tokens per second pass a machine, each comes back `rest_s` after it left, and the machine takes all that
@@ -35,9 +35,9 @@ from fusionai.scheduling.serving.load import ServingLoad
 from fusionai.scheduling.serving.model import ServingModel
 
 CHUNK_TOKENS = 256
-"""Tokens of a prompt that one pass takes at most. A whole prompt holds every machine of a long pipeline up for longer than
-a decode pass takes, so that tokens queue up behind it all the way; chunks let them by (as in Sarathi-Serve, Agrawal et
-al., OSDI 2024). Smaller ones would read the weights more often than products need."""
+"""Tokens of a prompt that one pass takes at most. A whole prompt holds every machine of a long pipeline up for longer
+than a decode pass takes, so that tokens queue up behind it all the way; chunks let them by (as in Sarathi-Serve,
+Agrawal et al., OSDI 2024). Smaller ones would read the weights more often than products need."""
 
 _ALIVE = 4
 """Boundary tensors of a prompt pass that live at once: input, output, a residual, one more."""
@@ -45,10 +45,12 @@ _ALIVE = 4
 _BISECTIONS = 44
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RangeTimes:
     """Costs of ranges [start, stop) on one device, as (P, P) tables or as arrays picked from such."""
 
+    output_tokens: float
+    decode_share: float
     start_s: Floats
     added_s: Floats
     read_s: Floats
@@ -64,16 +66,14 @@ class RangeTimes:
     """Weights and working space, without margin."""
     sequences: Floats
     """Of mean length that the rest of the memory has room for; 0 where the weights do not fit."""
-    output_tokens: float
-    decode_share: float
 
     def at(self, *index: object) -> RangeTimes:
         """Return the costs picked by an index into the tables."""
-        picked = [
-            np.asarray(getattr(self, name)[index if len(index) > 1 else index[0]])
-            for name in TABLES
-        ]
-        return RangeTimes(*picked, self.output_tokens, self.decode_share)
+        return RangeTimes(
+            output_tokens=self.output_tokens,
+            decode_share=self.decode_share,
+            **{name: np.asarray(getattr(self, name)[index if len(index) > 1 else index[0]]) for name in TABLES},
+        )
 
     def pass_s(self, batch: Floats | float) -> Floats:
         """Return the seconds of a decode pass of a batch."""

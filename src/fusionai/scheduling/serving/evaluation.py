@@ -183,9 +183,7 @@ class Evaluator:
         elsewhere = _elsewhere(shares, arcs, flows, own, self.owner_s)
         used = through > 1e-6 * total
         token_s = float(np.average((own + elsewhere)[used], weights=through[used]))
-        return Evaluated(
-            tuple(shares), total, token_s, through, capacity, own, tuple(arcs), tuple(flows), elsewhere
-        )
+        return Evaluated(tuple(shares), total, token_s, through, capacity, own, tuple(arcs), tuple(flows), elsewhere)
 
 
 def _elsewhere(
@@ -237,9 +235,10 @@ def _elsewhere(
             mean_after[place] /= out_of[place]
     quickest = np.asarray(before) + np.asarray(after)
     if flows is None or least:
-        return quickest + owner_s
+        return np.asarray(quickest + owner_s)
     flowing = np.asarray([min(pair) for pair in zip(into, out_of, strict=True)]) > 0
-    return np.where(flowing, np.asarray(mean_before) + np.asarray(mean_after), quickest) + owner_s
+    mean = np.asarray(mean_before) + np.asarray(mean_after)
+    return np.asarray(np.where(flowing, mean, quickest) + owner_s)
 
 
 def _key(device: object) -> str:
@@ -248,8 +247,11 @@ def _key(device: object) -> str:
 
 
 def _stacked(tables: Sequence[RangeTimes]) -> RangeTimes:
-    arrays = [np.stack([getattr(table, name) for table in tables]) for name in TABLES]
-    return RangeTimes(*arrays, tables[0].output_tokens, tables[0].decode_share)
+    return RangeTimes(
+        output_tokens=tables[0].output_tokens,
+        decode_share=tables[0].decode_share,
+        **{name: np.stack([getattr(table, name) for table in tables]) for name in TABLES},
+    )
 
 
 def _owner_times(task: ServingTask) -> RangeTimes:
@@ -266,4 +268,4 @@ def _owner_times(task: ServingTask) -> RangeTimes:
             "or serve with private = false if the compnodes may see the tokens"
         )
     summed["sequences"] = np.asarray(np.inf)
-    return RangeTimes(*summed.values(), task.load.output_tokens, task.load.decode_share)
+    return RangeTimes(output_tokens=task.load.output_tokens, decode_share=task.load.decode_share, **summed)

@@ -89,14 +89,14 @@ class _Search:
         front, back = task.front, task.back
         sizes = [len(self.classes[each]) + 1 for each in counted]
         combinations = list(itertools.product(*(range(size) for size in sizes)))
-        index = {combination: place for place, combination in enumerate(combinations)}
+        index = {counts: place for place, counts in enumerate(combinations)}
         seconds = self.seconds_CPP if removed is None else np.where(removed[:, None, None], np.inf, self.seconds_CPP)
         # after[u, c]: the combination that follows u when class c is used once more, -1 if there is none.
         after = np.zeros((len(combinations), classes), dtype=np.int64)
-        for place, combination in enumerate(combinations):
+        for place, counts in enumerate(combinations):
             after[place] = place
             for digit, each in enumerate(counted):
-                more = (*combination[:digit], combination[digit] + 1, *combination[digit + 1 :])
+                more = (*counts[:digit], counts[digit] + 1, *counts[digit + 1 :])
                 after[place, each] = index.get(more, -1)
         best_PUC = np.full((back + 1, len(combinations), classes), np.inf)
         came: dict[tuple[int, int, int], tuple[int, int, int]] = {}

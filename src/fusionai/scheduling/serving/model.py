@@ -111,15 +111,15 @@ def serving_model(graph: OpDag, sizes: Callable[[int, int], Sizes]) -> ServingMo
 
 def _positions(graph: OpDag, sizes: Callable[[int, int], Sizes]) -> tuple[int, ...]:
     """Return the ends of the embedding, of each block, and of the head."""
-    probe = sizes(1, _PROBE_TOKENS)
-    crossing = crossing_bytes(graph, probe)
-    points = cut_points(graph, probe)
     attentions = [place for place, node in enumerate(graph.nodes) if node.op == ATTENTION]
     if not attentions:
         raise GraphError(
             f"{graph.name!r} has no {ATTENTION} operator, so it cannot generate tokens one by one; capture a causal "
             "language model with fusionai.graph.capture.capture_transformers"
         )
+    probe = sizes(1, _PROBE_TOKENS)
+    crossing = crossing_bytes(graph, probe)
+    points = cut_points(graph, probe)
     least = min((crossing[point] for point in points), default=0)
     narrow = [point for point in points if crossing[point] <= _SAME * least]
     # Before an attention, the last narrow position is the border of its block; the head is behind the very last.

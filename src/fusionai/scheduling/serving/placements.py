@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 
 from fusionai.errors import PlacementError
+from fusionai.scheduling.links import Indices
 from fusionai.scheduling.serving.evaluation import Evaluator, Share
 from fusionai.scheduling.serving.task import ServingTask
 
+_MOST_REPLICAS = 8
+
 WEIGHTS_SHARE = 0.535
-"""Of the memory offered, how much such systems fill with weights: of 90 % of a board about half the board. It gives what
-Helix's baselines hold (its artifact's profiles): of LLaMA-2-70B 12 layers on an A100 of 40 GB, 7 on an L4, 4 on a T4."""
+"""Of the memory offered, how much such systems fill with weights: of 90 % of a board about half the board. It gives
+what Helix's baselines hold by its artifact's profiles: of LLaMA-2-70B 12 layers on an A100 of 40 GB, 7 on an L4, 4 on a
+T4."""
 
 
 def petals_like(evaluator: Evaluator) -> list[Share]:
@@ -39,7 +44,7 @@ def petals_like(evaluator: Evaluator) -> list[Share]:
 def swarm_like(evaluator: Evaluator) -> list[Share]:
     """Return the placement in equal stages, each machine in the stage that has least throughput.
 
-    SWARM (Ryabinin et al., arXiv 2301.11913), as Helix's evaluation uses it: as few stages as the machine with the least
+    SWARM (Ryabinin et al., arXiv 2301.11913), as Helix's evaluation uses it: as few stages as the machine with least
     memory allows, machines spread over them so that the stages' throughputs are alike.
     """
     task = evaluator.task
@@ -47,6 +52,7 @@ def swarm_like(evaluator: Evaluator) -> list[Share]:
     usable = [machine for machine, count in enumerate(counts) if count]
     blocks = task.back - task.front
     stages = math.ceil(blocks / min((counts[machine] for machine in usable), default=1))
+    stages = min(stages, task.model.blocks)
     borders = _equal(task, stages)
     speed = [0.0] * stages
     shares = []
@@ -68,14 +74,22 @@ def separate_pipelines(evaluator: Evaluator) -> list[Share]:
         machines = [int(each) for each in np.nonzero(evaluator.kind_of == kind)[0]]
         count = _most_segments(evaluator, machines[0])
         replicas = max(1, len(machines) * count // (task.back - task.front))
-        for group in np.array_split(np.asarray(machines), replicas):
-            borders = _equal(task, min(len(group), task.model.blocks))
-            part = [
-                Share(stop, start, int(machine))
-                for machine, start, stop in zip(group, borders, borders[1:], strict=False)
-            ]
-            if all(evaluator.times.sequences[kind, share.first, share.last] >= 1 for share in part):
-                shares += part
+        shares += _chains(evaluator, np.asarray(machines), replicas)
+    return shares
+
+
+def best_replicas(evaluator: Evaluator) -> list[Share]:
+    """Return pipelines of one kind of machine each, as many of each kind as give most; equal parts."""
+    shares: list[Share] = []
+    for kind in range(int(evaluator.kind_of.max()) + 1):
+        machines = np.nonzero(evaluator.kind_of == kind)[0]
+        best: tuple[float, list[Share]] = (0.0, [])
+        for replicas in range(1, min(len(machines), _MOST_REPLICAS) + 1):
+            part = _chains(evaluator, machines, replicas)
+            found = evaluator.evaluate(part, rounds=4)
+            if found is not None and found.tokens_per_s > best[0]:
+                best = (found.tokens_per_s, part)
+        shares += best[1]
     return shares
 
 
@@ -83,9 +97,22 @@ def equal_layers(evaluator: Evaluator) -> list[Share]:
     """Return one pipeline over all machines in the given order, with equal numbers of layers."""
     task = evaluator.task
     borders = _equal(task, min(len(task.members), task.model.blocks))
-    return [
-        Share(stop, start, machine) for machine, (start, stop) in enumerate(zip(borders, borders[1:], strict=False))
-    ]
+    return [Share(stop, start, machine) for machine, (start, stop) in enumerate(pairwise(borders))]
+
+
+def _chains(evaluator: Evaluator, machines: Indices, replicas: int) -> list[Share]:
+    """Return so many pipelines of equal parts, without those whose parts do not fit."""
+    shares = []
+    for group in np.array_split(machines, replicas):
+        borders = _equal(evaluator.task, min(len(group), evaluator.task.model.blocks))
+        part = [
+            Share(stop, start, int(machine)) for machine, (start, stop) in zip(group, pairwise(borders), strict=False)
+        ]
+        kinds = evaluator.kind_of[[share.machine for share in part]]
+        fits = evaluator.times.sequences[kinds, [share.first for share in part], [share.last for share in part]] >= 1
+        if fits.all():
+            shares += part
+    return shares
 
 
 def _most_segments(evaluator: Evaluator, machine: int) -> int:
@@ -114,4 +141,3 @@ def _equal(task: ServingTask, parts: int) -> list[int]:
         )
     inner = [low + round((high - low) * part / parts) for part in range(1, parts)]
     return [task.front, *inner, task.back]
-

@@ -33,8 +33,8 @@ def nothing_fits(evaluator: Evaluator) -> PlacementError:
     if single[largest] > offers[best]:
         return PlacementError(
             f"the largest part of {task.model.name} ({_part(evaluator, largest)}) needs "
-            f"{bytes_text(single[largest])} with the cache of one request of {task.load.reserved_tokens:.0f} tokens, but "
-            f"the best compnode, {task.members[best].name}, offers {bytes_text(offers[best])}, "
+            f"{bytes_text(single[largest])} with the cache of one request of {task.load.reserved_tokens:.0f} tokens, "
+            f"but the best compnode, {task.members[best].name}, offers {bytes_text(offers[best])}, "
             f"{bytes_text(single[largest] - offers[best])} too little; add a compnode with more memory, or raise its "
             "--memory"
         )

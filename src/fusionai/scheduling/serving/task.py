@@ -83,7 +83,7 @@ class ServingTask:
     def linked_NN(self) -> NDArray[np.bool_]:
         """Return which machines can be linked: one side must be dialable."""
         dialable = np.asarray([*(each.dialable for each in self.machines), *([True] if self.owner is None else [])])
-        linked = dialable[:, None] | dialable[None]
+        linked = np.asarray(dialable[:, None] | dialable[None])
         np.fill_diagonal(linked, False)
         return linked
 

@@ -1,8 +1,8 @@
 """Most tokens per second over all requests: ranges, replicas, overlaps, and who is left out.
 
-Small pools are searched whole. In others, clusters of machines with fast links are arranged: each a pipeline of its own, or
-several one after another along the model, as links allow; within an arrangement segments are covered (`cover`), and what
-comes out is evaluated with its flows and then annealed.
+Small pools are searched whole. In others, clusters of machines with fast links are arranged: each a pipeline of its
+own, or several one after another along the model. Within an arrangement segments are covered (`cover`), and the best of
+what comes out, by its flows, is annealed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 from fusionai.scheduling.links import Floats
 from fusionai.scheduling.serving.cover import Filler, cover
 from fusionai.scheduling.serving.evaluation import Evaluated, Evaluator, Share
-from fusionai.scheduling.serving.placements import petals_like, separate_pipelines
+from fusionai.scheduling.serving.placements import best_replicas, petals_like, separate_pipelines
 from fusionai.scheduling.serving.regions import regions_of
 
-_MOST_COMBINATIONS = 70_000
+_MOST_COMBINATIONS = 300_000
 """Placements of a pool that is searched whole."""
 
 _MOST_EVALUATED = 600
@@ -30,10 +30,10 @@ _MOST_EVALUATED = 600
 _MOST_REGIONS = 4
 """More clusters are arranged along one tour instead of in every way."""
 
-_TRIALS = 8000
+_TRIALS = 6000
 """Changes tried in all, divided by the number of machines: evaluating one takes about so much longer."""
 
-_MOST_TRIALS = 1000
+_MOST_TRIALS = 500
 
 _WARMTH = 0.03
 """Share of the best rate by which a change may be worse, to begin with."""
@@ -49,9 +49,7 @@ class Found:
     exact: bool
 
 
-def best_throughput(
-    evaluator: Evaluator, extra: Sequence[Sequence[Share]] = (), *, whole: bool = True
-) -> Found | None:
+def best_throughput(evaluator: Evaluator, extra: Sequence[Sequence[Share]] = (), *, whole: bool = True) -> Found | None:
     """Return the best placement found, None if no machines together hold the model.
 
     Args:
@@ -62,12 +60,13 @@ def best_throughput(
     search = _Search(evaluator)
     for placement in extra:
         search.consider(placement)
-    for rule in (petals_like, separate_pipelines):
+    for rule in (petals_like, separate_pipelines, best_replicas):
         search.consider(rule(evaluator))
     for arrangement in _arrangements(regions_of(evaluator.task), evaluator):
         search.arrange(arrangement)
-    search.improve()
     exact = whole and search.everything()
+    if not exact:
+        search.improve()
     return Found(search.best, exact) if search.best is not None else None
 
 
@@ -82,14 +81,14 @@ def least_elsewhere_s(evaluator: Evaluator) -> Floats:
     """Return the (P, P) least time that a token is outside a range: the rest of the model on the fastest machines."""
     task = evaluator.task
     inside = task.model.sums(np.where(np.isfinite(evaluator.least_s_S), evaluator.least_s_S, 0.0))
-    return np.maximum(inside[task.front, task.back] - inside, 0.0) + evaluator.owner_s
+    return np.asarray(np.maximum(inside[task.front, task.back] - inside, 0.0) + evaluator.owner_s)
 
 
 def part_of_the_work(evaluator: Evaluator) -> Floats:
     """Return the (P, P) shares of ranges in the FLOPs of what peers may hold."""
     task = evaluator.task
     done = task.model.sums(task.model.flops_S)
-    return done / done[task.front, task.back]
+    return np.asarray(done / done[task.front, task.back])
 
 
 def bound_tokens_per_s(evaluator: Evaluator) -> float:
@@ -235,7 +234,10 @@ class _Search:
         draw = random.Random(0)
         trials = max(60, min(_MOST_TRIALS, _TRIALS // len(self.task.members)))
         for start in (1.0, 0.5):
-            here, rate = {share.machine: (share.first, share.last) for share in self.best.shares}, self.best.tokens_per_s
+            here, rate = (
+                {share.machine: (share.first, share.last) for share in self.best.shares},
+                self.best.tokens_per_s,
+            )
             for trial in range(trials // 2):
                 there = self._changed(here, draw)
                 if there is None:

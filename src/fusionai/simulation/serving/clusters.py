@@ -28,9 +28,9 @@ from fusionai.simulation.hardware.efficiency import profile_of
 CATALOGUE = {"A100": "NVIDIA A100 SXM 40GB", "V100": "NVIDIA V100 SXM2 16GB", "L4": "NVIDIA L4", "T4": "NVIDIA T4"}
 
 SEVERAL = {1: (1.0, 1.0), 2: (1.57, 1.9), 4: (2.1, 3.5)}
-"""By GPUs in one machine: factors of computing and of memory bandwidth over one GPU. From Helix's published times of one
-LLaMA-2-70B layer: 1000 tokens of prompt take 38 and 24 ms on one and two L4, 59, 38 and 28 ms on one, two and four T4; a
-small decode batch takes 6.9 and 3.6, and 7.1, 3.8 and 2.0 ms."""
+"""By GPUs in one machine: factors of computing and of memory bandwidth over one GPU. From Helix's published times of
+one LLaMA-2-70B layer: 1000 tokens of prompt take 38 and 24 ms on one and two L4, 59, 38 and 28 ms on one, two and four
+T4; a small decode batch takes 6.9 and 3.6, and 7.1, 3.8 and 2.0 ms."""
 
 _INSIDE = (1.25e9, 1e-3)
 _BETWEEN = (12.5e6, 50e-3)
@@ -83,9 +83,7 @@ class PublishedCluster:
     def links(self) -> RegionLinks:
         """Return the links between the machines and the gateway."""
         region = [index for index, machines in enumerate(self.regions) for _ in machines]
-        return RegionLinks(
-            np.asarray([*region, len(self.regions) if self.coordinator_apart else 0]), _INSIDE, _BETWEEN
-        )
+        return RegionLinks(np.asarray([*region, len(self.regions) if self.coordinator_apart else 0]), _INSIDE, _BETWEEN)
 
 
 def device_of(gpu: str, count: int) -> DeviceProfile:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from fusionai.errors import ConfigError
 
-PROMPT_TOKENS, OUTPUT_TOKENS = 763, 232
-"""Mean lengths of the conversations of the Azure LLM inference trace 2023 (Patel et al., Splitwise, ISCA 2024) as Helix's
-evaluation uses them: prompts above 2048 and answers above 1024 tokens removed (arXiv 2406.01566, section 6.1)."""
+PROMPT_TOKENS, OUTPUT_TOKENS = 750, 240
+"""Mean lengths by which Helix plans for the conversations of the Azure LLM inference trace 2023 (Patel et al., Splitwise,
+ISCA 2024): constants of its artifact, `simulator/event_simulator/utils.py`."""
 
 LONGEST_PROMPT, LONGEST_OUTPUT = 2048, 1024
+"""The first is from the same file, the second assumed."""
 
 _DRAWS = 1000
 """Tries to draw a length below its limit before the limit is taken."""
@@ -31,8 +32,7 @@ class Request:
 class Lengths:
     """Exponential lengths around means, cut off: assumed, only the means and the limits are published.
 
-    An exponential's spread is that of its mean, as in the trace's published plots, roughly. The means given are reached in
-    spite of the cut-off, up to rounding. Raises ConfigError for a mean below 1 or not well below its limit.
+    The means are reached in spite of the cut-off. Raises ConfigError for a mean below 1 or not well below its limit.
     """
 
     prompt_tokens: float = PROMPT_TOKENS
@@ -47,8 +47,8 @@ class Lengths:
         ):
             if not 1 <= mean < 0.45 * longest:
                 raise ConfigError(
-                    f"lengths.{field} must be at least 1 and below 0.45 of the longest, {longest}, got {mean}; raise the "
-                    "longest"
+                    f"lengths.{field} must be at least 1 and below 0.45 of the longest, {longest}, got {mean}; raise "
+                    "the longest"
                 )
 
     def draw(self, count: int, seed: int) -> list[tuple[int, int]]:
@@ -59,9 +59,7 @@ class Lengths:
             _scale(self.output_tokens, self.longest_output),
         ]
         limits = (self.longest_prompt, self.longest_output)
-        return [
-            (_length(draw, scales[0], limits[0]), _length(draw, scales[1], limits[1])) for _ in range(count)
-        ]
+        return [(_length(draw, scales[0], limits[0]), _length(draw, scales[1], limits[1])) for _ in range(count)]
 
 
 def offline(lengths: list[tuple[int, int]]) -> list[Request]:

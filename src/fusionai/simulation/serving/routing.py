@@ -1,7 +1,7 @@
 """Which machines a request goes through: in proportion to a plan's flows, where there is room for its cache.
 
-Interleaved weighted round robin, machine by machine: each way out of a machine gains credit in proportion to its flow, the
-one with most credit is taken and pays for it.
+Interleaved weighted round robin, machine by machine: each way out of a machine gains credit in proportion to its flow,
+the one with most credit is taken and pays for it.
 """
 
 from __future__ import annotations

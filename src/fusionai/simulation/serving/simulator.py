@@ -1,10 +1,10 @@
 """Discrete events of serving: prompts and tokens go around the machines of a plan.
 
-A request is admitted in the order of arrival, as soon as every machine of a route has room for its whole cache. Its prompt
-passes the route once and gives the first token; each further token goes around again, from the gateway back to it. A
-machine runs one pass at a time: a chunk of a prompt, or the decode tokens that wait, up to the plan's batch; in turns
-while both do. Times are the
-estimator's. A machine whose task is private has the owner's embedding and head as a machine of its own, passed twice.
+A request is admitted in the order of arrival, as soon as every machine of a route has room for its whole cache. Its
+prompt passes the route once and gives the first token; each further token goes around again, from the gateway back to
+it. A machine runs one pass at a time: a chunk of a prompt, or the decode tokens that wait, up to the plan's batch; in
+turns while both do. Times are the estimator's. In private serving the owner's
+machine runs passes for embedding and head, too.
 
 Pure: no clock, no files, chance only in the requests.
 """
@@ -204,8 +204,8 @@ class _Run:
         if self.waiting and not self.events:
             request = self.waiting[0]
             raise ConfigError(
-                f"a request of {request.prompt_tokens} + {request.output_tokens} tokens fits no route of the plan, even "
-                "when all caches are empty; shorten the longest requests, or give the machines more memory"
+                f"a request of {request.prompt_tokens} + {request.output_tokens} tokens fits no route of the plan, "
+                "even when all caches are empty; shorten the longest requests, or give the machines more memory"
             )
         end_s = until_s if math.isfinite(until_s) else self.now_s
         self._count_to(end_s)
@@ -257,9 +257,7 @@ class _Run:
             self.waiting.popleft()
             self.admitted += 1
             for hop in route:
-                self.least_room[hop.machine] = min(
-                    self.least_room[hop.machine], self.router.room_bytes[hop.machine]
-                )
+                self.least_room[hop.machine] = min(self.least_room[hop.machine], self.router.room_bytes[hop.machine])
             sequence = _Sequence(request, route)
             for start in range(0, request.prompt_tokens, self.plan.prompt_chunk):
                 tokens = min(self.plan.prompt_chunk, request.prompt_tokens - start)

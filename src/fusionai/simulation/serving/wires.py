@@ -18,7 +18,18 @@ Schedule = Callable[[float, Callable[[], None]], None]
 class Wire:
     """One direction of a link. Delivers with `deliver` once the last byte has arrived."""
 
-    __slots__ = ("_at", "_bulk", "_bytes_per_s", "_deliver", "_delay_s", "_free_s", "_now", "_started_s", "_turn", "in_turn")
+    __slots__ = (
+        "_at",
+        "_bulk",
+        "_bytes_per_s",
+        "_delay_s",
+        "_deliver",
+        "_free_s",
+        "_now",
+        "_started_s",
+        "_turn",
+        "in_turn",
+    )
 
     def __init__(
         self,
