@@ -124,7 +124,7 @@ def test_times_of_a_range_by_hand() -> None:
 
 
 def test_the_rate_of_a_machine_solves_littles_law() -> None:
-    """With room for n sequences, each elsewhere for `rest`, n = T * (own + rest) and the passes fill all of the time."""
+    """With room for n sequences, each elsewhere for `rest`, n = T * (own + rest), and the passes fill the time."""
     model, load = small_model(2, kv=20_000.0), load_of([(100, 11)])
     device = machine("gpu", memory=5e8, bandwidth=1e11, flops=1e14).device
     times = range_times(model, device, load, "fp32").at(1, 3)

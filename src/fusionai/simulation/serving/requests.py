@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from fusionai.errors import ConfigError
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 750, 240
-"""Mean lengths by which Helix plans for the conversations of the Azure LLM inference trace 2023 (Patel et al., Splitwise,
-ISCA 2024): constants of its artifact, `simulator/event_simulator/utils.py`."""
+"""Mean lengths by which Helix plans for the conversations of the Azure LLM inference trace 2023 (Patel et al.,
+Splitwise, ISCA 2024): constants of its artifact, `simulator/event_simulator/utils.py`."""
 
 LONGEST_PROMPT, LONGEST_OUTPUT = 2048, 1024
 """The first is from the same file, the second assumed."""

@@ -117,6 +117,8 @@ class _Station:
         self.tokens: deque[tuple[_Sequence, int]] = deque()
         """With the place in the route; the owner's embedding is -1, its head the length of the route."""
         self.busy = False
+        self.due = False
+        """Whether a pass begins at this time."""
         self.prompt_last = False
         self.busy_s = 0.0
         self.passes = 0
@@ -177,7 +179,7 @@ class _Run:
         self.router = Router(plan, kv_sums, self.cache_bytes)
         self.least_room = list(self.cache_bytes)
         self.waiting: deque[Request] = deque()
-        self.events: list[tuple[float, int, Callable[[], None]]] = []
+        self.events: list[tuple[float, bool, int, Callable[[], None]]] = []
         self.order = itertools.count()
         self.now_s = 0.0
         self.wires: dict[tuple[int, int], Wire] = {}
@@ -189,15 +191,16 @@ class _Run:
 
     # --- events ---------------------------------------------------------------------------------------------------
 
-    def at(self, when_s: float, call: Callable[[], None]) -> None:
-        heapq.heappush(self.events, (when_s, next(self.order), call))
+    def at(self, when_s: float, call: Callable[[], None], *, late: bool = False) -> None:
+        """Call something at a time, if `late` after everything else of that time."""
+        heapq.heappush(self.events, (when_s, late, next(self.order), call))
 
     def report(self, until_s: float) -> ServingReport:
         for request in self.requests:
             if request.arrival_s <= until_s:
                 self.at(request.arrival_s, lambda request=request: self._arrive(request))  # type: ignore[misc]
         while self.events and self.events[0][0] <= until_s:
-            when_s, _, call = heapq.heappop(self.events)
+            when_s, _, _, call = heapq.heappop(self.events)
             self._count_to(when_s)
             self.now_s = when_s
             call()
@@ -325,10 +328,13 @@ class _Run:
     # --- passes ---------------------------------------------------------------------------------------------------
 
     def _work(self, station: _Station, machine: int) -> None:
-        """Begin a pass if the machine is free."""
-        if station.busy or not (station.prompts or station.tokens):
-            return
-        station.busy = True
+        """Begin a pass if the machine is free, with all that arrives at this very time."""
+        if not (station.busy or station.due) and (station.prompts or station.tokens):
+            station.due = True
+            self.at(self.now_s, lambda: self._begin(station, machine), late=True)
+
+    def _begin(self, station: _Station, machine: int) -> None:
+        station.due, station.busy = False, True
         if station.prompts and not (station.tokens and station.prompt_last):
             station.prompt_last = True
             chunk, step = station.prompts.popleft()
