@@ -69,7 +69,9 @@ ONLINE_SHARE = 0.75
 """Of a plan's predicted throughput, in arrivals: as we understand Helix's evaluation."""
 
 
-ONLINE_WARM_UP_S = 480.0
+ONLINE_WARM_UP_S = 400.0
+ONLINE = ("fusionai", "swarm", "separate", "helix_published")
+"""Whose plans are also given requests that come one by one."""
 
 
 def model_of(name: str) -> ServingModel:
@@ -119,10 +121,7 @@ def row_of(
     until_s, warm_up_s = times
     begun_s = time.perf_counter()
     full = simulate_serving(task, plan, offline(lengths), until_s=until_s, warm_up_s=warm_up_s)
-    rate = ONLINE_SHARE * plan.predicted_tokens_per_s / task.load.output_tokens
-    # It takes as long as the longest answers until all that are to be underway are.
-    later_s = until_s - warm_up_s + ONLINE_WARM_UP_S
-    online = simulate_serving(task, plan, poisson(lengths, rate, seed=1), until_s=later_s, warm_up_s=ONLINE_WARM_UP_S)
+    online = online_of(task, plan, lengths, until_s - warm_up_s) if plan.planner in ONLINE else None
     return {
         "cluster": cluster.name,
         "model": task.model.name,
@@ -134,17 +133,33 @@ def row_of(
         "token_s_flow": plan.predicted_token_s,
         "token_s": full.token_latency.mean_s,
         "utilisation": statistics.fmean(each.utilisation for each in full.machines),
-        "online": {
-            "offered_tokens_per_s": rate * task.load.output_tokens,
-            "tokens_per_s": online.tokens_per_s,
-            "prompt_s": [online.prompt_latency.mean_s, online.prompt_latency.p50_s, online.prompt_latency.p95_s],
-            "token_s": [online.token_latency.mean_s, online.token_latency.p50_s, online.token_latency.p95_s],
-        },
+        "online": online,
         "machines": len(plan.shards),
         "left_out": len(plan.left_out),
         "bottleneck": plan.bottleneck,
         "plan_s": plan.planning_s,
         "simulation_s": time.perf_counter() - begun_s,
+    }
+
+
+def online_of(
+    task: ServingTask, plan: ServingPlan, lengths: list[tuple[int, int]], measured_s: float
+) -> dict[str, Any]:
+    """Simulate requests that arrive at random times, measured once as many are underway as are going to be."""
+    rate = ONLINE_SHARE * plan.predicted_tokens_per_s / task.load.output_tokens
+    report = simulate_serving(
+        task,
+        plan,
+        poisson(lengths, rate, seed=1),
+        until_s=ONLINE_WARM_UP_S + measured_s,
+        warm_up_s=ONLINE_WARM_UP_S,
+    )
+    prompt, token = report.prompt_latency, report.token_latency
+    return {
+        "offered_tokens_per_s": rate * task.load.output_tokens,
+        "tokens_per_s": report.tokens_per_s,
+        "prompt_s": [prompt.mean_s, prompt.p50_s, prompt.p95_s],
+        "token_s": [token.mean_s, token.p50_s, token.p95_s],
     }
 
 
@@ -208,16 +223,16 @@ def layer_times(model: ServingModel) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure and print; the last line is one JSON object with --json."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--until", type=float, default=480.0, help="seconds simulated")
-    parser.add_argument("--warm-up", type=float, default=240.0, help="of them not measured")
-    parser.add_argument("--small", type=int, default=60, help="random small pools that are searched whole")
+    parser.add_argument("--until", type=float, default=300.0, help="seconds simulated")
+    parser.add_argument("--warm-up", type=float, default=140.0, help="of them not measured")
+    parser.add_argument("--small", type=int, default=50, help="random small pools that are searched whole")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     models = [model_of(name) for name in MODELS]
     rows = [
         row
+        for model in reversed(models)
         for cluster in CLUSTERS
-        for model in models
         for row in compared(model, cluster, (options.until, options.warm_up))
     ]
     found = gaps(range(options.small))
