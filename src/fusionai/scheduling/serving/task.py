@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusionai.errors import ConfigError, PlacementError
-from fusionai.scheduling.links import Floats, LinkModel
+from fusionai.scheduling.links import Floats, Indices, LinkModel
 from fusionai.scheduling.profile import Member
 from fusionai.scheduling.serving.load import ServingLoad
 from fusionai.scheduling.serving.model import ServingModel
@@ -90,16 +91,17 @@ class ServingTask:
     @cached_property
     def bandwidth_NN(self) -> Floats:
         """Return bytes per second from one machine to another; 0 where there is no link."""
-        return np.where(self.linked_NN, self._from_links("bandwidths_bytes_per_s", np.inf), 0.0)
+        return np.where(self.linked_NN, self._among_machines(self.links.bandwidths_bytes_per_s, np.inf), 0.0)
 
     @cached_property
     def delay_NN(self) -> Floats:
         """Return one-way latencies in seconds; infinite where there is no link."""
-        return np.where(self.linked_NN, self._from_links("rtts_s", 0.0) / 2, np.inf)
+        return np.where(self.linked_NN, self._among_machines(self.links.rtts_s, 0.0) / 2, np.inf)
 
-    def _from_links(self, what: str, free: float) -> Floats:
+    def _among_machines(self, figures: Callable[[Indices, Indices], Floats], free: float) -> Floats:
+        """Return figures of all links, `free` for those of a gateway that costs nothing."""
         index = np.arange(len(self.machines))
         found = np.full((self.gateway + 1, self.gateway + 1), free)
-        known = np.broadcast_to(getattr(self.links, what)(index[:, None], index[None]), (len(index), len(index)))
+        known = np.broadcast_to(figures(index[:, None], index[None]), (len(index), len(index)))
         found[: len(index), : len(index)] = known
         return found

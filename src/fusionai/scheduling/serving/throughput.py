@@ -39,6 +39,7 @@ _WARMTH = 0.03
 """Share of the best rate by which a change may be worse, to begin with."""
 
 _ADJUSTMENTS = 2
+_ROUGH_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,12 +177,18 @@ class _Search:
             self._fillers[rounded] = [Filler.of(kind[: self.task.back + 1, : self.task.back + 1]) for kind in table]
         return self._fillers[rounded], self._reach[rounded]
 
-    def consider(self, placement: Sequence[Share], rounds: int = 8) -> Evaluated | None:
-        """Evaluate a placement and keep it if it is the best."""
-        found = self.evaluator.evaluate(placement, rounds=rounds)
-        if found is not None and (self.best is None or found.tokens_per_s > self.best.tokens_per_s * (1 + 1e-9)):
-            self.best = found
+    def consider(self, placement: Sequence[Share], *, roughly: bool = False) -> Evaluated | None:
+        """Evaluate a placement, keep it if it is the best; `roughly` lets flows and times agree less in others."""
+        found = self.evaluator.evaluate(placement, rounds=_ROUGH_ROUNDS) if roughly else None
+        if found is None or self._is_best(found):
+            # What is kept has been evaluated in full.
+            found = self.evaluator.evaluate(placement)
+            if found is not None and self._is_best(found):
+                self.best = found
         return found
+
+    def _is_best(self, found: Evaluated) -> bool:
+        return self.best is None or found.tokens_per_s > self.best.tokens_per_s * (1 + 1e-9)
 
     def arrange(self, arrangement: Arrangement) -> None:
         """Cover the model by each chain of clusters, twice: the second time with the round's time found."""
@@ -242,7 +249,7 @@ class _Search:
                 there = self._changed(here, draw)
                 if there is None:
                     continue
-                found = self.consider([Share(last, first, m) for m, (first, last) in there.items()], rounds=3)
+                found = self.consider([Share(last, first, m) for m, (first, last) in there.items()], roughly=True)
                 reached = 0.0 if found is None else found.tokens_per_s
                 warmth = _WARMTH * start * (1 - 2 * trial / trials) * self.best.tokens_per_s
                 if reached >= rate or (warmth > 0 and draw.random() < math.exp((reached - rate) / warmth)):

@@ -20,15 +20,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fusionai.errors import ConfigError
-from fusionai.scheduling.estimator import flops_rate
-from fusionai.scheduling.profile import DeviceProfile
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.serving.estimator import range_times
 from fusionai.scheduling.serving.plan import ServingPlan
 from fusionai.scheduling.serving.task import ServingTask
 from fusionai.simulation.serving.report import MachineUse, ServingReport, spread_of
 from fusionai.simulation.serving.requests import Request
-from fusionai.simulation.serving.routing import Hop, Router
+from fusionai.simulation.serving.routing import Router
+from fusionai.simulation.serving.stations import Chunk, Conversation, Station
 from fusionai.simulation.serving.wires import Wire
 
 _GATEWAY = -1
@@ -62,99 +61,6 @@ def simulate_serving(
     return run.report(until_s)
 
 
-class _Sequence:
-    """A request on its way."""
-
-    __slots__ = ("first_s", "last_s", "made", "request", "route")
-
-    def __init__(self, request: Request, route: tuple[Hop, ...]) -> None:
-        self.request, self.route = request, route
-        self.made = 0
-        self.first_s = self.last_s = 0.0
-
-    @property
-    def tokens(self) -> int:
-        return self.request.prompt_tokens + self.request.output_tokens
-
-
-class _Chunk:
-    """Consecutive tokens of a request's prompt, up to the `end`-th."""
-
-    __slots__ = ("end", "sequence", "tokens")
-
-    def __init__(self, sequence: _Sequence, tokens: int, end: int) -> None:
-        self.sequence, self.tokens, self.end = sequence, tokens, end
-
-    @property
-    def complete(self) -> bool:
-        """Whether the prompt ends with it."""
-        return self.end == self.sequence.request.prompt_tokens
-
-
-class _Station:
-    """A machine: what waits, and what its passes take, from sums over the segments before each position."""
-
-    def __init__(self, task: ServingTask, device: DeviceProfile, batch: int) -> None:
-        model = task.model
-        self.batch = batch
-
-        def sums(values: np.ndarray) -> list[float]:
-            return [0.0, *np.cumsum(values).tolist()]
-
-        bandwidth = device.memory_bytes_per_s
-        products, attention = (flops_rate(device, name, task.precision) for name in ("matmul", "attention"))
-        self.read_s = sums(model.read_bytes_S / bandwidth)
-        self.kv_s = sums(model.kv_bytes_S / bandwidth)
-        self.moved_s = sums(model.moved_bytes_S / bandwidth)
-        self.flops_s = sums(model.flops_S / products)
-        self.attention_s = sums(model.attention_flops_S / attention)
-        self.starts_s = sums(model.operators_S * device.overhead_s)
-        self.last_only = model.last_only_S
-        self.head_flops_s = sums(model.flops_S * model.last_only_S / products)
-        self.head_moved_s = sums(model.moved_bytes_S * model.last_only_S / bandwidth)
-        self.on_cpu = device.device == "cpu"
-        self.prompts: deque[tuple[_Chunk, int]] = deque()
-        self.tokens: deque[tuple[_Sequence, int]] = deque()
-        """With the place in the route; the owner's embedding is -1, its head the length of the route."""
-        self.busy = False
-        self.due = False
-        """Whether a pass begins at this time."""
-        self.prompt_last = False
-        self.busy_s = 0.0
-        self.passes = 0
-        self.batched = 0
-
-    def prompt_s(self, tokens: int, context: int, first: int, last: int) -> float:
-        """Return the seconds of a pass of a prompt's tokens, of which the last attends to `context` tokens."""
-        pairs = tokens * context - tokens * (tokens - 1) / 2
-        compute = tokens * (self.flops_s[last] - self.flops_s[first])
-        compute -= (tokens - 1) * (self.head_flops_s[last] - self.head_flops_s[first])
-        compute += pairs * (self.attention_s[last] - self.attention_s[first])
-        moved = self.moved_s[last] - self.moved_s[first] + self.kv_s[last] - self.kv_s[first]
-        memory = self.read_s[last] - self.read_s[first] + tokens * moved
-        memory -= (tokens - 1) * (self.head_moved_s[last] - self.head_moved_s[first])
-        return self._with_starts(max(compute, memory), first, last)
-
-    def decode_s(self, contexts: Sequence[tuple[int, int, int]]) -> float:
-        """Return the seconds of a pass of tokens, each with its context, first and last position."""
-        compute = memory = 0.0
-        lowest, highest = contexts[0][1], contexts[0][2]
-        for context, first, last in contexts:
-            compute += self.flops_s[last] - self.flops_s[first]
-            compute += context * (self.attention_s[last] - self.attention_s[first])
-            memory += context * (self.kv_s[last] - self.kv_s[first]) + self.moved_s[last] - self.moved_s[first]
-            if first < lowest:
-                lowest = first
-            if last > highest:
-                highest = last
-        memory += self.read_s[highest] - self.read_s[lowest]
-        return self._with_starts(max(compute, memory), lowest, highest)
-
-    def _with_starts(self, work_s: float, first: int, last: int) -> float:
-        starts = self.starts_s[last] - self.starts_s[first]
-        return work_s + starts if self.on_cpu else max(work_s, starts)
-
-
 class _Run:
     def __init__(
         self, task: ServingTask, plan: ServingPlan, requests: list[Request], warm_up_s: float, in_turn: bool
@@ -164,13 +70,11 @@ class _Run:
         place = {member.peer: index for index, member in enumerate(task.members)}
         self.machine_of = [place[shard.peer] for shard in plan.shards]
         devices = [task.members[machine].device for machine in self.machine_of]
-        self.stations = [
-            _Station(task, device, shard.batch) for shard, device in zip(plan.shards, devices, strict=True)
-        ]
-        self.owner: _Station | None = None
+        self.stations = [Station(task, device, shard.batch) for shard, device in zip(plan.shards, devices, strict=True)]
+        self.owner: Station | None = None
         if plan.private:
             assert task.owner is not None
-            self.owner = _Station(task, task.owner.device, max(1, len(requests)))
+            self.owner = Station(task, task.owner.device, max(1, len(requests)))
         kv_sums = [[0.0, *np.cumsum(task.model.kv_bytes_S).tolist()]] * len(devices)
         self.cache_bytes = []
         for shard, device in zip(plan.shards, devices, strict=True):
@@ -261,10 +165,10 @@ class _Run:
             self.admitted += 1
             for hop in route:
                 self.least_room[hop.machine] = min(self.least_room[hop.machine], self.router.room_bytes[hop.machine])
-            sequence = _Sequence(request, route)
+            sequence = Conversation(request, route)
             for start in range(0, request.prompt_tokens, self.plan.prompt_chunk):
                 tokens = min(self.plan.prompt_chunk, request.prompt_tokens - start)
-                chunk = _Chunk(sequence, tokens, start + tokens)
+                chunk = Chunk(sequence, tokens, start + tokens)
                 if self.owner is None:
                     self._forward_chunk(chunk, 0, _GATEWAY, self.task.front)
                 else:
@@ -272,7 +176,7 @@ class _Run:
             if self.owner is not None:
                 self._work(self.owner, _GATEWAY)
 
-    def _next_round(self, sequences: list[_Sequence]) -> None:
+    def _next_round(self, sequences: list[Conversation]) -> None:
         """Begin a round of sequences at the gateway: they are embedded there, or sent to their first machines."""
         if self.owner is None:
             self._forward(sequences, 0, _GATEWAY, self.task.front)
@@ -280,9 +184,9 @@ class _Run:
             self.owner.tokens.extend((each, -1) for each in sequences)
             self._work(self.owner, _GATEWAY)
 
-    def _forward(self, sequences: list[_Sequence], step: int, source: int, position: int) -> None:
+    def _forward(self, sequences: list[Conversation], step: int, source: int, position: int) -> None:
         """Send tokens that have been worked on up to a position to their `step`-th machines."""
-        by_target: dict[int, list[_Sequence]] = {}
+        by_target: dict[int, list[Conversation]] = {}
         for each in sequences:
             target = each.route[step].machine if step < len(each.route) else _GATEWAY
             by_target.setdefault(target, []).append(each)
@@ -290,7 +194,7 @@ class _Run:
         for target, group in by_target.items():
             self._wire(source, target).send(len(group) * size, (group, step))
 
-    def _forward_chunk(self, chunk: _Chunk, step: int, source: int, position: int) -> None:
+    def _forward_chunk(self, chunk: Chunk, step: int, source: int, position: int) -> None:
         """The same with a part of a prompt; at the end only its last token goes on, to be sampled."""
         size = float(self.task.model.crossing_bytes_P[position])
         route = chunk.sequence.route
@@ -312,14 +216,14 @@ class _Run:
             )
         return found
 
-    def _delivered(self, target: int, what: list[_Sequence] | _Chunk, step: int) -> None:
+    def _delivered(self, target: int, what: list[Conversation] | Chunk, step: int) -> None:
         if target == _GATEWAY and self.owner is None:
             assert isinstance(what, list)
             self._sampled(what)
             return
         station = self.stations[target] if target != _GATEWAY else self.owner
         assert station is not None
-        if isinstance(what, _Chunk):
+        if isinstance(what, Chunk):
             station.prompts.append((what, step))
         else:
             station.tokens.extend((each, step) for each in what)
@@ -327,13 +231,13 @@ class _Run:
 
     # --- passes ---------------------------------------------------------------------------------------------------
 
-    def _work(self, station: _Station, machine: int) -> None:
+    def _work(self, station: Station, machine: int) -> None:
         """Begin a pass if the machine is free, with all that arrives at this very time."""
         if not (station.busy or station.due) and (station.prompts or station.tokens):
             station.due = True
             self.at(self.now_s, lambda: self._begin(station, machine), late=True)
 
-    def _begin(self, station: _Station, machine: int) -> None:
+    def _begin(self, station: Station, machine: int) -> None:
         station.due, station.busy = False, True
         if station.prompts and not (station.tokens and station.prompt_last):
             station.prompt_last = True
@@ -356,7 +260,7 @@ class _Run:
             self.at(self.now_s + seconds, lambda: self._passed(station, machine, group))
         station.busy_s += max(0.0, self.now_s + seconds - max(self.now_s, self.warm_up_s))
 
-    def _span(self, sequence: _Sequence, step: int) -> tuple[int, int]:
+    def _span(self, sequence: Conversation, step: int) -> tuple[int, int]:
         if step < 0:
             return 0, self.task.front
         if step == len(sequence.route):
@@ -364,15 +268,15 @@ class _Run:
         hop = sequence.route[step]
         return hop.first, hop.last
 
-    def _chunk_passed(self, station: _Station, machine: int, chunk: _Chunk, step: int, position: int) -> None:
+    def _chunk_passed(self, station: Station, machine: int, chunk: Chunk, step: int, position: int) -> None:
         station.busy = False
         self._forward_chunk(chunk, step + 1, machine, position)
         self._work(station, machine)
 
-    def _passed(self, station: _Station, machine: int, group: list[tuple[_Sequence, int]]) -> None:
+    def _passed(self, station: Station, machine: int, group: list[tuple[Conversation, int]]) -> None:
         station.busy = False
-        sampled: list[_Sequence] = []
-        onward: dict[tuple[int, int], list[_Sequence]] = {}
+        sampled: list[Conversation] = []
+        onward: dict[tuple[int, int], list[Conversation]] = {}
         for sequence, step in group:
             if machine == _GATEWAY and step == len(sequence.route):
                 sampled.append(sequence)
@@ -384,7 +288,7 @@ class _Run:
             self._sampled(sampled)
         self._work(station, machine)
 
-    def _sampled(self, group: list[_Sequence]) -> None:
+    def _sampled(self, group: list[Conversation]) -> None:
         """Take a token of each sequence, end those that are complete, and begin the next round of the others."""
         going, measured, ended = [], self.now_s >= self.warm_up_s, False
         for sequence in group:
