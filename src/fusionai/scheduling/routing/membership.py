@@ -22,6 +22,8 @@ class Staffing:
     """Machines that are there and hold nothing, in the order in which they came."""
     queued: Mapping[int, float] = field(default_factory=dict)
     """Passes that wait on each machine, on average since the last look."""
+    deaths: int = 0
+    """Of all machines since the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +107,9 @@ class BalancedConfig:
 
     least_gain: float = 0.02
     """Share of a step that another holder must save."""
-    thin_cost: float = 0.05
-    """Share of a step that a second holder may cost: with one only, its death costs the state since a snapshot."""
+    snapshot_steps: int = 5
+    """Steps between snapshots: half of them are lost where the only holder of a stage dies. A second holder may cost
+    what that loses on average, by the deaths seen so far."""
     moving_steps: float = 20.0
     """Steps in which a move must earn the time of its state's transfer."""
 
@@ -156,15 +159,21 @@ class BalancedMembership(Membership):
                 put(min(fit, key=lambda each: (self._ready_s(each, stage, holders), each)), stage)
         while spare and all(holders):
             now_s = step_estimate(job, holders).step_s
+            deaths_per_s = view.deaths / (len(job.peers) * view.now_s) if view.now_s > 0 else 0.0
+            undone_s = self._config.snapshot_steps / 2 * now_s
             best: tuple[float, int, int] | None = None
             for stage in range(job.stages):
                 thin = len(holders[stage]) == 1
-                most_s = now_s * (1 + self._config.thin_cost if thin else 1 - self._config.least_gain)
                 for machine in spare:
                     if not job.possible(stage, machine) or stage in job.pinned:
                         continue
                     tried = [[*each, machine] if place == stage else each for place, each in enumerate(holders)]
                     step_s = step_estimate(job, tried).step_s
+                    most_s = now_s * (1 - self._config.least_gain)
+                    if thin:
+                        # What the death of the only holder costs: what it undoes, and loading its state.
+                        loading_s = job.state_s(holders[stage][0], machine, stage)
+                        most_s = now_s * (1 + min(0.5, deaths_per_s * (undone_s + loading_s)))
                     # A thin stage comes before one that would only be faster.
                     choice = (step_s - (now_s if thin else 0.0), stage, machine)
                     if step_s <= most_s and (best is None or choice < best):

@@ -99,6 +99,13 @@ class Ledger:
         self._added[cell.stage, cell.machine][cell.microbatch] -= 1
         self.done[cell.stage] -= 1
 
+    def forget(self, stage: int) -> None:
+        """Lose all gradients of a stage, summed or not; what is waived stays so."""
+        self.summed[stage] = False
+        self.done[stage] = sum(1 for of_stage, _ in self.waived if of_stage == stage)
+        for key in [key for key in self._added if key[0] == stage]:
+            del self._added[key]
+
     def waive(self, cell: Cell) -> None:
         """Go on without a cell's gradient."""
         self.waived.add((cell.stage, cell.microbatch))

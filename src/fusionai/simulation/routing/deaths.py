@@ -37,21 +37,17 @@ class Deaths:
         state.drop_work(self._events.now_s)
         for cell in lost:
             # What is summed is no longer only here; its tensors are gone all the same (`Engine.gone`).
-            if not engine.ledger.summed[cell.stage] or (cell.redo is not Redo.NO and not cell.backward_done):
+            if not engine.ledger.summed[cell.stage] or not cell.backward_done:
                 self._lose(cell)
 
     def lose_stage(self, stage: int) -> None:
         """Lose all of a stage: it has no holder left, so its sum is gone too."""
         ledger = self._engine.ledger
-        ledger.summed[stage] = False
+        ledger.forget(stage)
         for cell in ledger.cells[stage]:
-            if cell.redo is not Redo.NO and not cell.lost:
-                # Its gradient counted, but is gone now.
-                cell.redo = Redo.NO
-                cell.backward_done = False
-                ledger.done[stage] -= 1
-            if cell.machine >= 0 and not cell.lost:
-                self._lose(cell)
+            cell.redo = Redo.NO
+            if cell.machine >= 0 and not cell.lost and (stage, cell.microbatch) not in ledger.waived:
+                self._mark(cell)
                 self._waited_for(cell)
 
     def known(self, machine: int, generation: int) -> None:
@@ -73,6 +69,9 @@ class Deaths:
             if (cell.stage, cell.microbatch) in self._engine.ledger.waived:
                 return
             self._engine.ledger.uncount(cell)
+        self._mark(cell)
+
+    def _mark(self, cell: Cell) -> None:
         cell.lost = True
         cell.epoch += 1
         self.lost_cells += 1

@@ -21,14 +21,14 @@ class RecoveryRules:
     the neighbours keep, or the whole microbatch."""
     counted: Literal["stage", "microbatch", "forgotten"]
     """The same for gradients that a dead machine had added up; "forgotten": nothing, the step has fewer of them."""
-    roll_back: bool
-    """When all holders of a stage are dead: everybody returns to the last snapshot. Otherwise only that stage computes
-    the steps since then again."""
+    roll_back: Literal["always", "if faster"]
+    """When all holders of a stage are dead: everybody returns to the last snapshot, or only the machine that takes the
+    stage over computes the steps since then again, from tensors that the neighbours keep, where that is faster."""
     detection_s: float = 1.0
-    expiry_s: float = 30.0
+    expiry_s: float = 10.0
     """After a death, when its announcement has expired: it is no longer chosen, its gradients are missed, and what
     nobody has waited for is given up."""
-    snapshot_steps: int = 10
+    snapshot_steps: int = 5
 
     def __post_init__(self) -> None:
         for name in ("detection_s", "expiry_s"):
@@ -43,11 +43,11 @@ class RecoveryRules:
         return self.detection_s if self.noticed_by == "reset" else self.expiry_s
 
 
-FUSION = RecoveryRules(noticed_by="reset", held="stage", counted="stage", roll_back=False)
+FUSION = RecoveryRules(noticed_by="reset", held="stage", counted="stage", roll_back="if faster")
 """FusionAI's way (docs/routing.md)."""
 
-SWARM = RecoveryRules(noticed_by="timeout", held="stage", counted="microbatch", roll_back=True)
+SWARM = RecoveryRules(noticed_by="timeout", held="stage", counted="microbatch", roll_back="always")
 """As SWARM: a lost stage is computed by another holder; added gradients of a dead machine need other microbatches."""
 
-AGORA = RecoveryRules(noticed_by="timeout", held="microbatch", counted="microbatch", roll_back=True)
+AGORA = RecoveryRules(noticed_by="timeout", held="microbatch", counted="microbatch", roll_back="always")
 """As Agora: a backward has one attempt, then the microbatch is dropped and done again."""

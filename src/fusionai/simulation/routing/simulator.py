@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -102,6 +103,7 @@ class _RoutedRun:
         self._engine.on_counted = self._deaths.on_waived = self._sums.check
         self._sums.on_committed = self._committed
         self._staff.steps_since_snapshot = lambda: self._steps % scenario.rules.snapshot_steps
+        self._staff.usual_step_s = lambda: statistics.median(self._step_s) if self._step_s else 0.0
         self._staff.on_roll_back = self._roll_back
         self._steps = self._rolled_back = self._dead = self._waived = 0
         self._ended = ""

@@ -28,7 +28,11 @@ class Staff:
         self._came = [each.number for each in engine.machines]
         self._empty: set[int] = set()
         """Stages whose state nobody has but in a snapshot."""
+        self._replaying: set[int] = set()
+        """Machines that compute a stage's steps since the snapshot again after loading it."""
+        self._deaths_seen = 0
         self.steps_since_snapshot: Callable[[], int] = lambda: 0
+        self.usual_step_s: Callable[[], float] = lambda: 0.0
         self.on_roll_back: Callable[[], None] = lambda: None
         self.joined = 0
         self.moved = 0
@@ -45,6 +49,7 @@ class Staff:
         """Take a death."""
         state = self._engine.machines[machine]
         state.alive = False
+        self._deaths_seen += 1
         self._came.remove(machine)
         self._loading.pop(machine, None)
         stages = self._vacate(state)
@@ -95,7 +100,7 @@ class Staff:
         taken = {machine for each in holders for machine in each} | {engine.job.driver}
         spare = tuple(each for each in self._came if each not in taken)
         queued = {each.number: each.take_waiting(now_s) for each in engine.machines if each.seats}
-        return Staffing(now_s, tuple(tuple(each) for each in holders), spare, queued)
+        return Staffing(now_s, tuple(tuple(each) for each in holders), spare, queued, self._deaths_seen)
 
     def _vacate(self, state: Machine) -> list[int]:
         """Take a machine's seats and all it had; return the seats."""
@@ -138,12 +143,19 @@ class Staff:
         others = holders or [each.number for each in engine.machines if each.alive and each.number != machine]
         source = min(others, key=lambda each: (job.state_s(each, machine, stage), each), default=machine)
         seconds = job.state_s(source, machine, stage)
-        if not holders and not self._rules.roll_back:
-            again = self.steps_since_snapshot() * job.microbatches * job.pass_s(stage, machine)
-            engine.recomputed_s += again
-            seconds += again
+        replay = not holders and self._rules.roll_back == "if faster"
+        if replay:
+            again_s = self.steps_since_snapshot() * job.microbatches * job.pass_s(stage, machine)
+            replay = again_s <= self.steps_since_snapshot() * self.usual_step_s()
+            if replay:
+                engine.recomputed_s += again_s
+                seconds += again_s
         self._loadings += 1
         self._loading[machine] = stage, self._loadings
+        if replay:
+            self._replaying.add(machine)
+        else:
+            self._replaying.discard(machine)
         generation = engine.machines[source].generation
         ends_s = self._events.now_s + seconds
         self._events.at(ends_s, partial(self._loaded, machine, self._loadings, source, generation))
@@ -158,7 +170,7 @@ class Staff:
             return
         self.joined += 1
         self.seat(machine, stage)
-        back = stage in self._empty and self._rules.roll_back
+        back = stage in self._empty and machine not in self._replaying
         self._empty.discard(stage)
         if back:
             self.on_roll_back()
