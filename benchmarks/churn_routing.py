@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from planners import MEGABIT, clustered_links, gpus, task_of
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fusionai.graph.capture import capture_transformers
@@ -46,6 +45,7 @@ from fusionai.simulation.links import Links
 from fusionai.simulation.routing.report import RoutingReport
 from fusionai.simulation.routing.rules import AGORA, FUSION, SWARM, RecoveryRules
 from fusionai.simulation.routing.simulator import RoutingScenario, links_of_job, simulate_routing
+from planners import MEGABIT, clustered_links, gpus, task_of
 
 MICROBATCHES = 256
 MEAN_DOWN_S = 120.0
@@ -53,7 +53,7 @@ RATES: dict[str, float | None] = {"none": None, "1 h": 3600.0, "20 min": 1200.0,
 """Mean time that a machine stays, by name; without churn first."""
 FEW = ("none", "1 h")
 """Rates at which only the main variants run."""
-MOST_TIMES = 10.0
+MOST_TIMES = 6.0
 """A run that takes longer than so many times FusionAI's without churn is given up, and counts as that long."""
 
 
@@ -110,9 +110,7 @@ def links_of(job: RoutedJob, model: LinkModel) -> Links:
     return Links(links.link, up, {peer: 10 * rate for peer, rate in up.items()})
 
 
-def run(
-    job: RoutedJob, holders: Any, variant: Variant, links: Links, scenario: RoutingScenario
-) -> RoutingReport:
+def run(job: RoutedJob, holders: Any, variant: Variant, links: Links, scenario: RoutingScenario) -> RoutingReport:
     """Simulate one variant."""
     return simulate_routing(
         job,
@@ -154,7 +152,11 @@ def one_pool(graph: OpDag, sizes: dict[str, int], seed: int, steps: int) -> dict
         made = {name: partial(run, job, holders, each, links, scenario) for name, each in VARIANTS.items()}
         made["own_plan"] = partial(run, own_job, own_holders, VARIANTS["ema_heap"], links_of(own_job, model), scenario)
         if rate in FEW:
-            made = {name: made[name] for name in ("fusionai", "ema_heap", "agora", "own_plan") if rate != "none" or name != "agora"}
+            made = {
+                name: made[name]
+                for name in ("fusionai", "ema_heap", "agora", "own_plan")
+                if rate != "none" or name != "agora"
+            }
         for name, simulate in made.items():
             report = simulate()
             if rate == "none" and name == "fusionai":
@@ -187,9 +189,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for name in rows[0]["rates"][rate]:
             if name == "fusionai":
                 continue
-            less = [
-                1 - row["rates"][rate]["fusionai"]["seconds"] / row["rates"][rate][name]["seconds"] for row in rows
-            ]
+            less = [1 - row["rates"][rate]["fusionai"]["seconds"] / row["rates"][rate][name]["seconds"] for row in rows]
             found[rate][name] = {
                 "worst": min(less),
                 "median": statistics.median(less),

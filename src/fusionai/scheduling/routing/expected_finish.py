@@ -72,7 +72,9 @@ class ExpectedFinish(RoutePolicy):
             there, back = self._known_hops(onward) if onward > stage + 1 else self._between(before, members, onward)
             waiting = self._link_free_s[before[:, None], members[None]]
             through = np.maximum(reached[:, :, None], waiting[None]) + (there + back)[None]
-            reached = np.maximum(through.min(axis=1), free_s[onward, members][None]) + self._both_s[onward, members][None]
+            reached = (
+                np.maximum(through.min(axis=1), free_s[onward, members][None]) + self._both_s[onward, members][None]
+            )
             before = members
         finish = reached.min(axis=1)
         return int(first[int(np.lexsort((done, finish))[0])])

@@ -1,8 +1,8 @@
 """How long a step takes when some machines hold some stages, in a closed formula: quick, to compare many.
 
-Microbatches are taken as a fluid: a stage's holders work them off together, in proportion to their speeds, and the
-links between two stages carry together what all pairs of their holders carry. The slowest stage or boundary gives the
-period between microbatches; a stage that can hold few at once gives a longer one where the way from it and back is long.
+Microbatches are taken as a fluid: a stage's holders work them off together, each as fast as it computes or as its links
+to the holders of the neighbour stages carry them. The slowest stage gives the period between microbatches. A stage
+that can hold few at once gives a longer one where the way there and back is long.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class StepEstimate:
     """Of reporting and updating."""
     microbatches: int
     limit: str
-    """What gives the period: "stage 3", "links into stage 3", "memory of stage 3"."""
+    """What gives the period: "stage 3", "links of stage 3", "memory of stage 3"."""
 
     @property
     def step_s(self) -> float:
@@ -44,10 +44,8 @@ def step_estimate(job: RoutedJob, holders: Sequence[Sequence[int]]) -> StepEstim
         return StepEstimate(math.inf, math.inf, 0.0, 0.0, job.microbatches, "a stage without a holder")
     arrays = [np.asarray(each, dtype=np.int64) for each in holders]
     both = [job.forward_s[stage, each] + job.backward_s[stage, each] for stage, each in enumerate(arrays)]
-    rates = [float((1 / each).sum()) for each in both]
-    stage, period_s = max(enumerate(1 / rate for rate in rates), key=lambda item: item[1])
-    limit = f"stage {stage}"
-    # From the last stage back: the fastest way from each holder to the end and home.
+    # Of each holder, the seconds of a microbatch on its busiest part: computing, or its links to a neighbour stage.
+    busiest = [each.copy() for each in both]
     onward = both[-1]
     trips = [float(onward.min())]
     for target in reversed(range(1, job.stages)):
@@ -56,14 +54,22 @@ def step_estimate(job: RoutedJob, holders: Sequence[Sequence[int]]) -> StepEstim
         size, gradient = job.forward_bytes[target], job.gradient_bytes[target]
         if (size or gradient) and not (out > 0).any():
             return StepEstimate(math.inf, math.inf, 0.0, 0.0, job.microbatches, f"no link into stage {target}")
-        busy_s = max(size / float(out.sum()), gradient / float(home.sum()))
-        if busy_s > period_s:
-            period_s, limit = busy_s, f"links into stage {target}"
+        for stage, axis in ((target - 1, 1), (target, 0)):
+            with np.errstate(divide="ignore"):
+                links_s = np.maximum(size / out.sum(axis=axis), gradient / home.sum(axis=axis))
+            busiest[stage] = np.maximum(busiest[stage], links_s)
         with np.errstate(divide="ignore", invalid="ignore"):
             hop = np.where(out > 0, size / out + gradient / home, np.inf)
         hop = np.nan_to_num(hop, nan=0.0, posinf=np.inf) + job.delay_s[one, other] + job.delay_s[other, one]
+        # From the last stage back: the fastest way from each holder to the end and home.
         onward = both[target - 1] + (hop + onward[None]).min(axis=1)
         trips.append(float(onward.min()))
+    period_s, limit = 0.0, ""
+    for stage, (each, computing) in enumerate(zip(busiest, both, strict=True)):
+        stage_s = 1 / float((1 / each).sum())
+        if stage_s > period_s:
+            period_s = stage_s
+            limit = f"links of stage {stage}" if (each > computing).any() else f"stage {stage}"
     for stage, trip_s in enumerate(reversed(trips)):
         room = int(job.in_flight[stage, arrays[stage]].sum())
         if trip_s > period_s * room:

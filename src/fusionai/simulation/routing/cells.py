@@ -1,7 +1,7 @@
 """The ledger of a step: which machine has which microbatch at which stage, and whose gradients count.
 
-A cell is one microbatch at one stage. Gradients are kept twice: as flags of cells, which the run decides by, and as what
-each machine has added up, which is compared with the flags before a sum (`Ledger.check`).
+A cell is one microbatch at one stage. Gradients are kept twice: as flags of cells, which the run decides by, and as
+what each machine has added up, which is compared with the flags before a sum (`Ledger.check`).
 """
 
 from __future__ import annotations

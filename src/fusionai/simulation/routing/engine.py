@@ -32,6 +32,8 @@ class Engine:
         """By stage: machines that senders may choose, and their generation when they announced themselves."""
         self.ledger = Ledger(job.stages, job.microbatches)
         self.recomputed_s = 0.0
+        self.on_pass: Callable[[Machine, Cell, bool], None] | None = None
+        """Called when a pass has ended, where somebody wants to know."""
         self.on_counted: Callable[[int], None] = lambda stage: None
         """Called when a stage's gradient of one more microbatch counts."""
         self.on_sent_to_gone: Callable[[Cell], None] = lambda cell: None
@@ -281,6 +283,8 @@ class Engine:
         if machine.generation != generation:
             return
         machine.running = False
+        if self.on_pass is not None:
+            self.on_pass(machine, cell, backward)
         machine.busy_s += self.events.now_s - machine.running_since_s
         self._wake(machine)
         if cell.epoch != epoch:

@@ -5,6 +5,19 @@ from __future__ import annotations
 import msgspec
 
 
+class RoutedPass(msgspec.Struct, frozen=True):
+    """One pass that ran to its end; seconds of the run."""
+
+    step: int
+    """Steps committed before; the same again after a return to a snapshot."""
+    stage: int
+    peer: str
+    backward: bool
+    microbatch: int
+    start_s: float
+    end_s: float
+
+
 class RoutingReport(msgspec.Struct, frozen=True, kw_only=True):
     """Of one run."""
 
@@ -34,3 +47,5 @@ class RoutingReport(msgspec.Struct, frozen=True, kw_only=True):
     """By machine: computing."""
     sent_bytes: float
     """Boundary tensors; sums and states apart."""
+    passes: tuple[RoutedPass, ...] = ()
+    """Of the first steps, as many as the scenario asks for, in the order of their ends."""

@@ -1,4 +1,4 @@
-"""The entry of the routing simulator: a job, who holds what, and three policies in, a report out. Pure; chance by seed."""
+"""The routing simulator's entry: a job, who holds what, policies and rules in, a report out. Pure; chance by seed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from fusionai.scheduling.routing.policy import RoutePolicy
 from fusionai.simulation.availability import Churn, Outage, Scripted
 from fusionai.simulation.channels import Channels
 from fusionai.simulation.links import Links
+from fusionai.simulation.routing.cells import Cell
 from fusionai.simulation.routing.deaths import Deaths
 from fusionai.simulation.routing.engine import Engine
 from fusionai.simulation.routing.events import Events
-from fusionai.simulation.routing.report import RoutingReport
+from fusionai.simulation.routing.machines import Machine
+from fusionai.simulation.routing.report import RoutedPass, RoutingReport
 from fusionai.simulation.routing.rules import FUSION, RecoveryRules
 from fusionai.simulation.routing.staff import Staff
 from fusionai.simulation.routing.sums import Sums
@@ -36,6 +38,8 @@ class RoutingScenario:
     rules: RecoveryRules = FUSION
     longest_s: float = 30 * 86400.0
     """Simulated time after which a job is given up."""
+    record_steps: int = 0
+    """Steps whose passes are in the report, from the first on."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -107,6 +111,8 @@ class _RoutedRun:
         self._staff.on_roll_back = self._roll_back
         self._steps = self._rolled_back = self._dead = self._waived = 0
         self._ended = ""
+        self._passes: list[RoutedPass] = []
+        self._engine.on_pass = self._record if scenario.record_steps else None
         self._began_s = 0.0
         self._step_s: list[float] = []
         self._passes_s: list[float] = []
@@ -141,12 +147,20 @@ class _RoutedRun:
             waived=self._waived,
             busy_s={each.peer: each.busy_s for each in engine.machines if each.busy_s},
             sent_bytes=sum(each.sent_bytes for each in self._channels.take_traffic().values()),
+            passes=tuple(self._passes),
         )
 
     def _begin(self) -> None:
         self._began_s = self._events.now_s
         self._sums.begin_step()
         self._engine.begin_step()
+
+    def _record(self, machine: Machine, cell: Cell, backward: bool) -> None:
+        if self._steps < self._scenario.record_steps:
+            start_s, end_s = machine.running_since_s, self._events.now_s
+            self._passes.append(
+                RoutedPass(self._steps, cell.stage, machine.peer, backward, cell.microbatch, start_s, end_s)
+            )
 
     def _committed(self) -> None:
         now_s = self._events.now_s

@@ -22,8 +22,10 @@ class Staff:
     ) -> None:
         self._engine, self._events, self._deaths, self._sums = engine, events, deaths, sums
         self._membership, self._rules = membership, rules
-        self._loading: dict[int, tuple[int, int]] = {}
-        """Machines that load a stage's state: the stage, and the number of the loading."""
+        self._loading: dict[int, tuple[int, int, int | None]] = {}
+        """Machines that load a stage's state: the stage, the number of the loading, and whom they are to replace."""
+        self._ready: dict[int, tuple[int, int]] = {}
+        """Machines that have loaded a stage's state and replace a holder of it when the step is over."""
         self._loadings = 0
         self._came = [each.number for each in engine.machines]
         self._empty: set[int] = set()
@@ -52,6 +54,7 @@ class Staff:
         self._deaths_seen += 1
         self._came.remove(machine)
         self._loading.pop(machine, None)
+        self._ready.pop(machine, None)
         stages = self._vacate(state)
         self._deaths.wait_for_lost(machine)
         known_s = self._events.now_s + self._rules.known_after_s
@@ -67,16 +70,26 @@ class Staff:
 
     def changed(self) -> None:
         """Let the membership place who is spare."""
+        for machine, (stage, replaced) in list(self._ready.items()):
+            if stage not in self._engine.machines[replaced].seats:
+                del self._ready[machine]  # whom it was to replace is gone before
+                self._take_seat(machine, stage)
         for placement in self._membership.placements(self._view()):
             self._leave(placement.machine)
             self._load(placement)
 
     def between_steps(self) -> None:
         """Let the membership move holders."""
-        for placement in self._membership.moves(self._view()):
-            self._leave(placement.machine)
-            self._load(placement)
+        for machine, (stage, replaced) in list(self._ready.items()):
+            del self._ready[machine]
+            self._take_seat(machine, stage)
+            self._leave(replaced)
             self.moved += 1
+        for placement in self._membership.moves(self._view()):
+            if placement.replaces is None:
+                self._leave(placement.machine)
+                self.moved += 1
+            self._load(placement)
         self.changed()
 
     @property
@@ -95,9 +108,15 @@ class Staff:
         engine = self._engine
         now_s = self._events.now_s
         holders = [sorted(each) for each in engine.announced]
-        for machine, (stage, _) in self._loading.items():
+        coming = [(machine, stage, replaced) for machine, (stage, _, replaced) in self._loading.items()]
+        coming += [(machine, stage, replaced) for machine, (stage, replaced) in self._ready.items()]
+        leaving = []
+        for machine, stage, replaced in coming:
             holders[stage].append(machine)
-        taken = {machine for each in holders for machine in each} | {engine.job.driver}
+            if replaced in holders[stage]:
+                holders[stage].remove(replaced)
+                leaving.append(replaced)
+        taken = {machine for each in holders for machine in each} | {engine.job.driver, *leaving}
         spare = tuple(each for each in self._came if each not in taken)
         queued = {each.number: each.take_waiting(now_s) for each in engine.machines if each.seats}
         return Staffing(now_s, tuple(tuple(each) for each in holders), spare, queued, self._deaths_seen)
@@ -139,6 +158,8 @@ class Staff:
         """
         engine, job = self._engine, self._engine.job
         machine, stage = placement.machine, placement.stage
+        if stage is None:
+            return
         holders = self._holders(stage)
         others = holders or [each.number for each in engine.machines if each.alive and each.number != machine]
         source = min(others, key=lambda each: (job.state_s(each, machine, stage), each), default=machine)
@@ -151,7 +172,7 @@ class Staff:
                 engine.recomputed_s += again_s
                 seconds += again_s
         self._loadings += 1
-        self._loading[machine] = stage, self._loadings
+        self._loading[machine] = stage, self._loadings, placement.replaces
         if replay:
             self._replaying.add(machine)
         else:
@@ -161,7 +182,7 @@ class Staff:
         self._events.at(ends_s, partial(self._loaded, machine, self._loadings, source, generation))
 
     def _loaded(self, machine: int, number: int, source: int, generation: int) -> None:
-        stage, current = self._loading.get(machine, (-1, -1))
+        stage, current, replaced = self._loading.get(machine, (-1, -1, None))
         if current != number:
             return
         del self._loading[machine]
@@ -169,6 +190,12 @@ class Staff:
             self.changed()  # the source died or left meanwhile
             return
         self.joined += 1
+        if replaced is not None and stage in self._engine.machines[replaced].seats:
+            self._ready[machine] = stage, replaced
+            return
+        self._take_seat(machine, stage)
+
+    def _take_seat(self, machine: int, stage: int) -> None:
         self.seat(machine, stage)
         back = stage in self._empty and machine not in self._replaying
         self._empty.discard(stage)
