@@ -64,7 +64,7 @@ def test_two_equal_holders_halve_a_single_stage(make: type[EmaHeap] | None) -> N
 
 def test_holders_share_by_speed() -> None:
     # One takes 3 s a microbatch, the other 1 s: of 8 they get 2 and 6.
-    job = routed(2, 1, microbatches=8, speeds=[1.0, 3.0], in_flight=1)
+    job = routed(2, 1, microbatches=8, speeds=[1.0, 3.0], in_flight=4)
     assert run(job, [[0, 1]]).elapsed_s == pytest.approx(6.0)
 
 
@@ -75,8 +75,12 @@ def in_order(case: tuple[list[StageTimes], list[Edge], int]) -> bool:
 
 
 def test_one_holder_each_takes_what_the_simulator_says() -> None:
-    """Exactly, where machines run their passes in the same order; a fixed 1F1B turn may wait for what is not there."""
-    same = compared = 0
+    """Exactly, where machines run their passes in the same order, and about as long where they do not.
+
+    A fixed 1F1B turn waits for its tensor, and runs a forward although a backward is ready; here machines do what is
+    ready, backwards first. Either may be ahead.
+    """
+    same = compared = equal = 0
     for seed in range(300):
         stages, edges, microbatches, workload, links = random_case(seed)
         if not in_order((stages, edges, microbatches)):
@@ -85,6 +89,8 @@ def test_one_holder_each_takes_what_the_simulator_says() -> None:
         job = one_each(stages, edges, microbatches)
         report = run(job, [[each] for each in range(len(stages))], record_steps=1)
         compared += 1
+        equal += report.passes_s[0] == pytest.approx(expected, rel=1e-12)
+        assert report.passes_s[0] < 1.25 * expected
         theirs = simulate_workload(workload, links, Scenario(timeline_steps=1))
         place = {each.machine: f"m{number}" for number, each in enumerate(stages)}
         order = [(place[each.peer], each.direction == "backward", each.microbatch) for each in theirs.timeline]
@@ -92,10 +98,14 @@ def test_one_holder_each_takes_what_the_simulator_says() -> None:
         if all([e for e in order if e[0] == m] == [e for e in ours if e[0] == m] for m in place.values()):
             same += 1
             assert report.passes_s[0] == pytest.approx(expected, rel=1e-12)
-            starts = sorted((place[each.peer], each.start_s) for each in theirs.timeline)
-            assert sorted((each.peer, each.start_s) for each in report.passes) == pytest.approx(starts)
+            starts = {
+                (place[each.peer], each.direction == "backward", each.microbatch): each for each in theirs.timeline
+            }
+            for each in report.passes:
+                assert each.start_s == pytest.approx(starts[each.peer, each.backward, each.microbatch].start_s)
     assert compared > 100
-    assert same > compared / 2
+    assert same > 40
+    assert equal > compared / 2
 
 
 def test_sums_take_a_ring_all_reduce() -> None:
@@ -170,11 +180,15 @@ def test_a_spare_takes_over_with_state_from_a_holder() -> None:
 
 
 def test_a_stage_that_everybody_left_comes_from_a_snapshot() -> None:
-    job = routed(3, 2, microbatches=2, state_bytes=4.0)
+    # A second holder would cost a sum of 50 s, so machine 2 waits in the pool. A step takes 9 s.
+    job = routed(3, 2, microbatches=2, state_bytes=4.0, weight_bytes=50.0)
     report = run(job, [[0], [1]], churn=died(("m1", 20.0)), steps=5)
     assert report.finished
-    assert report.joined == 1
-    assert report.rolled_back == 0 or report.steps == 5
+    assert (report.joined, report.rolled_back) == (1, 0)
+    # Known at 21 s; 4 s for the state and two steps of two microbatches at 3 s, then the present step's passes: the
+    # last stage's first forward had been at 19 s, so its 6 s come again before the other's last backward.
+    assert report.step_s[2] == pytest.approx(21.0 + 4.0 + 12.0 + 6.0 + 2.0 - 18.0)
+    assert report.step_s[4] == pytest.approx(9.0)
     back = run(job, [[0], [1]], churn=died(("m1", 20.0)), steps=5, rules=replace(FUSION, roll_back="always"))
     assert back.finished
     assert back.rolled_back == 2
@@ -209,13 +223,12 @@ def test_deaths_at_awkward_moments(at_s: float) -> None:
 
 
 def test_a_dead_holder_is_found_out_by_waiting() -> None:
-    job = routed(2, 1, microbatches=4, in_flight=4)
+    job = routed(2, 1, microbatches=2, in_flight=4)
     quick = run(job, [[0, 1]], policy=EmaHeap(), churn=died(("m1", 0.5)))
     slow = run(job, [[0, 1]], policy=EmaHeap(), churn=died(("m1", 0.5)), rules=SWARM)
-    assert slow.elapsed_s > quick.elapsed_s
-    # Four microbatches by one machine, the two lost ones not before 5 s (the least wait).
-    assert slow.elapsed_s == pytest.approx(6.0 + 2 * 3.0)
-    assert quick.elapsed_s == pytest.approx(12.0)
+    # The lost microbatch follows the other on machine 0; by waiting, it is given up after 5 s only.
+    assert quick.elapsed_s == pytest.approx(6.0)
+    assert slow.elapsed_s == pytest.approx(5.0 + 3.0)
 
 
 def test_the_same_seed_gives_the_same_report() -> None:

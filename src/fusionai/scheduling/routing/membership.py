@@ -182,9 +182,14 @@ class BalancedMembership(Membership):
         for stage in range(self._job.stages):
             for machine in spare:
                 if self._job.possible(stage, machine) and stage not in self._job.pinned:
-                    yield machine, stage, [
-                        sorted([*each, machine]) if place == stage else list(each) for place, each in enumerate(holders)
-                    ]
+                    yield (
+                        machine,
+                        stage,
+                        [
+                            sorted([*each, machine]) if place == stage else list(each)
+                            for place, each in enumerate(holders)
+                        ],
+                    )
 
     def _faster(self, holders: Sequence[Sequence[int]], spare: Sequence[int]) -> tuple[int, int] | None:
         """Return the spare machine and the stage that shorten the step most."""
@@ -193,9 +198,7 @@ class BalancedMembership(Membership):
         step_s, machine, stage = min(found, default=(math.inf, -1, -1))
         return (machine, stage) if step_s <= most_s else None
 
-    def _safer(
-        self, holders: Sequence[Sequence[int]], spare: Sequence[int], view: Staffing
-    ) -> tuple[int, int] | None:
+    def _safer(self, holders: Sequence[Sequence[int]], spare: Sequence[int], view: Staffing) -> tuple[int, int] | None:
         """Return a second holder for a stage that has one, if it costs less than the only one's death on average."""
         job = self._job
         now_s = step_estimate(job, holders).step_s

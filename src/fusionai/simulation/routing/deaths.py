@@ -130,4 +130,5 @@ class Deaths:
         else:
             cell.lost = False
             engine.ledger.waive(cell)
+            engine.serve_neighbours(cell)
             self.on_waived(stage)

@@ -97,6 +97,13 @@ class Engine:
         else:
             self._route(cell, before.machine)
 
+    def serve_neighbours(self, cell: Cell) -> None:
+        """Let the neighbours of a cell have its tensors, computed again, if they lack them."""
+        if cell.stage:
+            self._pull_gradient(self.ledger.cells[cell.stage - 1][cell.microbatch])
+        if cell.stage + 1 < self.job.stages:
+            self._pull_input(self.ledger.cells[cell.stage + 1][cell.microbatch])
+
     def restart(self, microbatch: int) -> None:
         """Drop a microbatch at all stages and begin with it anew."""
         self._open.discard(microbatch)
