@@ -8,53 +8,17 @@ import random
 import statistics
 
 import pytest
-from decoder_graph import GB, SIZES, decoder, member
+from decoder_graph import GB, decoder, member
+from replicated_tasks import task
 
 from fusionai.errors import PlacementError
-from fusionai.graph.model import OpDag
-from fusionai.graph.privacy import arrange_private
-from fusionai.scheduling.links import PoolLinks
-from fusionai.scheduling.profile import LinkProfile, Member, Pool
+from fusionai.scheduling.profile import LinkProfile
 from fusionai.scheduling.replication.equal_stages import equal_stages
 from fusionai.scheduling.replication.job_of_cuts import job_of_cuts
 from fusionai.scheduling.replication.planner import best_stages, plan_replicated
 from fusionai.scheduling.routing.step_estimate import step_estimate
 from fusionai.scheduling.swarm.planner import plan
-from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.scheduling.swarm.work import make_work
-
-
-def task(
-    members: list[Member],
-    graph: OpDag,
-    *,
-    microbatches: int = 16,
-    bytes_per_s: float = 1e9,
-    links: dict[str, LinkProfile] | None = None,
-    private: bool = False,
-) -> SwarmTask:
-    owner = member("owner") if private else None
-    everyone = [*members, *([owner] if owner else [])]
-    alike = {
-        f"{one.peer}>{other.peer}": LinkProfile(1e-3, bytes_per_s) for one, other in itertools.permutations(everyone, 2)
-    }
-    front, back = 0, len(graph.nodes)
-    if private:
-        graph, front, back = arrange_private(graph)
-    return SwarmTask(
-        graph=graph,
-        graph_hash="hash",
-        sizes=SIZES,
-        microbatches=microbatches,
-        optimizer_states=2,
-        precision="fp32",
-        members=tuple(members),
-        owner=owner,
-        links=PoolLinks(Pool(tuple(everyone), links or alike), [each.peer for each in everyone]),
-        privacy="private" if private else "open",
-        front=front,
-        back=back,
-    )
 
 
 @pytest.mark.parametrize("private", [False, True])

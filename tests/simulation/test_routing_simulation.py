@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
+from decoder_graph import GB, decoder, member
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from replicated_tasks import task
 from routed_jobs import one_each, routed
 from workloads import random_case
 
 from fusionai.errors import ConfigError
 from fusionai.scheduling.pipeline import Edge, StageTimes, pipeline_times
+from fusionai.scheduling.replication.planner import best_stages
 from fusionai.scheduling.routing.ema_heap import EmaHeap
 from fusionai.scheduling.routing.expected_finish import ExpectedFinish
 from fusionai.scheduling.routing.job import RoutedJob, SharedWeights
 from fusionai.scheduling.routing.membership import BalancedMembership, Membership, SwarmMembership
 from fusionai.scheduling.routing.policy import RoutePolicy
+from fusionai.scheduling.routing.step_estimate import step_estimate
+from fusionai.scheduling.swarm.work import make_work
 from fusionai.simulation.availability import Churn, Outage, Poisson, Scripted
 from fusionai.simulation.links import Links
 from fusionai.simulation.routing.report import RoutingReport
@@ -307,6 +313,35 @@ def test_whoever_dies_every_microbatch_counts_once(
         assert {key[1:] for key in first_end if key[0] == 0} == {
             (stage, backward, each) for stage in range(3) for backward in (False, True) for each in range(4)
         }
+
+
+def test_a_planned_step_takes_about_what_was_estimated() -> None:
+    for seed in range(5):
+        draw = random.Random(seed)
+        members = [member(f"m{each}", gflops=draw.uniform(5, 30), memory_bytes=GB) for each in range(8)]
+        work = make_work(task(members, decoder(5), microbatches=48, bytes_per_s=10 ** draw.uniform(7.5, 9.5)))
+        _, holders, job = best_stages(work)
+        report = run(job, [list(each) for each in holders], steps=2)
+        assert 0.7 < step_estimate(job, holders).step_s / report.step_s[0] < 1.1
+
+
+@pytest.mark.parametrize("swarm", [False, True])
+def test_the_owners_stages_stay_with_the_owner(swarm: bool) -> None:
+    members = [member(f"m{each}", gflops=5.0) for each in range(6)]
+    work = make_work(task(members, decoder(4), microbatches=32, private=True))
+    _, holders, job = best_stages(work)
+    churn = Poisson(seed=3, mean_up_s=40.0, mean_down_s=2.0, steady=frozenset({"p-owner"}))
+    report = run(
+        job,
+        [list(each) for each in holders],
+        membership=SwarmMembership(job, sum(map(len, holders))) if swarm else None,
+        churn=churn,
+        steps=20,
+        record_steps=20,
+    )
+    assert report.finished
+    assert {each.peer for each in report.passes if each.stage in (0, job.stages - 1)} == {"p-owner"}
+    assert "p-owner" not in {each.peer for each in report.passes if 0 < each.stage < job.stages - 1}
 
 
 def test_holders_are_checked() -> None:

@@ -1,9 +1,9 @@
 """Plans of replicated stages: each stage on one machine or several, and every microbatch routed stage by stage.
 
-A `SwarmPlan` gives each machine a place in one pipeline. Here machines belong to a stage, and which of a stage's holders
-takes a microbatch is decided when it gets there (`fusionai.scheduling.routing`). At the end of a step the gradients of
-every weight are summed among its holders, so a step gives what a single pipeline would give. With one holder for each
-stage, it is a `Plan`.
+A `SwarmPlan` gives each machine a place in one pipeline. Here machines belong to a stage, and which of a stage's
+holders takes a microbatch is decided when it gets there (`fusionai.scheduling.routing`). At the end of a step the
+gradients of every weight are summed among its holders, so a step gives what a single pipeline would give. With one
+holder for each stage, it is a `Plan`.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ class _Programme:
         if rate <= 0:
             return np.full_like(self._weights_PP, np.inf)
         rounds = 2 * (holders - 1)
-        return rounds * (self._weights_PP / holders / rate + float(self._delay[one, other].max()))
+        return np.asarray(rounds * (self._weights_PP / holders / rate + float(self._delay[one, other].max())))
 
     def _crossing_s(self, place: int, window: int) -> Floats:
         """Return, by position, the seconds of a step's tensors between the machines before and from `place` on."""
@@ -147,4 +147,4 @@ class _Programme:
         out, home = float(self._link[before, after].sum()), float(self._link[after, before].sum())
         if out <= 0 or home <= 0:
             return np.full(len(self._positions), np.inf)
-        return self._microbatches * np.maximum(self._bytes_P[0] / out, self._bytes_P[1] / home)
+        return np.asarray(self._microbatches * np.maximum(self._bytes_P[0] / out, self._bytes_P[1] / home))

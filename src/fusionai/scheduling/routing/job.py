@@ -87,7 +87,7 @@ class RoutedJob:
 
     def state_s(self, source: int, target: int, stage: int) -> float:
         """Return the seconds in which a stage's state gets from one machine to another, the link to itself."""
-        if source == target or source == DRIVER:
+        if source in (target, DRIVER):
             return 0.0
         rate = float(self.bandwidth[source, target])
         return self.state_bytes[stage] / rate + float(self.delay_s[source, target]) if rate > 0 else math.inf
