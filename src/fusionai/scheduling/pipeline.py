@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-_MOST_EXECUTED = 512
-"""Microbatches of a round that is executed to the end: a strange job may name many, and a planner tries many plans."""
+_LEAST_EXECUTED = 128
+_EXECUTED_PER_STAGE = 4
+"""Microbatches of a round that is executed to the end, at least, and for each stage or microbatch in flight, whichever are
+more: after so many the pipeline runs evenly. A job may name many more, and a planner tries many plans."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +162,13 @@ def pipeline_times(stages: Sequence[StageTimes], edges: Sequence[Edge], microbat
     Long rounds are not executed to the end: once the pipeline is full, each further microbatch takes as long as the
     one before. Raises ValueError when a stage may hold no microbatch in flight.
     """
-    if microbatches <= _MOST_EXECUTED:
+    deepest = max(len(stages), *(min(stage.in_flight, microbatches) for stage in stages))
+    executed = max(_LEAST_EXECUTED, _EXECUTED_PER_STAGE * deepest)
+    if microbatches <= executed:
         return _Run(stages, edges, microbatches).run()
-    half, whole = (_Run(stages, edges, count).run() for count in (_MOST_EXECUTED // 2, _MOST_EXECUTED))
-    times = (microbatches - _MOST_EXECUTED) / (_MOST_EXECUTED - _MOST_EXECUTED // 2)
-    share = microbatches / _MOST_EXECUTED
+    half, whole = (_Run(stages, edges, count).run() for count in (executed // 2, executed))
+    times = (microbatches - executed) / (executed - executed // 2)
+    share = microbatches / executed
     return PipelineTimes(
         whole.makespan_s + times * (whole.makespan_s - half.makespan_s),
         {machine: busy_s * share for machine, busy_s in whole.busy_s.items()},

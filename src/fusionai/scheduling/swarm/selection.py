@@ -24,6 +24,8 @@ class Selection:
     chains: tuple[Chain, ...]
     shares: tuple[int, ...]
     step_s: float
+    sum_s_per_byte: float = 0.0
+    """Seconds of summing gradients at the end of the step for each byte that the machine with most weights holds."""
 
 
 def weighed(work: Work, chains: Sequence[Chain]) -> Selection | None:
@@ -55,7 +57,9 @@ def weighed(work: Work, chains: Sequence[Chain]) -> Selection | None:
     if np.isinf(summing_s):
         return None
     step_s = last_s + summing_s + report_s(work, table)
-    return Selection(tuple(running), tuple(int(share) for share in shares if share > 0), step_s)
+    most_bytes = max(float(np.diff(work.weights_P[list(each.bounds)]).max()) for each in running)
+    per_byte = summing_s / most_bytes if most_bytes else 0.0
+    return Selection(tuple(running), tuple(int(share) for share in shares if share > 0), step_s, per_byte)
 
 
 def _interleaved(work: Work, chains: Sequence[Chain], shares: Indices) -> tuple[list[Chain], Indices]:
