@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from fusionai.scheduling.pipeline import Edge, StageTimes
 
 
-SLACKS = (1.0, 1.3, 2.0)
+SLACKS = (1.0, 2.0)
 """Slacks that are tried one after the other: stages that are equally busy wait for each other now and then."""
 
 WORTH_MEMORY = 0.995

@@ -10,7 +10,7 @@ lowered step by step to one: slower, but the model trains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 from typing import Literal
 
@@ -201,31 +201,48 @@ def _hidings(task: Task) -> tuple[bool, ...]:
 
 
 def _polished(task: Task, segments: Segments, best: Evaluated, limit: int) -> Evaluated:
-    """Move single cuts to the position before or after while that shortens the schedule as worked through.
+    """Change single cuts and pairs of neighbours while that shortens the schedule as worked through.
 
-    The solver's ideal pipeline does not see how passes of unequal stages interlock; its neighbours do.
+    The solver's ideal pipeline does not see how passes of unequal stages interlock; the plans around its own do.
     """
-    place = {position: index for index, position in enumerate(segments.positions)}
     left = _POLISHING_WORK // max(1, len(task.graph.nodes))
     improved = True
     while improved:
         improved = False
-        for which, by in product(range(len(best.plan.cuts)), (-1, 1)):
-            cuts = list(best.plan.cuts)
-            index = place[cuts[which]] + by
-            # The ends are the owner's pins, or those of the graph.
-            if cuts[which] in (segments.positions[0], segments.positions[-1]):
-                continue
-            if not 0 < index < len(segments.positions) - 1 or segments.positions[index] in cuts:
-                continue
+        for cuts, peers in _around(task, segments, best.plan):
             if left <= 0:
                 return best
             left -= 1
-            cuts[which] = segments.positions[index]
-            tried = evaluate(task, cuts, [stage.peer for stage in best.plan.stages], limit)
+            tried = evaluate(task, cuts, peers, limit)
             if not tried.overloaded(task) and tried.plan.predicted_step_s < best.plan.predicted_step_s:
                 best, improved = tried, True
+                break
     return best
+
+
+def _around(task: Task, segments: Segments, plan: Plan) -> Iterator[tuple[list[int], list[str]]]:
+    """Yield cuts and peers of the plans around one: a cut at the position before or after, then two neighbours swapped."""
+    place = {position: index for index, position in enumerate(segments.positions)}
+    peers = [stage.peer for stage in plan.stages]
+    for which, by in product(range(len(plan.cuts)), (-1, 1)):
+        cuts = list(plan.cuts)
+        # The ends are the owner's pins, or those of the graph.
+        if cuts[which] in (segments.positions[0], segments.positions[-1]):
+            continue
+        index = place[cuts[which]] + by
+        if 0 < index < len(segments.positions) - 1 and segments.positions[index] not in cuts:
+            cuts[which] = segments.positions[index]
+            yield cuts, peers
+    first, stop = int(task.front > 0), len(peers) - int(task.back < len(task.graph.nodes))
+    for which in range(first, stop - 1):
+        swapped = [*peers[:which], peers[which + 1], peers[which], *peers[which + 2 :]]
+        if _in_a_row(task, swapped):
+            yield list(plan.cuts), swapped
+
+
+def _in_a_row(task: Task, peers: Sequence[str]) -> bool:
+    """Whether each machine can be linked with the next."""
+    return all(reachable(task.member(one), task.member(other)) for one, other in pairwise(peers))
 
 
 def _evaluated(task: Task, segments: Segments, members: Sequence[Member], chosen: Split, limit: int) -> Evaluated:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fusionai.scheduling.links import Indices
-from fusionai.scheduling.swarm.chain import Chain, hops_of, measured, ordered, proportional, solved
+from fusionai.scheduling.swarm.chain import Chain, hops_of, measured, ordered, proportional, roomy, solved
 from fusionai.scheduling.swarm.grouping import Grouping
 from fusionai.scheduling.swarm.selection import Selection, selected
 from fusionai.scheduling.swarm.work import Work
@@ -25,6 +25,9 @@ _LOWER_LIMITS = (8, 3, 1)
 
 _NOTICED = 1.15
 """Microbatches in flight for each stage to go from which on the time on links is reckoned with."""
+
+_GROWTH_OF_GUESSES = 2.0
+"""From one number of pipelines tried to the next, where groupings are only compared."""
 
 _BALANCED = 1.1
 """Over the time of work divided without loss: cuts within it are not sought for fewer microbatches in flight."""
@@ -61,22 +64,17 @@ class ChainSolver:
             return chain.seconds(microbatches) + sum_s_per_byte * float(held.max())
 
         ideal_s = 1 / float((1 / work.whole_s[machines]).sum())
+        lines = []
+        for order in orders:
+            line = work.line(order, microbatches, sharing=sharing, sum_s_per_byte=sum_s_per_byte)
+            lines.append(replace(line, budget_bytes_D=budget_share * line.budget_bytes_D))
         for limit, per_stage in self._held(machines, microbatches, sharing, ideal_s):
-            for order in orders:
-                found = solved(
-                    work,
-                    order,
-                    microbatches,
-                    in_flight_limit=limit,
-                    sharing=sharing,
-                    tolerance=tolerance,
-                    budget_share=budget_share,
-                    sum_s_per_byte=sum_s_per_byte,
-                    in_flight_per_stage=per_stage,
-                )
+            for order, line in zip(orders, lines, strict=True):
+                tried = replace(line, in_flight_limit=limit, in_flight_per_stage=per_stage)
+                found = solved(work, order, tried, sharing=sharing, tolerance=tolerance)
                 if found is not None and (best is None or seconds(found) < seconds(best)):
                     best = found
-            if best is not None and seconds(best) < _BALANCED * microbatches * ideal_s:
+            if best is not None and (roomy(work, best) or seconds(best) < _BALANCED * microbatches * ideal_s):
                 break
         place = {int(machine): index for index, machine in enumerate(machines)}
         self.known[key] = None if best is None else (tuple(place[each] for each in best.machines), best)
@@ -116,7 +114,8 @@ def estimated(work: Work, grouping: Grouping) -> Selection | None:
     """Return the selection of a grouping with cuts in proportion to speed; who cannot hold its part is left out."""
     sharing = float(len(grouping.groups))
     limit = work.task.microbatches
-    return selected(work, [proportional(work, group, sharing, limit) for group in grouping.groups])
+    chains = [proportional(work, group, sharing, limit) for group in grouping.groups]
+    return selected(work, chains, growth=_GROWTH_OF_GUESSES)
 
 
 def refined(solver: ChainSolver, grouping: Grouping, estimate: Selection) -> Selection | None:

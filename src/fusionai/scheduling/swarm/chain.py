@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -109,31 +109,22 @@ def _reversed_parts(hop_EE: Floats, order: list[int]) -> list[int]:
 def solved(
     work: Work,
     machines: Indices,
-    microbatches: int,
+    line: Line,
     *,
-    in_flight_limit: int,
     sharing: float,
     tolerance: float,
-    budget_share: float = 1.0,
-    sum_s_per_byte: float = 0.0,
-    in_flight_per_stage: float = 1.0,
 ) -> Chain | None:
     """Return the best cuts of the graph over machines in this order, some of which may be left out; None if none fits.
 
     Exact up to the relative `tolerance` for an ideal pipeline, but for memory: how much a stage holds in flight depends
-    on how many follow, which is only bounded while machines may be left out. `budget_share` is how much of each
-    machine's memory may be taken, where sums over segments have turned out too low.
+    on how many follow, which is only bounded while machines may be left out.
     """
-    line = work.line(machines, microbatches, in_flight_limit=in_flight_limit, sharing=sharing, sum_s_per_byte=sum_s_per_byte)
-    line = replace(
-        line, budget_bytes_D=budget_share * line.budget_bytes_D, in_flight_per_stage=in_flight_per_stage
-    )
 
     def best(search: Callable[[float], Split | None]) -> Split | None:
         found = list(frontier(line, search, tolerance, warm_steps=6))
-        return min(found, key=lambda each: each.objective_s(microbatches), default=None)
+        return min(found, key=lambda each: each.objective_s(line.microbatches), default=None)
 
-    chosen = best(lambda limit_s: _best_with_gaps(line, limit_s))
+    chosen = best(_BestWithGaps(line))
     everyone = tuple(range(len(machines)))
     if chosen is None and len(machines) <= work.count:
         chosen = best(lambda limit_s: best_of_order(line, everyone, limit_s))
@@ -161,7 +152,7 @@ def _dealt_out(work: Work, machines: Indices, shares: Floats, sharing: float, in
     """Return a chain whose machines have parts of the work in proportion to shares."""
     count = len(machines)
     speed = np.cumsum(shares)
-    seconds_S = np.cumsum((work.forward_NS + work.backward_NS)[machines[0]])
+    seconds_S = np.cumsum(work.forward_NS[machines[0]] + work.backward_NS[machines[0]])
     wanted = np.searchsorted(seconds_S, seconds_S[-1] * speed[:-1] / speed[-1] * (1 - 1e-9)) + 1
     steps = np.arange(1, count)
     inner = np.maximum.accumulate(np.maximum(wanted, steps) - steps) + steps
@@ -211,6 +202,12 @@ def measured(work: Work, machines: Indices, bounds: Indices, sharing: float, in_
     return Chain(tuple(machines.tolist()), tuple(bounds.tolist()), latency, period, in_flight_limit)
 
 
+def roomy(work: Work, chain: Chain) -> bool:
+    """Whether memory has no say in a chain's cuts: its stages have room for more than 1F1B asks for."""
+    room = _room(work, np.asarray(chain.machines), np.asarray(chain.bounds))
+    return bool((room > np.arange(len(room), 0, -1) + work.segments.outer_after + 1).all())
+
+
 def _room(work: Work, machines: Indices, bounds: Indices) -> Floats:
     """Return, by stage, the number of microbatches that its machine has room for."""
     segments = work.segments
@@ -219,41 +216,52 @@ def _room(work: Work, machines: Indices, bounds: Indices) -> Floats:
     return np.asarray(np.floor((work.budget_bytes[machines] - fixed) / flight - work.heap_N[machines]))
 
 
-def _best_with_gaps(line: Line, limit_s: float) -> Split | None:
-    """Return the least-latency split over any of the devices in their order, no share above `limit_s`.
+class _BestWithGaps:
+    """The least-latency split over any of the devices in their order, no share above a limit.
 
     A dynamic programme from the last device back: least latency from position i on with device d the first to work.
     Next after d comes any later device, so leaving some out costs no more than looking at a vector for each pair.
     """
-    if line.outer_s > limit_s:
-        return None
-    count, last, outside = line.devices, line.positions - 1, line.devices
-    hops = usable_hops(line, limit_s)
-    latency_DP = np.full((count, line.positions), np.inf)
-    following_DP = np.zeros((count, line.positions), dtype=np.int64)
-    stop_DP = np.zeros((count, line.positions), dtype=np.int64)
-    for device in reversed(range(count)):
-        onward_P = np.full(line.positions, np.inf)
-        if device + 1 < count:
-            later = hops[device, device + 1 : count] + latency_DP[device + 1 :]
-            following_DP[device] = np.argmin(later, axis=0) + device + 1
-            onward_P = later[following_DP[device] - device - 1, np.arange(line.positions)]
-        onward_P[last] = hops[device, outside, last]
-        held = line.in_flight(min(count - device, line.positions - 1)) + line.heap_microbatches_D[device]
-        need_PP = line.fixed_bytes_PP + held * line.flight_bytes_PP
-        allowed = (line.seconds_DPP[device] <= limit_s) & (need_PP <= line.budget_bytes_D[device])
-        total_PP = np.where(allowed, line.delay_s_DPP[device], np.inf) + onward_P[None]
-        stop_DP[device] = np.argmin(total_PP, axis=1)
-        latency_DP[device] = total_PP[np.arange(line.positions), stop_DP[device]]
-    totals_D = latency_DP[:, 0] + hops[outside, :count, 0]
-    device = int(np.argmin(totals_D))
-    if not math.isfinite(totals_D[device]):
-        return None
-    devices, bounds = [device], [0]
-    while True:
-        position = int(stop_DP[device, bounds[-1]])
-        bounds.append(position)
-        if position == last:
-            return make_split(line, devices, bounds)
-        device = int(following_DP[device, position])
-        devices.append(device)
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._fitting_DPP: list[Floats] = []
+        """Delays of ranges, inf where a range does not fit the device."""
+        for device in range(line.devices):
+            held = line.in_flight(min(line.devices - device, line.positions - 1)) + line.heap_microbatches_D[device]
+            need_PP = line.fixed_bytes_PP + held * line.flight_bytes_PP
+            fits = need_PP <= line.budget_bytes_D[device]
+            self._fitting_DPP.append(np.where(fits, line.delay_s_DPP[device], np.inf))
+
+    def __call__(self, limit_s: float) -> Split | None:
+        line = self._line
+        if line.outer_s > limit_s:
+            return None
+        count, last, outside = line.devices, line.positions - 1, line.devices
+        everywhere = np.arange(line.positions)
+        hops = usable_hops(line, limit_s)
+        latency_DP = np.full((count, line.positions), np.inf)
+        following_DP = np.zeros((count, line.positions), dtype=np.int64)
+        stop_DP = np.zeros((count, line.positions), dtype=np.int64)
+        for device in reversed(range(count)):
+            onward_P = np.full(line.positions, np.inf)
+            if device + 1 < count:
+                later = hops[device, device + 1 : count] + latency_DP[device + 1 :]
+                following_DP[device] = np.argmin(later, axis=0) + device + 1
+                onward_P = later[following_DP[device] - device - 1, everywhere]
+            onward_P[last] = hops[device, outside, last]
+            total_PP = np.where(line.seconds_DPP[device] <= limit_s, self._fitting_DPP[device], np.inf) + onward_P
+            stop_DP[device] = np.argmin(total_PP, axis=1)
+            latency_DP[device] = total_PP[everywhere, stop_DP[device]]
+        totals_D = latency_DP[:, 0] + hops[outside, :count, 0]
+        device = int(np.argmin(totals_D))
+        if not math.isfinite(totals_D[device]):
+            return None
+        devices, bounds = [device], [0]
+        while True:
+            position = int(stop_DP[device, bounds[-1]])
+            bounds.append(position)
+            if position == last:
+                return make_split(line, devices, bounds)
+            device = int(following_DP[device, position])
+            devices.append(device)

@@ -9,8 +9,8 @@ from fusionai.scheduling.estimator import training_memory_bytes, update_s
 from fusionai.scheduling.explain import seconds_text, stage_lines
 from fusionai.scheduling.plan import StagePlan, StagePrediction
 from fusionai.scheduling.segments import MEMORY_MARGIN
-from fusionai.scheduling.swarm.bound import bound_s
 from fusionai.scheduling.swarm.end_of_step import end_s
+from fusionai.scheduling.swarm.least import least_s
 from fusionai.scheduling.swarm.running import Running
 from fusionai.scheduling.swarm.work import Work
 from fusionai.scheduling.swarm_plan import PipelinePlan, SwarmPlan
@@ -80,7 +80,7 @@ def swarm_plan(work: Work, found: Outcome) -> SwarmPlan:
         pipelines=pipelines,
         sync_s=found.end_s,
         predicted_step_s=found.step_s,
-        bound_step_s=bound_s(work),
+        bound_step_s=least_s(work),
         bottleneck=bottleneck,
         left_out=tuple(each.peer for each in left_out),
         explanation=_explanation(work, found, pipelines, [each.name for each in left_out], bottleneck),

@@ -194,6 +194,13 @@ class Work:
         return hop, np.maximum(forward, gradient)
 
     @cached_property
+    def kind_N(self) -> Indices:
+        """Return a number by machine, the same for those that are as fast in everything."""
+        tables = self.forward_NS, self.backward_NS, self.forward_starts_NS, self.backward_starts_NS
+        rows = np.concatenate([*tables, self.additive_N[:, None]], axis=1)
+        return np.asarray(np.unique(rows, axis=0, return_inverse=True)[1].ravel(), dtype=np.int64)
+
+    @cached_property
     def weights_P(self) -> Floats:
         """Return the bytes of weights that train in all segments before each position, one used in several once."""
         size_S = np.zeros(self.count)
@@ -207,7 +214,6 @@ class Work:
         machines: Indices,
         microbatches: int,
         *,
-        in_flight_limit: int,
         sharing: float = 1.0,
         sum_s_per_byte: float = 0.0,
     ) -> Line:
@@ -217,15 +223,17 @@ class Work:
         a stage is charged for its part of them with every microbatch, so that weights are divided as work is.
         """
         segments = self.segments
-        seconds = self.range_s(machines)
         summing_PP = sum_s_per_byte / microbatches * (self.weights_P[None] - self.weights_P[:, None])
-        hidden = np.minimum(_ranges(self.deferred_NS[machines]), np.where(np.isfinite(seconds), seconds, 0.0))
+        kinds, kind_D = np.unique(self.kind_N[machines], return_inverse=True)
+        alike = np.asarray([machines[np.flatnonzero(kind_D == kind)[0]] for kind in range(len(kinds))])
+        seconds = self.range_s(alike)
+        hidden = np.minimum(_ranges(self.deferred_NS[alike]), np.where(np.isfinite(seconds), seconds, 0.0))
         if not self.before:
             hidden[:, 0] = 0.0  # nobody waits for the first stage's gradients
         hop, busy = self.hops(machines, (segments.forward_bytes_P, segments.gradient_bytes_P), sharing)
         return Line(
-            seconds_DPP=seconds + summing_PP,
-            delay_s_DPP=seconds - hidden,
+            seconds_DPP=(seconds + summing_PP)[kind_D],
+            delay_s_DPP=(seconds - hidden)[kind_D],
             fixed_bytes_PP=segments.fixed_bytes_PP,
             flight_bytes_PP=segments.flight_bytes_PP,
             heap_microbatches_D=self.heap_N[machines],
@@ -235,7 +243,6 @@ class Work:
             microbatches=microbatches,
             outer_s=self.owner_s * sharing,
             outer_stages_after=segments.outer_after,
-            in_flight_limit=in_flight_limit,
         )
 
 
