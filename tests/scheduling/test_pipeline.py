@@ -121,8 +121,8 @@ def test_delay_is_hidden_by_more_in_flight() -> None:
 
 
 def test_equal_limits_do_not_make_a_stage_wait_for_its_predecessor() -> None:
-    # Three in flight everywhere. Were the second stage's turns fixed, each of its backwards would wait for the forward of
-    # the microbatch after next, which the first stage sends only after the backward before.
+    # Three in flight everywhere. Were the second stage's turns fixed, each of its backwards would wait for the forward
+    # of the microbatch after next, which the first stage sends only after the backward before.
     edges = [Edge(0, 1, 0.0, 0.0, 1.0)]
     times = pipeline_times(chain([1, 1], [1, 1], [3, 3], ["a", "b"]), edges, 40)
     assert times.makespan_s <= 40 * 2 + 8

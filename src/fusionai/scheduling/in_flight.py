@@ -1,7 +1,7 @@
 """How many microbatches the stages of a pipeline hold between forward and backward.
 
-1F1B needs as many as there are stages to go, so that the first backward finds every stage at work (Narayanan et al. 2021,
-section 2.2). Where tensors take time to travel a stage needs more: by Little's law it passes at most
+1F1B needs as many as there are stages to go, so that the first backward finds every stage at work (Narayanan et al.
+2021, section 2.2). Where tensors take time to travel a stage needs more: by Little's law it passes at most
 held / (seconds from a microbatch's forward to the end of its backward) microbatches a second. Each stage holds what it
 needs or what its machine has room for, whichever is less; to hold more than the stage before it is of no use.
 """
@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 
 from fusionai.scheduling.pipeline import Edge, StageTimes
-
 
 SLACKS = (1.0, 2.0)
 """Slacks that are tried one after the other: stages that are equally busy wait for each other now and then."""

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 _LEAST_EXECUTED = 128
 _EXECUTED_PER_STAGE = 4
-"""Microbatches of a round that is executed to the end, at least, and for each stage or microbatch in flight, whichever are
-more: after so many the pipeline runs evenly. A job may name many more, and a planner tries many plans."""
+"""Microbatches of a round that is executed to the end, at least, and for each stage or microbatch in flight, whichever
+are more: after so many the pipeline runs evenly. A job may name many more, and a planner tries many plans."""
 
 
 @dataclass(frozen=True, slots=True)

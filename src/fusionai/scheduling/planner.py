@@ -11,7 +11,8 @@ lowered step by step to one: slower, but the model trains.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise, product
+from functools import partial
+from itertools import pairwise, permutations, product
 from typing import Literal
 
 import msgspec
@@ -21,7 +22,7 @@ from fusionai.graph.cuts import crossing_bytes, cut_points
 from fusionai.graph.model import OpDag, Sizes
 from fusionai.scheduling.evaluation import Evaluated, Task, evaluate
 from fusionai.scheduling.explain import left_out_line
-from fusionai.scheduling.partition import Split, split
+from fusionai.scheduling.partition import Line, Split, best_of_order, frontier, split
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.profile import Member, Pool
 from fusionai.scheduling.segments import MEMORY_MARGIN, Segments, make_line, make_segments, reachable
@@ -38,6 +39,12 @@ _MOST_POLISHED = 3
 
 _FEW_MICROBATCHES = 16
 """Up to so many, what the last microbatch leaves to compute matters, and candidates are sought with it and without."""
+
+_FEW_MACHINES = 3
+"""With few microbatches and so few compnodes the best split of each order is worked through: of ideal pipelines that are
+about equally fast, schedules differ."""
+
+_TOLERANCE_OF_ORDERS = 5e-3
 
 _CORRECTIONS = 3
 """How often the solver is told that a machine holds less than it reckoned with."""
@@ -174,6 +181,8 @@ def _search(
                 hide_deferred=hide_deferred,
             )
             found |= {(each.devices, each.bounds): each for each in split(line, counts)}
+            if task.microbatches <= _FEW_MICROBATCHES and len(members) <= _FEW_MACHINES:
+                found |= {(each.devices, each.bounds): each for each in _best_of_orders(line, counts)}
         tried = [_evaluated(task, segments, members, each, limit) for each in found.values()]
         if fitting := [each for each in tried if not each.overloaded(task)]:
             return fitting, None
@@ -191,6 +200,15 @@ def _search(
         if not shrunk:
             break
     return [], owner_failure
+
+
+def _best_of_orders(line: Line, counts: Sequence[int]) -> Iterator[Split]:
+    """Yield the best split of each order of devices."""
+    for count in counts:
+        for order in permutations(range(line.devices), count):
+            splits = frontier(line, partial(best_of_order, line, order), _TOLERANCE_OF_ORDERS)
+            if (best := min(splits, key=lambda each: each.objective_s(line.microbatches), default=None)) is not None:
+                yield best
 
 
 def _hidings(task: Task) -> tuple[bool, ...]:

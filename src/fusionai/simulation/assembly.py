@@ -100,7 +100,6 @@ class Stage:
             lane.made_s = [math.inf] * self.microbatches
             lane.arrival_s = [math.inf] * self.microbatches
 
-
     @property
     def caught_up(self) -> bool:
         """Whether what a machine that died had computed is computed again."""

@@ -167,7 +167,7 @@ class JobRun:
                 if end.committed_s <= death_s:
                     break
             elif death_s == math.inf:
-                raise ValueError("the pipeline cannot finish: a stage may hold no microbatch in flight (in_flight is 0)")
+                raise ValueError("the pipeline cannot finish: a stage may hold nothing in flight (in_flight is 0)")
             if machine == self._workload.driver:
                 self._give_up(executor, failures, death_s)
                 raise _Stalled(f"the driver's machine {machine} died at {self._now_s:,.1f} s; nobody can replace it")

@@ -110,11 +110,7 @@ class PassExecutor:
         forwards, backwards = stage.done
         if backwards < forwards and not stage.queued[1]:
             self._queue_pass(stage, 1, backwards)
-        if (
-            forwards < stage.microbatches
-            and forwards - backwards < stage.load.in_flight
-            and not stage.queued[0]
-        ):
+        if forwards < stage.microbatches and forwards - backwards < stage.load.in_flight and not stage.queued[0]:
             self._queue_pass(stage, 0, forwards)
 
     def _queue_pass(self, stage: Stage, backward: int, index: int) -> None:

@@ -64,9 +64,7 @@ class RoundLedger:
         self._needs = {subdag.index: _needs(subdag) for subdag in subdags}
         if not train:
             self._needs = {stage: _Needs(needs.forward, ()) for stage, needs in self._needs.items()}
-        self._turns = {
-            stage: StageTurns(microbatches, in_flight.get(stage, 1), train=train) for stage in self._needs
-        }
+        self._turns = {stage: StageTurns(microbatches, in_flight.get(stage, 1), train=train) for stage in self._needs}
         self._running: set[int] = set()
         self._here: dict[Slot, TensorData] = {}
         self._seen: set[Slot] = set()

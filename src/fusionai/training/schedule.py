@@ -1,7 +1,7 @@
 """Pipeline schedules: in which order a stage works through the microbatches of a round. Pure.
 
-One-forward-one-backward (1F1B, PipeDream-Flush; Narayanan et al. 2021, section 2.2): a stage runs as many forwards as it
-may keep in flight, then one more for each backward, then drains. The order of the two is not fixed beforehand: a
+One-forward-one-backward (1F1B, PipeDream-Flush; Narayanan et al. 2021, section 2.2): a stage runs as many forwards as
+it may keep in flight, then one more for each backward, then drains. The order of the two is not fixed beforehand: a
 backward whose gradients are there does not wait for a forward whose tensors are not. Both directions take the
 microbatches in index order, so gradients add up in the same order as in a single process.
 """

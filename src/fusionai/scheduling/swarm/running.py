@@ -49,8 +49,8 @@ class Running:
 def run(work: Work, chain: Chain, microbatches: int) -> Running:
     """Work a chain's schedule through.
 
-    Stages hold as many microbatches as 1F1B asks for, or as their machines have room for; where links are slow they hold
-    more, as far as memory goes and the pipeline becomes faster. A chain that does not fit takes infinitely long.
+    Stages hold as many microbatches as 1F1B asks for, or as their machines have room for; where links are slow they
+    hold more, as far as memory goes and the pipeline becomes faster. A chain that does not fit takes infinitely long.
     """
     stages = _Stages(work, chain, microbatches)
     most = stages.most_in_flight()

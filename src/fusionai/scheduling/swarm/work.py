@@ -219,7 +219,7 @@ class Work:
     ) -> Line:
         """Return the partition solver's numbers for a chain's machines.
 
-        `sum_s_per_byte` are seconds of summing gradients at the end of the step for each byte of weights a machine holds;
+        `sum_s_per_byte` are seconds of summing gradients at the end of the step for each byte that a machine holds;
         a stage is charged for its part of them with every microbatch, so that weights are divided as work is.
         """
         segments = self.segments
