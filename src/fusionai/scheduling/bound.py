@@ -50,7 +50,7 @@ def most_microbatches_per_s(
     """Return, by device, what it adds at most to the microbatches per second of a step, as parts of the work go.
 
     Let w[n, k] be the seconds of all work of kind k of a step on device n, and p a price of each kind, p >= 0; prices
-    add up to 1. A device that does the parts f[n, k] in T seconds has sum_k f[n, k] w[n, k] <= T, and so does work worth
+    add up to 1. A device that does the parts f[n, k] in T seconds has sum_k f[n, k] w[n, k] <= T, and does work worth
     sum_k p[k] f[n, k] <= T max_k p[k] / w[n, k]. All devices together do work worth at least 1, whatever subset takes
     part. The price of a kind is its part of the time on the fastest device. Arguments are those of `least_step_s`.
     """
@@ -80,7 +80,7 @@ def least_step_of_pipelines_s(
 
     The least over the numbers R of pipelines of what is computed before, and of the sum of gradients after it:
 
-    * A pipeline has `most_stages` machines at most, so R of them have at best the R `most_stages` with the highest rates.
+    * A pipeline has `most_stages` machines at most, so R of them have at best the R `most_stages` of highest rates.
     * A pipeline of more than one machine sends each microbatch over at least one cut, `crossing_bytes` one way, so it
       takes at most `bandwidth_bytes_per_s` / `crossing_bytes` microbatches a second; others are a machine `alone` each.
     * Some pipeline has N / R machines or fewer, and one of those holds R / N of the weights or more. Their gradients

@@ -41,8 +41,8 @@ _FEW_MICROBATCHES = 16
 """Up to so many, what the last microbatch leaves to compute matters, and candidates are sought with it and without."""
 
 _FEW_MACHINES = 3
-"""With few microbatches and so few compnodes the best split of each order is worked through: of ideal pipelines that are
-about equally fast, schedules differ."""
+"""With few microbatches and so few compnodes the best split of each order is worked through: of ideal pipelines that
+are about equally fast, schedules differ."""
 
 _TOLERANCE_OF_ORDERS = 5e-3
 
@@ -239,7 +239,7 @@ def _polished(task: Task, segments: Segments, best: Evaluated, limit: int) -> Ev
 
 
 def _around(task: Task, segments: Segments, plan: Plan) -> Iterator[tuple[list[int], list[str]]]:
-    """Yield cuts and peers of the plans around one: a cut at the position before or after, then two neighbours swapped."""
+    """Yield cuts and peers of the plans around one: a cut at the position before or after, or two neighbours swapped."""
     place = {position: index for index, position in enumerate(segments.positions)}
     peers = [stage.peer for stage in plan.stages]
     for which, by in product(range(len(plan.cuts)), (-1, 1)):
