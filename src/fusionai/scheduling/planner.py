@@ -239,7 +239,7 @@ def _polished(task: Task, segments: Segments, best: Evaluated, limit: int) -> Ev
 
 
 def _around(task: Task, segments: Segments, plan: Plan) -> Iterator[tuple[list[int], list[str]]]:
-    """Yield cuts and peers of the plans around one: a cut at the position before or after, or two neighbours swapped."""
+    """Yield cuts and peers of the plans around one: a cut one position before or after, or two neighbours swapped."""
     place = {position: index for index, position in enumerate(segments.positions)}
     peers = [stage.peer for stage in plan.stages]
     for which, by in product(range(len(plan.cuts)), (-1, 1)):
