@@ -131,7 +131,13 @@ def run(job: RoutedJob, holders: Any, variant: Variant, links: Links, scenario: 
 
 
 def one_pool(
-    graph: OpDag, sizes: dict[str, int], seed: int, steps: int, losses: float, main_only: bool
+    graph: OpDag,
+    sizes: dict[str, int],
+    seed: int,
+    steps: int,
+    losses: float,
+    main_only: bool,
+    rates: dict[str, float | None],
 ) -> dict[str, Any]:
     """Return what every variant takes at every churn rate on one pool."""
     count, draw, model = pool_of(seed)
@@ -153,7 +159,7 @@ def one_pool(
         "rates": {},
     }
     step_s = math.inf
-    for rate, mean_up_s in RATES.items():
+    for rate, mean_up_s in rates.items():
         done = steps
         churn: Churn = Scripted()
         if mean_up_s is not None:
@@ -200,7 +206,7 @@ def _shown(ours_s: float, found: dict[str, Any]) -> str:
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return, by churn rate and baseline, the distribution of the time saved."""
     found: dict[str, Any] = {}
-    for rate in RATES:
+    for rate in rows[0]["rates"]:
         found[rate] = {}
         for name in rows[0]["rates"][rate]:
             if name == "fusionai":
@@ -227,14 +233,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--losses", type=float, default=0.0)
     parser.add_argument("--main-only", action="store_true")
+    parser.add_argument("--rates", nargs="*", choices=list(RATES)[1:], default=list(RATES)[1:])
     options = parser.parse_args()
+    rates = {name: RATES[name] for name in ("none", *options.rates)}
     with torch.device("meta"):
         net = GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16))
     graph = capture_transformers(net).graph
     sizes = {symbol: (1, 1024)[axis] for symbol, (_, axis) in graph.symbols.items()}
     rows = []
     for seed in range(options.first, options.first + options.pools):
-        rows.append(one_pool(graph, sizes, seed, options.steps, options.losses, options.main_only))
+        rows.append(one_pool(graph, sizes, seed, options.steps, options.losses, options.main_only, rates))
     replicated = [row["whole_pipelines_step_s"] / row["rates"]["none"]["fusionai"]["step_s"] for row in rows]
     accuracy = [row["estimated_step_s"] / row["rates"]["none"]["fusionai"]["step_s"] for row in rows]
     report = {
