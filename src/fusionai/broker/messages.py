@@ -85,6 +85,8 @@ class Submit(msgspec.Struct, frozen=True, tag="broker.submit"):
     """How many compnodes to use; 0: as many as serve the job best."""
     cuts: tuple[int, ...] | None = None
     """Cut positions chosen by the owner instead of the planner."""
+    machines: tuple[str, ...] = ()
+    """Names of the only compnodes that may be used; with `cuts` in the order of the shares. Empty: any."""
 
 
 class Launched(msgspec.Struct, frozen=True, tag="broker.launched"):

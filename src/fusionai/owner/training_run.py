@@ -171,6 +171,7 @@ async def _submit(job: TrainingJob, member: Member) -> tuple[Launched, OpDag]:
         ),
         compnodes=job.placement.compnodes,
         cuts=job.placement.cuts,
+        machines=job.placement.machines,
     )
     await member.send_graph(submit.graph_hash, encoded)
     launched = await member.request(submit, Launched, timeout_s=SUBMIT_TIMEOUT_S)
