@@ -44,7 +44,10 @@ def test_one_model(tmp_path: Path) -> None:
     at_home = [row for row in rows if row["link"] == "100 Mbps" and row["task"] == "inference"]
     assert all(row["stages"] == 1 and row["ratio_to_4xh100_pcie"] > 0.8 for row in at_home)
     steps = [row for row in rows if row["link"] == "100 Mbps" and row["task"] == "training" and row["codec"] == "dense"]
-    assert all(row["ratio_to_4xh100_pcie"] < 0.1 and row["limit"] == "summing gradients" for row in steps)
+    assert all(row["ratio_to_4xh100_pcie"] < 0.1 for row in steps)
+    small, large = sorted(steps, key=lambda row: row["samples"])
+    assert small["machines"] < 50, "fewer cards have less to sum"
+    assert large["limit"] == "summing gradients"
     text = page.read_text(encoding="utf-8")
     assert "predicted, none is measured" in text
     assert "A reconstruction, not the paper's words" in text

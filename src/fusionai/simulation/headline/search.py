@@ -7,7 +7,7 @@ Where nothing differs, every pipeline is cut alike, and a min-max partition of t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -26,6 +26,10 @@ Flags: TypeAlias = NDArray[np.bool_]
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 STAGES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 25, 50)
 _BISECTIONS = 26
+_PIPELINE_SHARES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.12, 0.06, 0.0)
+"""Of as many pipelines as there are machines for: over slow links fewer have less to sum. At least one."""
+_HELD_SHARES = (0.0, 0.5, 1.0, 2.0)
+"""Of the microbatches that 1F1B holds, for which memory is kept free when cutting. At least one."""
 _ANY = "any"
 """The peer whose memory bandwidth a codec of equal machines is given."""
 
@@ -71,6 +75,19 @@ class Found:
         return sum(self.computing_s) * self.microbatches * self.pipelines
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Loads:
+    """What a microbatch of some samples costs over some links, by position of the line and by range of positions."""
+
+    batch: int
+    ranges: Ranges
+    sent: tuple[Floats, Floats]
+    seconds_PP: Floats
+    """Computing and packing."""
+    busy_P: Floats
+    """Seconds of a link."""
+
+
 class Searcher:
     """Finds plans for one model, task and kind of machine; what does not depend on links is costed once."""
 
@@ -97,19 +114,26 @@ class Searcher:
         for batch in batches:
             if batch > samples:
                 break
+            loads = self._loads(cluster, codec, batch)
             for stages in {min(each, cluster.count) for each in STAGES} if memory else (cluster.count,):
-                tried = self._tried(cluster, codec, samples, batch, stages, memory=memory)
-                if tried is not None and (found is None or tried.step_s < found.step_s):
-                    found = tried
+                for tried in self._tried(loads, cluster, codec, samples, stages, memory=memory):
+                    if found is None or tried.step_s < found.step_s:
+                        found = tried
         return found
 
-    def _tried(
-        self, cluster: Cluster, codec: Codec, samples: int, batch: int, stages: int, *, memory: bool
-    ) -> Found | None:
-        ranges, budget = self.ranges[batch], self.device.memory_bytes / MEMORY_MARGIN
+    def _loads(self, cluster: Cluster, codec: Codec, batch: int) -> _Loads:
+        ranges = self.ranges[batch]
         sent, packing = _packed(ranges, codec, self.device.memory_bytes_per_s)
         seconds = ranges.seconds_PP + packing[:, None] + packing[None]
-        busy = (sent[0] + sent[1]) / cluster.bytes_per_s
+        return _Loads(batch, ranges, sent, seconds, (sent[0] + sent[1]) / cluster.bytes_per_s)
+
+    def _tried(
+        self, loads: _Loads, cluster: Cluster, codec: Codec, samples: int, stages: int, *, memory: bool
+    ) -> Iterator[Found]:
+        """Yield plans of at most so many stages: cut with more or less memory for microbatches, of more or fewer
+        pipelines."""
+        ranges, budget, batch = loads.ranges, self.device.memory_bytes / MEMORY_MARGIN, loads.batch
+        seconds, busy = loads.seconds_PP, loads.busy_P
         fits = np.isfinite(seconds)
         if memory:
             fits &= ranges.fixed_bytes_PP + ranges.flight_bytes_PP <= budget
@@ -118,14 +142,43 @@ class Searcher:
             # Else links would let one machine take everything: the cheapest cuts are free, and the others closed.
             inner = np.sort(busy[1:-1])
             slowness = np.where(busy <= inner[min(cluster.count, len(inner)) - 1] * 1.01, 0.0, np.inf)
-        bounds = _bounds(seconds, slowness, fits, stages)
-        if bounds is None:
-            return None
+        training = self.costs.task == "training"
+        seen: set[tuple[int, ...]] = set()
+        for share in _HELD_SHARES if memory and training else (0.0,):
+            room = np.full_like(ranges.fixed_bytes_PP, np.inf)
+            if share:
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    room = (budget - ranges.fixed_bytes_PP) / ranges.flight_bytes_PP
+                room = np.where(ranges.flight_bytes_PP > 0, room, np.inf)
+            most = math.ceil(samples / batch)
+            held = [min(most, max(1.0, share * (stages - place))) for place in range(stages)]
+            bounds = _bounds(seconds, slowness, fits, room, held)
+            if bounds is None or tuple(bounds) in seen:
+                continue
+            seen.add(tuple(bounds))
+            pipelines = min(cluster.count // (len(bounds) - 1), most)
+            if not memory:
+                copies = cluster.count * budget / float(ranges.fixed_bytes_PP[0, -1])
+                pipelines = min(pipelines, max(1, int(copies)))
+            shares = _PIPELINE_SHARES if memory and training else (1.0,)
+            for some in {max(1, round(pipelines * each)) for each in shares}:
+                yield self._paced(loads, cluster, codec, samples, bounds, some, memory=memory)
+
+    def _paced(
+        self,
+        loads: _Loads,
+        cluster: Cluster,
+        codec: Codec,
+        samples: int,
+        bounds: list[int],
+        pipelines: int,
+        *,
+        memory: bool,
+    ) -> Found:
+        """Return what a partition gives in so many pipelines."""
+        ranges, budget, batch = loads.ranges, self.device.memory_bytes / MEMORY_MARGIN, loads.batch
+        sent, seconds, busy = loads.sent, loads.seconds_PP, loads.busy_P
         used = len(bounds) - 1
-        pipelines = min(cluster.count // used, math.ceil(samples / batch))
-        if not memory:
-            copies = cluster.count * budget / float(ranges.fixed_bytes_PP[0, -1])
-            pipelines = min(pipelines, max(1, int(copies)))
         count = math.ceil(samples / (pipelines * batch))
         computing = [float(seconds[start, stop]) for start, stop in pairwise(bounds)]
         both = 2 if self.costs.task == "training" else 1
@@ -250,21 +303,27 @@ def _waiting_s(computing: list[float], hops: list[float], held: list[int]) -> fl
     return float(np.where(np.tri(len(held), k=-1, dtype=bool), 0.0, cycles / np.maximum(rounds, 1)).max())
 
 
-def _bounds(seconds: Floats, busy: Floats, fits: Flags, stages: int) -> list[int] | None:
-    """Return the positions of the partition over at most `stages` whose largest share of machine or link is least."""
+def _bounds(seconds: Floats, busy: Floats, fits: Flags, room: Floats, held: Sequence[float]) -> list[int] | None:
+    """Return the positions of the partition whose largest share of machine or link is least, None if there is none.
+
+    `held` are the microbatches that each stage must have `room` for, never more than the stage before: so the longest
+    stage that fits is the best one. There are at most as many stages.
+    """
     last = len(seconds) - 1
 
     def reached(limit: float) -> list[int] | None:
         allowed = (busy <= limit) & np.isfinite(busy)
         allowed[last] = True
         possible = fits & (seconds <= limit) & allowed[None]
-        furthest = np.where(possible.any(axis=1), last - np.argmax(possible[:, ::-1], axis=1), -1)
         bounds = [0]
-        while bounds[-1] != last:
-            if len(bounds) > stages or (place := int(furthest[bounds[-1]])) < 0:
+        for microbatches in held:
+            stops = np.flatnonzero(possible[bounds[-1]] & (room[bounds[-1]] >= microbatches))
+            if not len(stops):
                 return None
-            bounds.append(place)
-        return bounds
+            bounds.append(int(stops[-1]))
+            if bounds[-1] == last:
+                return bounds
+        return None
 
     found = reached(np.inf)
     if found is None:
