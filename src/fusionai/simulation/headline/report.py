@@ -187,7 +187,10 @@ def _row(
         electricity_usd_per_million_tokens=kwh * USD_PER_KWH,
         rent_usd_per_million_tokens=None if rent is None else cluster.count * rent.usd * million_s / 3600,
         purchase_usd=None if buy is None else cluster.count * buy.usd,
-        plan=f"{found.pipelines} x {found.stages} stages, microbatches of {found.batch}, {found.machines} cards",
+        plan=(
+            f"{found.pipelines} x {found.stages} stages, microbatches of {found.batch}, {found.machines} "
+            f"card{'s' if found.machines > 1 else ''}"
+        ),
         pipelines=found.pipelines,
         stages=found.stages,
         batch=found.batch,

@@ -25,14 +25,20 @@ from fusionai.simulation.headline.pace import Line, Pace, pace, roomier
 from fusionai.simulation.headline.step_end import StepEnd
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-_LIGHTER = 0.93
+_LIGHTER = 0.9
 """Of the weights of a partition's heaviest stage, the most that one may have in the next try: the slower the links, the
 more the sum of its gradients counts against the period."""
+
+_HEAVY = 2.0
+"""Times an equal share of the weights, from where on lighter stages are tried: fewer stages have heavier ones."""
+
+_LIGHTEST = 0.97
+"""Nearer to the heaviest stage is not tried; where nothing fits, it is approached."""
 
 _RANKED = 12
 """Plans that are handed on, each of another number of pipelines, stages or samples."""
 
-_PROMISING = 1.25
+_PROMISING = 1.15
 """Cuts are sought only for periods with which a step takes at most so many times the shortest so far: the formulas
 leave out by how much tensors wait for each other on uplinks."""
 
@@ -176,16 +182,21 @@ class Searcher:
     ) -> Iterator[Found]:
         """Yield plans of at most so many stages whose step may take less than `worth_s`."""
         training, count = memory and self.costs.task == "training", math.ceil(size.samples / size.batch)
-        narrow = narrow_positions(line, stages)
+        narrow = narrow_positions(line, end.cluster.count)
         if not memory:
             # Else links would let one machine take everything: the cheapest cuts are free, and the others closed.
             free = replace(line, out_s_P=np.zeros(len(narrow)), back_s_P=np.zeros(len(narrow)))
             ways = [(free, narrow)]
         else:
             ways = [(line, narrow)] + ([] if narrow.all() else [(line, np.ones(len(narrow), dtype=bool))])
-        for (each, allowed), most_more in product(ways, (math.inf, 1.0) if training and stages > 2 else (math.inf,)):
-            most_bytes = math.inf
-            while (period_s := self._longest_period_s(line, end, size, stages, worth_s)) > 0:
+        jumps = False
+        for (each, allowed), most_more in product(ways, (math.inf, 1.0)):
+            if not jumps and most_more == 1.0:
+                # No stage holds more than that as it is.
+                continue
+            most_bytes, heaviest_bytes, lighter = math.inf, math.inf, _LIGHTER
+            period_s = self._longest_period_s(line, end, size, stages, worth_s)
+            while period_s > 0 and lighter < _LIGHTEST:
                 bounds = bounds_of(
                     each,
                     stages,
@@ -195,16 +206,20 @@ class Searcher:
                     most_weight_bytes=most_bytes,
                     most_more=most_more,
                 )
+                if bounds is None and math.isinf(heaviest_bytes):
+                    break
                 if bounds is None:
-                    break
-                plans = self._plans(line, end, size, bounds, memory=memory)
-                yield from plans
-                # Lighter stages make the period no shorter, only the sum.
-                if not training or min(each.step_s - each.sum_s for each in plans) > worth_s or len(bounds) < 3:
-                    break
-                if all(each.sum_s < _SMALL_SUM * each.step_s for each in plans):
-                    break
-                most_bytes = _LIGHTER * float(np.diff(line.weight_bytes_P[bounds]).max())
+                    lighter = math.sqrt(lighter)
+                else:
+                    plans = self._plans(line, end, size, bounds, memory=memory)
+                    yield from plans
+                    jumps = jumps or min(np.diff(plans[0].pace.in_flight), default=0) < -1
+                    if allowed is not narrow or not training or stages == 1:
+                        break
+                    if all(plan.sum_s < _SMALL_SUM * plan.step_s for plan in plans) and len(bounds) > 2:
+                        break
+                    heaviest_bytes = float(np.diff(line.weight_bytes_P[bounds]).max())
+                most_bytes = min(lighter * heaviest_bytes, _HEAVY * float(line.weight_bytes_P[-1]) / stages)
 
     def _longest_period_s(self, line: Line, end: StepEnd, size: _Size, stages: int, worth_s: float) -> float:
         """Return the longest period with which a step of some number of pipelines may take less than `worth_s`."""
