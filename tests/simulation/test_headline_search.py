@@ -16,6 +16,7 @@ from fusionai.simulation.codecs import Dense, TopK
 from fusionai.simulation.headline.clusters import Cluster, consumer, datacentre
 from fusionai.simulation.headline.costs import ADAM_COPIES, Costs, costs_of, ranges_of
 from fusionai.simulation.headline.search import Searcher
+from fusionai.simulation.headline.step_end import StepEnd
 from fusionai.simulation.headline.worked import best_worked, simulated_s, worked_through
 from fusionai.simulation.links import Links
 from fusionai.simulation.scenario import Scenario
@@ -132,6 +133,25 @@ def test_the_sum_of_gradients_limits_replicas_and_larger_steps_spread_it(trainin
     packed = searcher.best(cluster, TopK(ratio=100, value_bytes=2), 512)
     assert packed is not None
     assert packed.step_s < small.step_s
+
+
+def test_the_heaviest_stage_or_tied_weights_limit_the_sum(training: Costs) -> None:
+    cluster = consumer(100)
+    last = len(training.one.positions) - 1
+    assert training.tied_segments == (0, last - 1)
+    assert training.tied_bytes == 1000 * 512 * 2
+    weights = ranges_of(training, cluster.device, 1).weight_bytes_P
+    end = StepEnd(training, cluster, Dense(), weights)
+    rate, delay_s, middle = 12.5e6, 20e-3, last // 2
+    held = [float(weights[middle]), float(weights[last] - weights[middle])]
+    exchange_s = training.tied_bytes / rate + delay_s
+    pipelines = np.asarray([1, 2, 5])
+    expected = [
+        max(2 * (count - 1) * (size / count / rate + delay_s) for size in held) + exchange_s for count in (1, 2, 5)
+    ]
+    assert end.sum_s(pipelines, [0, middle, last]) == pytest.approx(expected)
+    # One stage holds tied weights once.
+    assert end.sum_s(pipelines, [0, last]) == pytest.approx(end.copies_s(pipelines, float(weights[last])))
 
 
 def test_what_does_not_fit_says_what_is_missing(training: Costs) -> None:

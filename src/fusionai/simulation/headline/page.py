@@ -91,11 +91,11 @@ def _ratio(row: Row) -> str:
 
 def _home(found: Headline) -> Iterator[str]:
     yield from (
-        "The best plan found for each task and link from 100 Mbps to 1 Gbps. In inference a model that fits one card is",
-        "best replicated, not pipelined: links then count for nothing. In training gradients are summed over pipelines",
-        "at the end of each step: over slow links a few long pipelines are best, whose stages have few weights each, or",
-        "a single card with nothing to sum; larger steps spread the sum. Cards that a plan leaves out would slow it down,",
-        "or are too few for another pipeline.",
+        "The best plan found for each task and link from 100 Mbps to 1 Gbps. In inference a model that fits one card",
+        "is best replicated, not pipelined: links then count for nothing. In training gradients are summed over",
+        "pipelines at the end of each step: over slow links a few long pipelines are best, whose stages have few",
+        "weights each, or a single card with nothing to sum; larger steps spread the sum. Cards that a plan leaves out",
+        "would slow it down, or are too few for another pipeline.",
         "",
         "| task | link | codec | plan | of 4 H100 PCIe | of SXM | what limits | fits |",
         "|---|---|---|---|---|---|---|---|",

@@ -158,15 +158,13 @@ class Searcher:
     def _line(self, cluster: Cluster, codec: Codec, batch: int, *, memory: bool) -> tuple[Line, tuple[Floats, Floats]]:
         """Return the line of a microbatch, and the bytes that are sent at each position, both ways."""
         ranges = self.ranges[batch]
-        sent, packing = _packed(ranges, codec, self.device.memory_bytes_per_s)
-        for each in (*sent, packing):
+        sent, pack, unpack = _packed(ranges, codec)
+        for each in (*sent, pack, unpack):
             each[[0, -1]] = 0.0
         training = self.costs.task == "training"
-        # Each side of a boundary packs one of the two tensors and unpacks the other.
-        around = (packing[:, None] + packing[None]) / (2 if training else 1)
         return Line(
-            forward_s_PP=ranges.forward_s_PP + around,
-            backward_s_PP=ranges.backward_s_PP + (around if training else 0.0),
+            forward_s_PP=ranges.forward_s_PP + unpack[:, None] + pack[None],
+            backward_s_PP=ranges.backward_s_PP + (pack[:, None] + unpack[None] if training else 0.0),
             deferred_s_PP=ranges.deferred_s_PP,
             out_s_P=sent[0] / cluster.bytes_per_s,
             back_s_P=sent[1] / cluster.bytes_per_s,
@@ -294,13 +292,11 @@ def _distinct(found: list[Found]) -> list[Found]:
     return list(best.values())
 
 
-def _packed(ranges: Ranges, codec: Codec, memory_bytes_per_s: float) -> tuple[tuple[Floats, Floats], Floats]:
-    """Return the bytes that are sent at each position, both ways, and the seconds that packing takes on either side."""
+def _packed(ranges: Ranges, codec: Codec) -> tuple[tuple[Floats, Floats], Floats, Floats]:
+    """Return the bytes that are sent at each position, both ways, and the seconds of packing and of unpacking there."""
     sides = ranges.forward_bytes_P, ranges.gradient_bytes_P
     sent = [np.asarray([codec.sent_bytes(float(each)) for each in side]) for side in sides]
-    # Per side of a boundary: packing one of the two tensors, and unpacking the other.
-    seconds = np.zeros(len(sent[0]))
-    for each in range(len(seconds)):
-        whole = max(float(side[each]) for side in sides)
-        seconds[each] = codec.encode_s(whole, _ANY) + codec.decode_s(whole, _ANY)
-    return (sent[0], sent[1]), seconds
+    # Outputs and their gradients are as large as each other, or there are no gradients.
+    whole = np.maximum(*sides).tolist()
+    pack, unpack = ([seconds(each, _ANY) for each in whole] for seconds in (codec.encode_s, codec.decode_s))
+    return (sent[0], sent[1]), np.asarray(pack), np.asarray(unpack)
