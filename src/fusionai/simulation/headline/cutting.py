@@ -10,11 +10,15 @@ positions only, and stages that hold at most one microbatch more than the next.
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fusionai.scheduling.links import Floats
 from fusionai.simulation.headline.pace import Line
+
+Flags: TypeAlias = NDArray[np.bool_]
 
 _PRECISION = 0.01
 """Relative, of the period."""
@@ -22,19 +26,19 @@ _PRECISION = 0.01
 _ROUNDING = 1e-9
 
 
-def narrow_positions(line: Line, count: int) -> Floats:
+def narrow_positions(line: Line, count: int) -> Flags:
     """Return which positions are among the `count` at which least crosses, or as narrow as those; the ends are."""
     crossing = line.out_s_P + line.back_s_P
     inner = np.sort(crossing[1:-1])
     narrow = crossing <= inner[min(count, len(inner)) - 1] * 1.01 if len(inner) else np.ones(len(crossing), dtype=bool)
     narrow[[0, -1]] = True
-    return np.asarray(narrow)
+    return np.asarray(narrow, dtype=np.bool_)
 
 
 def bounds_of(
     line: Line,
     stages: int,
-    allowed_P: Floats,
+    allowed_P: Flags,
     *,
     microbatches: int,
     worth_s: float = math.inf,
@@ -74,7 +78,7 @@ def _laid(
     line: Line,
     both_PP: Floats,
     stages: int,
-    allowed_P: Floats,
+    allowed_P: Flags,
     microbatches: int,
     period_s: float,
     most_more: float,

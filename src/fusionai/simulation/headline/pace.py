@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusionai.scheduling.links import Floats
+from fusionai.scheduling.links import Floats, Indices
 
 _HALVINGS = 14
 _SHORTER = 0.7
@@ -118,15 +118,15 @@ def roomier(line: Line, bounds: Sequence[int], found: Pace) -> list[tuple[int, .
     return [way for way in dict.fromkeys(ways) if way != found.in_flight]
 
 
-def _most_held(line: Line, starts: Floats, stops: Floats) -> Floats:
+def _most_held(line: Line, starts: Indices, stops: Indices) -> Floats:
     """Return the microbatches for which each stage has memory."""
     spare = line.budget_bytes - line.fixed_bytes_PP[starts, stops]
     flight = line.flight_bytes_PP[starts, stops]
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(flight > 0, np.floor(spare / flight), np.inf)
+        return np.asarray(np.where(flight > 0, np.floor(spare / flight), np.inf), dtype=np.float64)
 
 
-def _cycles(line: Line, cuts: Floats, forward_S: Floats, backward_S: Floats, deferred_S: Floats) -> Floats:
+def _cycles(line: Line, cuts: Indices, forward_S: Floats, backward_S: Floats, deferred_S: Floats) -> Floats:
     """Return (S, S): the seconds from stage k's forward through stage l >= k and back to the end of k's backward."""
     hop = line.out_s_P[cuts] + line.back_s_P[cuts] + line.delay_s
     both = forward_S + backward_S
@@ -136,7 +136,7 @@ def _cycles(line: Line, cuts: Floats, forward_S: Floats, backward_S: Floats, def
     # The gradient that a stage returns is on its uplink before the next output.
     returned_S = np.concatenate([[0.0], line.back_s_P[cuts]])
     cycle_SS = cycle_SS + np.maximum(0.0, returned_S - deferred_S - forward_S)[:, None]
-    return np.where(np.tri(len(both), k=-1, dtype=bool), 0.0, cycle_SS)
+    return np.asarray(np.where(np.tri(len(both), k=-1, dtype=bool), 0.0, cycle_SS), dtype=np.float64)
 
 
 def _held(cycle_SS: Floats, period_s: float) -> Floats:

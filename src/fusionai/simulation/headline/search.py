@@ -221,7 +221,8 @@ class Searcher:
 
     def _longest_period_s(self, line: Line, end: StepEnd, size: _Size, stages: int, worth_s: float) -> float:
         """Return the longest period with which a step of some number of pipelines may take less than `worth_s`."""
-        pipelines = np.arange(1, max(1, min(end.cluster.count // stages, size.samples // size.batch)) + 1)
+        most = max(1, min(end.cluster.count // stages, size.samples // size.batch))
+        pipelines = np.arange(1, most + 1, dtype=np.int64)
         rounds = np.ceil(size.samples / (pipelines * size.batch)) - 1
         held_bytes = float(line.weight_bytes_P[-1]) / stages
         computing_s = float(line.forward_s_PP[0, -1] + line.backward_s_PP[0, -1] - line.deferred_s_PP[0, -1])
@@ -238,7 +239,8 @@ class Searcher:
             budget = self.device.memory_bytes / MEMORY_MARGIN
             copies = end.cluster.count * budget / float(self.ranges[batch].fixed_bytes_PP[0, -1])
             most = min(most, max(1, int(copies)))
-        pipelines = np.arange(1, most + 1) if self.costs.task == "training" else np.asarray([most])
+        fewest = 1 if self.costs.task == "training" else most
+        pipelines = np.arange(fewest, most + 1, dtype=np.int64)
         at, held_bytes = pace(line, bounds), float(np.diff(line.weight_bytes_P[list(bounds)]).max())
         counts = np.ceil(samples / (pipelines * batch)).astype(np.int64)
         pipeline_s = at.latency_s + (counts - 1) * at.period_s
