@@ -18,7 +18,7 @@ def test_one_model(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     words = ["paper", "--models", "bert-large", "--rates", "100", "1000", "--json", "--write", str(page)]
     ended = subprocess.run(
-        [sys.executable, "-m", "fusionai", *words], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "fusionai", *words], capture_output=True, text=True, timeout=100, check=False
     )
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 
@@ -211,7 +211,7 @@ class Searcher:
                 else:
                     plans = self._plans(line, end, size, bounds, memory=memory)
                     yield from plans
-                    jumps = jumps or min(np.diff(plans[0].pace.in_flight), default=0) < -1
+                    jumps = jumps or any(one - other > 1 for one, other in pairwise(plans[0].pace.in_flight))
                     if allowed is not narrow or not training or stages == 1:
                         break
                     if all(plan.sum_s < _SMALL_SUM * plan.step_s for plan in plans) and len(bounds) > 2:

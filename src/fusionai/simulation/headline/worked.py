@@ -37,7 +37,7 @@ def best_worked(searcher: Searcher, ranked: list[Found], cluster: Cluster, codec
 
     `ranked` are plans by the formulas, at least one.
     """
-    tried = []
+    tried: list[tuple[float, Found, float]] = []
     for plan in ranked:
         if tried and plan.step_s - plan.pipeline_s >= min(step_s for step_s, _, _ in tried):
             continue
