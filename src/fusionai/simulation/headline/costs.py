@@ -16,7 +16,7 @@ from fusionai.graph.cost import StageCost, stage_cost
 from fusionai.graph.cuts import crossing_bytes, cut, cut_points
 from fusionai.graph.model import OpDag, Sizes
 from fusionai.graph.sizes import type_bytes
-from fusionai.scheduling.estimator import flops_rate
+from fusionai.scheduling.estimator import deferred_s, flops_rate
 from fusionai.scheduling.links import Floats
 from fusionai.scheduling.profile import DeviceProfile
 from fusionai.scheduling.segments import Segments, make_segments
@@ -61,7 +61,8 @@ class Costs:
     weight_bytes: float
     """Of the whole model, tied weights once."""
     tied_bytes: float
-    """Held a second time as soon as the model is cut."""
+    """Of weights that several segments hold: each stage with such a segment has them."""
+    tied_segments: tuple[int, ...]
     working_bytes: tuple[Floats, Floats]
     """Working space of each segment's forward, with batches of one and two."""
 
@@ -70,8 +71,12 @@ class Costs:
 class Ranges:
     """Costs of ranges [i, j) of the line on one device, for one batch size. Seconds and bytes are of a microbatch."""
 
-    seconds_PP: Floats
-    """Forward and, in training, backward; inf where the range is empty."""
+    forward_s_PP: Floats
+    """Inf where the range is empty, as in all tables of ranges."""
+    backward_s_PP: Floats
+    """0 in inference."""
+    deferred_s_PP: Floats
+    """The part of the backward that follows the sending of its gradients (`estimator.deferred_s`)."""
     fixed_bytes_PP: Floats
     flight_bytes_PP: Floats
     """For each microbatch in flight."""
@@ -80,6 +85,11 @@ class Ranges:
     gradient_bytes_P: Floats
     weight_bytes_P: Floats
     """Of all segments before a position."""
+
+    @property
+    def seconds_PP(self) -> Floats:
+        """Return the seconds of forward and backward together."""
+        return self.forward_s_PP + self.backward_s_PP
 
 
 def costs_of(model: Model, task: Task) -> Costs:
@@ -95,16 +105,29 @@ def costs_of(model: Model, task: Task) -> Costs:
     states = ADAM_COPIES if task == "training" else _WEIGHTS_ONLY
     one, two = (make_segments(model.graph, model.sizes(b), positions, optimizer_states=states) for b in (1, 2))
     whole = stage_cost(cut(model.graph, [])[0], sizes)
-    held = sum(cost.trainable_bytes for cost in one.costs)
+    tied_bytes, tied_segments = _tied(model, positions)
     return Costs(
         model=model,
         task=task,
         one=one,
         two=two,
         weight_bytes=float(whole.trainable_bytes),
-        tied_bytes=float(max(0, held - whole.trainable_bytes)),
+        tied_bytes=tied_bytes,
+        tied_segments=tied_segments,
         working_bytes=(_working_bytes(model, positions, 1), _working_bytes(model, positions, 2)),
     )
+
+
+def _tied(model: Model, positions: Sequence[int]) -> tuple[float, tuple[int, ...]]:
+    """Return the bytes of the trainable weights that several segments hold, and all those segments."""
+    holders: dict[str, list[int]] = {}
+    size_bytes: dict[str, int] = {}
+    for segment, subdag in enumerate(cut(model.graph, positions[1:-1])):
+        for weight in {weight.key: weight for weight in subdag.weights if weight.trainable}.values():
+            holders.setdefault(weight.key, []).append(segment)
+            size_bytes[weight.key] = type_bytes(weight.type, model.sizes(1))
+    tied = [key for key, segments in holders.items() if len(segments) > 1]
+    return float(sum(size_bytes[key] for key in tied)), tuple(sorted({each for key in tied for each in holders[key]}))
 
 
 def _working_bytes(model: Model, positions: Sequence[int], batch: int) -> Floats:
@@ -129,14 +152,17 @@ def ranges_of(costs: Costs, device: DeviceProfile, batch: int) -> Ranges:
 
     forward = _sums(work(lambda cost: (cost.forward_flops, cost.forward_bytes)))
     starts = _sums(np.asarray([cost.operators for cost in costs.one.costs]) * device.overhead_s)
-    seconds = np.maximum(forward, starts)
-    if costs.task == "training":
-        backward = _sums(work(lambda cost: (cost.backward_flops, cost.backward_bytes)))
-        starts = _sums(np.asarray([cost.backward_operators for cost in costs.one.costs]) * device.overhead_s)
-        seconds = seconds + np.maximum(backward, starts)
-    empty = np.tri(len(seconds), dtype=bool)
-    seconds[empty] = np.inf
+    forward = np.maximum(forward, starts)
+    empty = np.tri(len(forward), dtype=bool)
+    forward[empty] = np.inf
     one, two, training = costs.one, costs.two, costs.task == "training"
+    backward, deferred = np.where(empty, np.inf, 0.0), np.where(empty, np.inf, 0.0)
+    if training:
+        starts = _sums(np.asarray([cost.backward_operators for cost in costs.one.costs]) * device.overhead_s)
+        whole = _sums(work(lambda cost: (cost.backward_flops, cost.backward_bytes)))
+        backward = np.where(empty, np.inf, np.maximum(whole, starts))
+        rows = [[deferred_s(cost, device, PRECISION) for cost in each.costs] for each in (one, two)]
+        deferred = np.where(empty, np.inf, np.minimum(backward, _sums(along(*np.asarray(rows)))))
     tables = [
         each.fixed_bytes_PP if training else _forward_bytes(each, working)
         for each, working in zip((one, two), costs.working_bytes, strict=True)
@@ -146,7 +172,9 @@ def ranges_of(costs: Costs, device: DeviceProfile, batch: int) -> Ranges:
         flight = np.where(empty, np.inf, along(one.flight_bytes_PP, two.flight_bytes_PP) if training else 0.0)
     forward_bytes = along(one.forward_bytes_P, two.forward_bytes_P)
     return Ranges(
-        seconds_PP=seconds,
+        forward_s_PP=forward,
+        backward_s_PP=backward,
+        deferred_s_PP=deferred,
         fixed_bytes_PP=fixed,
         flight_bytes_PP=flight,
         forward_bytes_P=forward_bytes,

@@ -91,9 +91,11 @@ def _ratio(row: Row) -> str:
 
 def _home(found: Headline) -> Iterator[str]:
     yield from (
-        "The best plan found for each task and link from 100 Mbps to 1 Gbps. A model that fits one card is best",
-        "replicated, not pipelined: in inference links then count for nothing. In training gradients' sums limit,",
-        "so where links are slow fewer and longer pipelines may win, and larger steps do, which spread the sum.",
+        "The best plan found for each task and link from 100 Mbps to 1 Gbps. In inference a model that fits one card",
+        "is best replicated, not pipelined: links then count for nothing. In training gradients are summed over",
+        "pipelines at the end of each step: over slow links a few long pipelines are best, whose stages have few",
+        "weights each, or a single card with nothing to sum; larger steps spread the sum. Cards that a plan leaves out",
+        "would slow it down, or are too few for another pipeline.",
         "",
         "| task | link | codec | plan | of 4 H100 PCIe | of SXM | what limits | fits |",
         "|---|---|---|---|---|---|---|---|",
@@ -178,8 +180,9 @@ def _assumptions(found: Headline) -> Iterator[str]:
         f"5 x16) or 450 "
         "GB/s (NVLink). Other rates take the latency of the nearest.",
         "- Gradients are summed over pipelines by a ring, or with Top-K gathered from all, whichever is "
-        "shorter, after the last "
+        "shorter, all stages at the same time, after the last "
         "backward and not beside it.",
+        "- In a backward the gradients that travel leave before those of linear layers' weights are computed.",
         f"- Top-K sends one element in {found.top_k:g} with a 4-byte index, of activations and gradients alike: "
         f"a what-if in "
         "time. It says nothing about convergence, and such a ratio on activations will cost quality. It holds "
@@ -197,8 +200,9 @@ def _assumptions(found: Headline) -> Iterator[str]:
     )
     if factors:
         yield (
-            "- Pipelines in training are worked through by the simulator, links shared; it took "
-            f"{min(factors):.2f} to {max(factors):.2f} times what the search's formula says."
+            "- In training the best dozen plans by closed formulas are worked through by the simulator, each card's "
+            "link shared, and the fastest there is shown; its pipelines took "
+            f"{min(factors):.2f} to {max(factors):.2f} times what the formula says."
         )
     yield (
         "- No activations are computed again to save memory. Where memory for microbatches limits (gpt2-xl in "
@@ -207,5 +211,9 @@ def _assumptions(found: Headline) -> Iterator[str]:
     yield (
         "- Head and embedding are one operator each. A head with its share of Adam may be larger than a card, and "
         "bounds how many stages are of use."
+    )
+    yield (
+        "- The pipelines of a plan are alike. Where they are cut is searched for, not proven best; a plan of unlike "
+        "pipelines may use cards that are left over here."
     )
     yield "- Churn, loss of packets and data loading are not counted. Cards of one pool are alike and always there."

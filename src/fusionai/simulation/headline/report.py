@@ -11,7 +11,7 @@ from fusionai.simulation.headline.clusters import Cluster, consumer, datacentre
 from fusionai.simulation.headline.costs import Costs, Model, Task, costs_of
 from fusionai.simulation.headline.reconstruction import Check, checks, peak_tflops
 from fusionai.simulation.headline.search import Found, Searcher
-from fusionai.simulation.headline.worked import worked_through
+from fusionai.simulation.headline.worked import best_worked
 from fusionai.simulation.prices import Prices
 
 TOP_K = 100.0
@@ -138,15 +138,16 @@ _Planned = tuple[Found, bool, float, float | None]
 
 
 def _planned(searcher: Searcher, cluster: Cluster, codec: Codec, samples: int) -> _Planned:
-    """Return a plan, whether it fits, samples per second, and the simulator's factor in training."""
-    found = searcher.best(cluster, codec, samples)
-    fits = found is not None
-    if found is None:
-        found = searcher.best(cluster, codec, samples, memory=False)
-    assert found is not None, "without memory to heed, something is always found"
-    factor = worked_through(found, cluster) if searcher.costs.task == "training" else None
-    step_s = found.step_s + ((factor or 1.0) - 1) * found.pipeline_s
-    return found, fits, samples / step_s, factor
+    """Return a plan, whether it fits, samples per second, and in training the simulator's factor on its pipelines."""
+    ranked = searcher.ranked(cluster, codec, samples)
+    fits = bool(ranked)
+    if not fits:
+        ranked = searcher.ranked(cluster, codec, samples, memory=False)
+    assert ranked, "without memory to heed, something is always found"
+    if searcher.costs.task == "inference":
+        return ranked[0], fits, samples / ranked[0].step_s, None
+    found, factor = best_worked(searcher, ranked, cluster, codec)
+    return found, fits, samples / found.step_s, factor
 
 
 def _row(
@@ -186,7 +187,10 @@ def _row(
         electricity_usd_per_million_tokens=kwh * USD_PER_KWH,
         rent_usd_per_million_tokens=None if rent is None else cluster.count * rent.usd * million_s / 3600,
         purchase_usd=None if buy is None else cluster.count * buy.usd,
-        plan=f"{found.pipelines} x {found.stages} stages, microbatches of {found.batch}, {found.machines} cards",
+        plan=(
+            f"{found.pipelines} x {found.stages} stages, microbatches of {found.batch}, {found.machines} "
+            f"card{'s' if found.machines > 1 else ''}"
+        ),
         pipelines=found.pipelines,
         stages=found.stages,
         batch=found.batch,

@@ -1,38 +1,57 @@
 """The fastest plan for machines and links that are all alike: how many pipelines, stages, and samples in a microbatch.
 
-Where nothing differs, every pipeline is cut alike, and a min-max partition of the line is found exactly by bisection:
-`fusionai.scheduling.swarm.planner` looks for the same among unlike machines, and plans training only.
+Where nothing differs, every pipeline is cut alike. Numbers of pipelines, stages and samples are enumerated and compared
+by closed formulas; the best few are for the simulator to decide (`fusionai.simulation.headline.worked`).
+`fusionai.scheduling.swarm.planner` looks for the same among unlike machines; it plans training only, and lets each
+link of a machine carry all that it can, where here they share the machine's one uplink.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fusionai.scheduling.links import Floats
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.simulation.codecs import Codec
 from fusionai.simulation.headline.clusters import Cluster
-from fusionai.simulation.headline.costs import ADAM_COPIES, Costs, Ranges, ranges_of
-
-Flags: TypeAlias = NDArray[np.bool_]
+from fusionai.simulation.headline.costs import Costs, Ranges, ranges_of
+from fusionai.simulation.headline.cutting import bounds_of, narrow_positions
+from fusionai.simulation.headline.pace import Line, Pace, pace, roomier
+from fusionai.simulation.headline.step_end import StepEnd
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-STAGES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 25, 50)
-_BISECTIONS = 26
+_LIGHTER = 0.9
+"""Of the weights of a partition's heaviest stage, the most that one may have in the next try: the slower the links, the
+more the sum of its gradients counts against the period."""
+
+_HEAVY = 2.0
+"""Times an equal share of the weights, from where on lighter stages are tried: fewer stages have heavier ones."""
+
+_LIGHTEST = 0.97
+"""Nearer to the heaviest stage is not tried; where nothing fits, it is approached."""
+
+_RANKED = 12
+"""Plans that are handed on, each of another number of pipelines, stages or samples."""
+
+_PROMISING = 1.15
+"""Cuts are sought only for periods with which a step takes at most so many times the shortest so far: the formulas
+leave out by how much tensors wait for each other on uplinks."""
+
+_SMALL_SUM = 0.02
+"""Share of a step from which on the sum of gradients is worth a longer period."""
+
 _ANY = "any"
 """The peer whose memory bandwidth a codec of equal machines is given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A plan of equal pipelines, and what it takes. Seconds of a step of `samples` samples."""
+    """A plan of equal pipelines, and what it takes by closed formulas. Seconds of a step of `samples` samples."""
 
     pipelines: int
     stages: int
@@ -52,13 +71,14 @@ class Found:
     """Between two microbatches of a full pipeline."""
     limit: str
     """What sets the period, or the step."""
-    computing_s: tuple[float, ...]
-    """A microbatch, by stage."""
+    pace: Pace
+    """Seconds of each stage for a microbatch, and how many it holds."""
     sent_bytes: tuple[tuple[float, float], ...]
     """Forward and as gradients, packed, by boundary."""
-    in_flight: tuple[int, ...]
     bounds: tuple[int, ...]
     """Of the stages, as positions of the costs' line."""
+    fits: bool
+    """Whether memory was heeded."""
 
     @property
     def machines(self) -> int:
@@ -68,7 +88,16 @@ class Found:
     @property
     def busy_s(self) -> float:
         """Return the seconds for which all machines together compute."""
-        return sum(self.computing_s) * self.microbatches * self.pipelines
+        return sum(self.pace.forward_s + self.pace.backward_s) * self.microbatches * self.pipelines
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Size:
+    """Samples of a step and of a microbatch, and the bytes that one sends at each position, both ways."""
+
+    samples: int
+    batch: int
+    sent: tuple[Floats, Floats]
 
 
 class Searcher:
@@ -88,87 +117,155 @@ class Searcher:
         memory: bool = True,
         batches: Sequence[int] = BATCHES,
     ) -> Found | None:
-        """Return the fastest plan, None if nothing fits.
+        """Return the fastest plan by the formulas, None if nothing fits; see `ranked`."""
+        return next(iter(self.ranked(cluster, codec, samples, memory=memory, batches=batches)), None)
+
+    def ranked(
+        self,
+        cluster: Cluster,
+        codec: Codec,
+        samples: int,
+        *,
+        memory: bool = True,
+        batches: Sequence[int] = BATCHES,
+        keep: int = _RANKED,
+    ) -> list[Found]:
+        """Return the plans that are fastest by the formulas, best first, at most `keep`; none if nothing fits.
 
         Without `memory`, machines hold what falls to them, but pipelines are as long as equal shares of computing make
         them, and no more in number than all memory together has room for the model's copies.
         """
-        found: Found | None = None
+        best: list[Found] = []
+        end = StepEnd(self.costs, cluster, codec, self.ranges[1].weight_bytes_P)
         for batch in batches:
             if batch > samples:
                 break
-            for stages in {min(each, cluster.count) for each in STAGES} if memory else (cluster.count,):
-                tried = self._tried(cluster, codec, samples, batch, stages, memory=memory)
-                if tried is not None and (found is None or tried.step_s < found.step_s):
-                    found = tried
-        return found
+            line, sent = self._line(cluster, codec, batch, memory=memory)
+            for stages in range(1, cluster.count + 1) if memory else (cluster.count,):
+                worth_s = best[0].step_s * _PROMISING if best else math.inf
+                size = _Size(samples, batch, sent)
+                best = _distinct(best + list(self._tried(line, end, size, stages, worth_s, memory=memory)))[:keep]
+        return best
+
+    def variants(self, found: Found, cluster: Cluster, codec: Codec) -> Iterator[Found]:
+        """Yield a plan, and the same with more microbatches in flight where there is memory for them."""
+        yield found
+        if self.costs.task == "training" and found.stages > 1:
+            line, _ = self._line(cluster, codec, found.batch, memory=found.fits)
+            for held in roomier(line, found.bounds, found.pace):
+                yield replace(found, pace=replace(found.pace, in_flight=held))
+
+    def _line(self, cluster: Cluster, codec: Codec, batch: int, *, memory: bool) -> tuple[Line, tuple[Floats, Floats]]:
+        """Return the line of a microbatch, and the bytes that are sent at each position, both ways."""
+        ranges = self.ranges[batch]
+        sent, pack, unpack = _packed(ranges, codec)
+        for each in (*sent, pack, unpack):
+            each[[0, -1]] = 0.0
+        training = self.costs.task == "training"
+        return Line(
+            forward_s_PP=ranges.forward_s_PP + unpack[:, None] + pack[None],
+            backward_s_PP=ranges.backward_s_PP + (pack[:, None] + unpack[None] if training else 0.0),
+            deferred_s_PP=ranges.deferred_s_PP,
+            out_s_P=sent[0] / cluster.bytes_per_s,
+            back_s_P=sent[1] / cluster.bytes_per_s,
+            delay_s=(2 if training else 1) * cluster.latency_s,
+            weight_bytes_P=ranges.weight_bytes_P,
+            fixed_bytes_PP=ranges.fixed_bytes_PP,
+            flight_bytes_PP=ranges.flight_bytes_PP,
+            budget_bytes=self.device.memory_bytes / MEMORY_MARGIN if memory else math.inf,
+        ), sent
 
     def _tried(
-        self, cluster: Cluster, codec: Codec, samples: int, batch: int, stages: int, *, memory: bool
-    ) -> Found | None:
-        ranges, budget = self.ranges[batch], self.device.memory_bytes / MEMORY_MARGIN
-        sent, packing = _packed(ranges, codec, self.device.memory_bytes_per_s)
-        seconds = ranges.seconds_PP + packing[:, None] + packing[None]
-        busy = (sent[0] + sent[1]) / cluster.bytes_per_s
-        fits = np.isfinite(seconds)
-        if memory:
-            fits &= ranges.fixed_bytes_PP + ranges.flight_bytes_PP <= budget
-        slowness = busy
+        self, line: Line, end: StepEnd, size: _Size, stages: int, worth_s: float, *, memory: bool
+    ) -> Iterator[Found]:
+        """Yield plans of at most so many stages whose step may take less than `worth_s`."""
+        training, count = memory and self.costs.task == "training", math.ceil(size.samples / size.batch)
+        narrow = narrow_positions(line, end.cluster.count)
         if not memory:
             # Else links would let one machine take everything: the cheapest cuts are free, and the others closed.
-            inner = np.sort(busy[1:-1])
-            slowness = np.where(busy <= inner[min(cluster.count, len(inner)) - 1] * 1.01, 0.0, np.inf)
-        bounds = _bounds(seconds, slowness, fits, stages)
-        if bounds is None:
-            return None
-        used = len(bounds) - 1
-        pipelines = min(cluster.count // used, math.ceil(samples / batch))
+            free = replace(line, out_s_P=np.zeros(len(narrow)), back_s_P=np.zeros(len(narrow)))
+            ways = [(free, narrow)]
+        else:
+            ways = [(line, narrow)] + ([] if narrow.all() else [(line, np.ones(len(narrow), dtype=bool))])
+        jumps = False
+        for (each, allowed), most_more in product(ways, (math.inf, 1.0)):
+            if not jumps and most_more == 1.0:
+                # No stage holds more than that as it is.
+                continue
+            most_bytes, heaviest_bytes, lighter = math.inf, math.inf, _LIGHTER
+            period_s = self._longest_period_s(line, end, size, stages, worth_s)
+            while period_s > 0 and lighter < _LIGHTEST:
+                bounds = bounds_of(
+                    each,
+                    stages,
+                    allowed,
+                    microbatches=count,
+                    worth_s=period_s,
+                    most_weight_bytes=most_bytes,
+                    most_more=most_more,
+                )
+                if bounds is None and math.isinf(heaviest_bytes):
+                    break
+                if bounds is None:
+                    lighter = math.sqrt(lighter)
+                else:
+                    plans = self._plans(line, end, size, bounds, memory=memory)
+                    yield from plans
+                    jumps = jumps or any(one - other > 1 for one, other in pairwise(plans[0].pace.in_flight))
+                    if allowed is not narrow or not training or stages == 1:
+                        break
+                    if all(plan.sum_s < _SMALL_SUM * plan.step_s for plan in plans) and len(bounds) > 2:
+                        break
+                    heaviest_bytes = float(np.diff(line.weight_bytes_P[bounds]).max())
+                most_bytes = min(lighter * heaviest_bytes, _HEAVY * float(line.weight_bytes_P[-1]) / stages)
+
+    def _longest_period_s(self, line: Line, end: StepEnd, size: _Size, stages: int, worth_s: float) -> float:
+        """Return the longest period with which a step of some number of pipelines may take less than `worth_s`."""
+        most = max(1, min(end.cluster.count // stages, size.samples // size.batch))
+        pipelines = np.arange(1, most + 1, dtype=np.int64)
+        rounds = np.ceil(size.samples / (pipelines * size.batch)) - 1
+        held_bytes = float(line.weight_bytes_P[-1]) / stages
+        computing_s = float(line.forward_s_PP[0, -1] + line.backward_s_PP[0, -1] - line.deferred_s_PP[0, -1])
+        least_s = computing_s + end.copies_s(pipelines, held_bytes) + end.update_s(held_bytes)
+        with np.errstate(divide="ignore"):
+            left_s = worth_s - least_s
+            return float(np.where(rounds > 0, left_s / rounds, np.where(left_s > 0, np.inf, 0.0)).max())
+
+    def _plans(self, line: Line, end: StepEnd, size: _Size, bounds: Sequence[int], *, memory: bool) -> list[Found]:
+        """Return what a partition gives in the best two numbers of pipelines."""
+        stages, samples, batch = len(bounds) - 1, size.samples, size.batch
+        most = min(end.cluster.count // stages, math.ceil(samples / batch))
         if not memory:
-            copies = cluster.count * budget / float(ranges.fixed_bytes_PP[0, -1])
-            pipelines = min(pipelines, max(1, int(copies)))
-        count = math.ceil(samples / (pipelines * batch))
-        computing = [float(seconds[start, stop]) for start, stop in pairwise(bounds)]
-        both = 2 if self.costs.task == "training" else 1
-        hops = [float(busy[cut]) + both * cluster.latency_s for cut in bounds[1:-1]]
-        # From the start of a stage's forward to the end of its backward.
-        rounds = [sum(computing[place:]) + sum(hops[place:]) for place in range(used)]
-        largest_link = max((float(busy[cut]) for cut in bounds[1:-1]), default=0.0)
-        period, limit = max(computing), "computing"
-        if largest_link > period:
-            period, limit = largest_link, "links between stages"
-        in_flight = [count] * used
-        if both == 2:
-            most = [count] * used
-            for place, (start, stop) in enumerate(pairwise(bounds)):
-                if memory and (flight := float(ranges.flight_bytes_PP[start, stop])) > 0:
-                    most[place] = min(count, int((budget - ranges.fixed_bytes_PP[start, stop]) / flight))
-            in_flight = _in_flight(computing, hops, most, period)
-            waiting = _waiting_s(computing, hops, in_flight)
-            if in_flight[0] < count:
-                if memory and waiting > period * 1.1:
-                    limit = "memory for microbatches on their way"
-                period = max(period, waiting)
-        pipeline_s = rounds[0] + (count - 1) * period
-        sum_s, update_s = self._end(cluster, codec, pipelines, bounds) if both == 2 else (0.0, 0.0)
-        if sum_s > pipeline_s:
-            limit = "summing gradients"
-        return Found(
-            pipelines=pipelines,
-            stages=used,
-            batch=batch,
-            microbatches=count,
-            samples=samples,
-            step_s=pipeline_s + sum_s + update_s,
-            pipeline_s=pipeline_s,
-            sum_s=sum_s,
-            latency_s=rounds[0],
-            period_s=period,
-            limit=limit,
-            computing_s=tuple(computing),
-            sent_bytes=tuple((float(sent[0][cut]), float(sent[1][cut])) for cut in bounds[1:-1]),
-            in_flight=tuple(in_flight),
-            bounds=tuple(bounds),
-        )
+            budget = self.device.memory_bytes / MEMORY_MARGIN
+            copies = end.cluster.count * budget / float(self.ranges[batch].fixed_bytes_PP[0, -1])
+            most = min(most, max(1, int(copies)))
+        fewest = 1 if self.costs.task == "training" else most
+        pipelines = np.arange(fewest, most + 1, dtype=np.int64)
+        at, held_bytes = pace(line, bounds), float(np.diff(line.weight_bytes_P[list(bounds)]).max())
+        counts = np.ceil(samples / (pipelines * batch)).astype(np.int64)
+        pipeline_s = at.latency_s + (counts - 1) * at.period_s
+        sum_s = end.sum_s(pipelines, bounds)
+        step_s = pipeline_s + sum_s + end.update_s(held_bytes)
+        return [
+            Found(
+                pipelines=int(pipelines[place]),
+                stages=stages,
+                batch=batch,
+                microbatches=int(counts[place]),
+                samples=samples,
+                step_s=float(step_s[place]),
+                pipeline_s=float(pipeline_s[place]),
+                sum_s=float(sum_s[place]),
+                latency_s=at.latency_s,
+                period_s=at.period_s,
+                limit="summing gradients" if sum_s[place] > pipeline_s[place] else at.limit,
+                pace=at,
+                sent_bytes=tuple((float(size.sent[0][cut]), float(size.sent[1][cut])) for cut in bounds[1:-1]),
+                bounds=tuple(bounds),
+                fits=memory,
+            )
+            for place in np.argsort(step_s, kind="stable")[:2].tolist()
+        ]
 
     def missing(self, cluster: Cluster) -> str:
         """Return what keeps the model from fitting, in words with numbers."""
@@ -186,95 +283,22 @@ class Searcher:
 
     def one_sample_s(self, found: Found, cluster: Cluster, codec: Codec) -> float:
         """Return the seconds of a single sample through a plan's stages, in training there and back."""
-        ranges, inner = self.ranges[1], found.bounds[1:-1]
-        sent, packing = _packed(ranges, codec, self.device.memory_bytes_per_s)
-        both = 2 if self.costs.task == "training" else 1
-        return sum(float(ranges.seconds_PP[start, stop]) for start, stop in pairwise(found.bounds)) + sum(
-            float((sent[0][cut] + sent[1][cut]) / cluster.bytes_per_s + 2 * packing[cut]) + both * cluster.latency_s
-            for cut in inner
-        )
-
-    def _end(self, cluster: Cluster, codec: Codec, pipelines: int, bounds: list[int]) -> tuple[float, float]:
-        """Return the seconds of summing gradients and of reporting and updating.
-
-        A ring all-reduce is 2 (P - 1) rounds of 1 / P of the bytes (Patarasuk and Yuan 2009). What Top-K keeps differs
-        from machine to machine, so its sums are gathered whole: P - 1 rounds of all that each one sends. The shorter
-        of the two is taken.
-        """
-        weights = self.ranges[1].weight_bytes_P
-        held = max(float(weights[stop] - weights[start]) for start, stop in pairwise(bounds))
-        others = pipelines - 1
-        ring_s = 2 * others * (held / pipelines / cluster.bytes_per_s + cluster.latency_s)
-        gather_s = others * (codec.sent_bytes(held) / cluster.bytes_per_s + cluster.latency_s)
-        sum_s = min(ring_s, gather_s)
-        if len(bounds) > 2 and self.costs.tied_bytes:
-            sum_s += self.costs.tied_bytes / cluster.bytes_per_s + cluster.latency_s
-        passes = 2 + 2 * ADAM_COPIES + 3  # as `estimator.update_s`
-        return sum_s, passes * held / self.device.memory_bytes_per_s + 2 * cluster.latency_s
+        return pace(self._line(cluster, codec, 1, memory=False)[0], found.bounds).latency_s
 
 
-def _packed(ranges: Ranges, codec: Codec, memory_bytes_per_s: float) -> tuple[tuple[Floats, Floats], Floats]:
-    """Return the bytes that are sent at each position, both ways, and the seconds that packing takes on either side."""
+def _distinct(found: list[Found]) -> list[Found]:
+    """Return the best plan of each number of pipelines, stages and samples, best first."""
+    best: dict[tuple[int, int, int], Found] = {}
+    for each in sorted(found, key=lambda each: each.step_s):
+        best.setdefault((each.pipelines, each.stages, each.batch), each)
+    return list(best.values())
+
+
+def _packed(ranges: Ranges, codec: Codec) -> tuple[tuple[Floats, Floats], Floats, Floats]:
+    """Return the bytes that are sent at each position, both ways, and the seconds of packing and of unpacking there."""
     sides = ranges.forward_bytes_P, ranges.gradient_bytes_P
     sent = [np.asarray([codec.sent_bytes(float(each)) for each in side]) for side in sides]
-    # Per side of a boundary: packing one of the two tensors, and unpacking the other.
-    seconds = np.zeros(len(sent[0]))
-    for each in range(len(seconds)):
-        whole = max(float(side[each]) for side in sides)
-        seconds[each] = codec.encode_s(whole, _ANY) + codec.decode_s(whole, _ANY)
-    return (sent[0], sent[1]), seconds
-
-
-def _in_flight(computing: list[float], hops: list[float], most: list[int], period: float) -> list[int]:
-    """Return the microbatches that each stage holds: enough to hide every hop, less of all where `most` is less."""
-    last = len(computing) - 1
-    wanted = [1] * (last + 1)
-    for place in range(last - 1, -1, -1):
-        cycle = computing[place] + computing[place + 1] + hops[place]
-        wanted[place] = wanted[place + 1] + max(1, math.ceil(cycle / period * 0.95) - 1)
-    share = min(1.0, *(limit / want for limit, want in zip(most, wanted, strict=True)))
-    return [max(1, int(want * share * (1 + 1e-9))) for want in wanted]
-
-
-def _waiting_s(computing: list[float], hops: list[float], held: list[int]) -> float:
-    """Return the seconds between microbatches that those in flight allow.
-
-    In 1F1B a stage's forward i + w follows its backward i. Between two stages that hold w and w' that makes a cycle of
-    all computing and ways from the one to the other and back, once in w - w' + 1 microbatches.
-    """
-    # until[k]: from the first stage through stage k; before[k]: up to the start of stage k.
-    until = np.cumsum(computing) + np.concatenate([[0.0], np.cumsum(hops)])
-    before = until - np.asarray(computing)
-    cycles = until[None] - before[:, None]
-    rounds = np.asarray(held)[:, None] - np.asarray(held)[None] + 1
-    return float(np.where(np.tri(len(held), k=-1, dtype=bool), 0.0, cycles / np.maximum(rounds, 1)).max())
-
-
-def _bounds(seconds: Floats, busy: Floats, fits: Flags, stages: int) -> list[int] | None:
-    """Return the positions of the partition over at most `stages` whose largest share of machine or link is least."""
-    last = len(seconds) - 1
-
-    def reached(limit: float) -> list[int] | None:
-        allowed = (busy <= limit) & np.isfinite(busy)
-        allowed[last] = True
-        possible = fits & (seconds <= limit) & allowed[None]
-        furthest = np.where(possible.any(axis=1), last - np.argmax(possible[:, ::-1], axis=1), -1)
-        bounds = [0]
-        while bounds[-1] != last:
-            if len(bounds) > stages or (place := int(furthest[bounds[-1]])) < 0:
-                return None
-            bounds.append(place)
-        return bounds
-
-    found = reached(np.inf)
-    if found is None:
-        return None
-    slowest_link = float(busy[np.isfinite(busy)].max(initial=0.0))
-    low, high = 0.0, max(slowest_link, *(float(seconds[a, b]) for a, b in pairwise(found)))
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        if (tried := reached(middle)) is None:
-            low = middle
-        else:
-            high, found = middle, tried
-    return found
+    # Outputs and their gradients are as large as each other, or there are no gradients.
+    whole = np.maximum(*sides).tolist()
+    pack, unpack = ([seconds(each, _ANY) for each in whole] for seconds in (codec.encode_s, codec.decode_s))
+    return (sent[0], sent[1]), np.asarray(pack), np.asarray(unpack)
