@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
+
 from fusionai.errors import DataError, JobError, NetworkError, PeerLost, ProtocolError
 from fusionai.execution.plane import Clipping
 from fusionai.graph.model import OpDag, Sizes, SubDag, WeightKey
@@ -30,6 +32,9 @@ from fusionai.training.messages import (
     Control,
     End,
     Failed,
+    HandedOver,
+    HandOver,
+    Inherit,
     JobId,
     Pull,
     Pulled,
@@ -170,6 +175,11 @@ class Driver:
             self._failure.set_exception(JobError(reason))
             self._failure.exception()  # somebody awaits it, or nobody needs to
 
+    @property
+    def failed(self) -> bool:
+        """Whether the job cannot go on."""
+        return self._failure.done()
+
     # --- life cycle ---------------------------------------------------------------------------------------------
 
     async def prepare(
@@ -184,7 +194,7 @@ class Driver:
             count = await self._load(machine, weights, optimizer_states)
             await self._ask(machine, Ready(self.job, count, optimizer_step), timeout_s=READY_TIMEOUT_S)
 
-        await self._guard(asyncio.gather(*(load(each) for each in self.machines)))
+        await self.guard(asyncio.gather(*(load(each) for each in self.machines)))
 
     async def _load(self, machine: Machine, weights: WeightSource, states: Sequence[str]) -> int:
         """Send a machine its tensors; return how many."""
@@ -198,6 +208,47 @@ class Driver:
                 await self._wire.send(machine.peer, header, tensor)
                 count += 1
         return count
+
+    async def inherit(self, sources: Mapping[str, Mapping[WeightKey, str]]) -> None:
+        """Tell each machine whence its weights come, instead of sending them: see `handing_over`."""
+        await self.guard(
+            asyncio.gather(
+                *(
+                    self._ask(each, Inherit(self.job, dict(sources[each.peer])), timeout_s=READY_TIMEOUT_S)
+                    for each in self.machines
+                )
+            )
+        )
+
+    async def give(self, to: JobId, targets: Mapping[str, Mapping[WeightKey, tuple[str, ...]]]) -> int:
+        """Have each machine send its weights and states to those of the new generation `to`; return the bytes sent."""
+        total_bytes = 0
+
+        async def send(machine: Machine) -> None:
+            nonlocal total_bytes
+            message = HandOver(self.job, to, dict(targets[machine.peer]))
+            answer = await self._ask(machine, message, timeout_s=PULL_TIMEOUT_S)
+            try:
+                sent = msgspec.msgpack.decode(answer, type=HandedOver).bytes_sent
+            except msgspec.MsgspecError as error:
+                raise JobError(f"compnode {machine.name} tells nothing sensible of its hand-over: {error}") from error
+            total_bytes += sum(sent.values())
+
+        await self.guard(asyncio.gather(*(send(each) for each in self.machines if targets.get(each.peer))))
+        return total_bytes
+
+    async def settle(self, tensors: Mapping[str, int], *, optimizer_step: int) -> None:
+        """Wait until each machine has so many tensors by peer, and is linked to its neighbours."""
+        await self.guard(
+            asyncio.gather(
+                *(
+                    self._ask(
+                        each, Ready(self.job, tensors[each.peer], optimizer_step), timeout_s=READY_TIMEOUT_S
+                    )
+                    for each in self.machines
+                )
+            )
+        )
 
     async def train_step(
         self, step: int, batch: Sequence[Batch], weights: Sequence[float], learning_rate: float
@@ -245,8 +296,8 @@ class Driver:
         await self._tell(begin)
         feeding = asyncio.ensure_future(self._feed(batch))
         try:
-            await self._guard(feeding)
-            await self._guard(self._all_reported())
+            await self.guard(feeding)
+            await self.guard(self._all_reported())
         finally:
             feeding.cancel()
         self._round += 1
@@ -341,8 +392,8 @@ class Driver:
                             wanted.append((weight.key, None))
                             wanted += [(weight.key, state) for state in states if weight.trainable]
                 missing.update(wanted)
-                await self._guard(self._ask(machine, Pull(self.job, tuple(wanted)), timeout_s=PULL_TIMEOUT_S))
-                await self._guard(all_here())
+                await self.guard(self._ask(machine, Pull(self.job, tuple(wanted)), timeout_s=PULL_TIMEOUT_S))
+                await self.guard(all_here())
         finally:
             self._sink = None
 
@@ -367,13 +418,15 @@ class Driver:
         if self._failure.done():
             await self._failure
 
-    async def _ask(self, machine: Machine, message: Ready | Pull, *, timeout_s: float) -> None:
+    async def _ask(
+        self, machine: Machine, message: Ready | Inherit | HandOver | Pull, *, timeout_s: float
+    ) -> bytes:
         try:
-            await self._wire.request(machine.peer, message, timeout_s=timeout_s)
+            return await self._wire.request(machine.peer, message, timeout_s=timeout_s)
         except NetworkError as error:
             raise JobError(f"compnode {machine.name} ({self._holding(machine)}): {error}") from error
 
-    async def _guard(self, work: Awaitable[object]) -> None:
+    async def guard(self, work: Awaitable[object]) -> None:
         """Await `work`, or raise what ended the job meanwhile."""
         task: asyncio.Future[object] = asyncio.ensure_future(work)
         waited: set[asyncio.Future[Any]] = {task, self._failure}
