@@ -50,6 +50,7 @@ def train(
     privacy: Literal["private", "open"] = "private",
     compnodes: int = 0,
     cuts: Sequence[int] | Callable[[OpDag], int] | None = None,
+    replan: bool = True,
     seed: int = 0,
     heldout: Sequence[TensorBatch] = (),
     evaluate_every: int = 0,
@@ -77,6 +78,7 @@ def train(
         privacy: "private" keeps every operator that touches raw inputs or labels on this machine.
         compnodes: how many to use; 0: as many as serve best.
         cuts: cut positions, or a function from the OP-DAG to one, instead of the planner's.
+        replan: whether the job may go over to a better plan when a machine becomes slower or faster than planned.
         seed: of dropout.
         heldout: microbatches to evaluate on, every `evaluate_every` steps and at the end.
         checkpoint_every: steps between checkpoints; one is always made at the end.
@@ -126,7 +128,9 @@ def train(
         training=training,
         optimizer=optimizer or OptimizerConfig(),
         schedule=schedule,
-        placement=PlacementConfig(privacy=privacy, compnodes=compnodes, cuts=tuple(cuts) if cuts is not None else None),
+        placement=PlacementConfig(
+            privacy=privacy, compnodes=compnodes, cuts=tuple(cuts) if cuts is not None else None, replan=replan
+        ),
         first_step=reader.manifest.step if reader is not None else 0,
     )
     result = run_loop(_train(job, options, folder, observer))

@@ -180,6 +180,11 @@ class Driver:
         """Whether the job cannot go on."""
         return self._failure.done()
 
+    async def check(self) -> None:
+        """Raise what has ended the job, if anything has."""
+        if self._failure.done():
+            await self._failure
+
     # --- life cycle ---------------------------------------------------------------------------------------------
 
     async def prepare(
@@ -242,9 +247,7 @@ class Driver:
         await self.guard(
             asyncio.gather(
                 *(
-                    self._ask(
-                        each, Ready(self.job, tensors[each.peer], optimizer_step), timeout_s=READY_TIMEOUT_S
-                    )
+                    self._ask(each, Ready(self.job, tensors[each.peer], optimizer_step), timeout_s=READY_TIMEOUT_S)
                     for each in self.machines
                 )
             )
@@ -418,9 +421,7 @@ class Driver:
         if self._failure.done():
             await self._failure
 
-    async def _ask(
-        self, machine: Machine, message: Ready | Inherit | HandOver | Pull, *, timeout_s: float
-    ) -> bytes:
+    async def _ask(self, machine: Machine, message: Ready | Inherit | HandOver | Pull, *, timeout_s: float) -> bytes:
         try:
             return await self._wire.request(machine.peer, message, timeout_s=timeout_s)
         except NetworkError as error:

@@ -1,4 +1,4 @@
-"""Generations of a job: a job that is planned anew while it runs goes on under a derived id, "<job>.1", "<job>.2", ..."""
+"""Generations of a job: planned anew while it runs, it goes on under a derived id, "<job>.1", "<job>.2", ..."""
 
 from __future__ import annotations
 

@@ -11,19 +11,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fusionai.errors import JobError
 from fusionai.graph.model import WeightKey
-from fusionai.training.driver import Driver, Machine
-
-
-@dataclass(frozen=True, slots=True)
-class Routes:
-    """Who sends which weight to whom; peers throughout."""
-
-    sources: dict[str, dict[WeightKey, str]]
-    """By machine of the new generation: where each of its weights comes from."""
-    targets: dict[str, dict[WeightKey, tuple[str, ...]]]
-    """By machine of the running generation: where each weight that it is to send goes. Itself among them: in memory."""
+from fusionai.training.driver import Driver
+from fusionai.training.weight_routes import routes
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,34 +26,6 @@ class HandOverResult:
     """Time in which no step ran."""
 
 
-def routes(running: Sequence[Machine], new: Sequence[Machine]) -> Routes:
-    """Return the way of every weight of the new machines. Pure.
-
-    A machine that holds a weight already keeps it. Of several holders of a tied weight, whose copies are equal, the one
-    that has the least to send so far sends it.
-
-    Raises JobError when nobody holds a weight.
-    """
-    holders: dict[WeightKey, list[str]] = {}
-    sizes: dict[str, int] = {each.peer: 0 for each in running}
-    for machine in running:
-        for key in machine.keys:
-            holders.setdefault(key, []).append(machine.peer)
-    sources: dict[str, dict[WeightKey, str]] = {}
-    targets: dict[str, dict[WeightKey, tuple[str, ...]]] = {each.peer: {} for each in running}
-    for machine in new:
-        sources[machine.peer] = {}
-        for key in machine.keys:
-            known = holders.get(key)
-            if not known:
-                raise JobError(f"no machine of the running plan holds the weight {key!r}")
-            source = machine.peer if machine.peer in known else min(known, key=lambda peer: (sizes[peer], peer))
-            sizes[source] += source != machine.peer
-            sources[machine.peer][key] = source
-            targets[source][key] = (*targets[source].get(key, ()), machine.peer)
-    return Routes(sources, targets)
-
-
 async def hand_over(running: Driver, new: Driver, states: Sequence[str], *, optimizer_step: int) -> HandOverResult:
     """Give the new generation everything that the running one holds, between two steps.
 
@@ -72,7 +34,7 @@ async def hand_over(running: Driver, new: Driver, states: Sequence[str], *, opti
     was; whether it still lives, `running.failed` tells.
     """
     start_s = time.perf_counter()
-    ways = routes(running.machines, new.machines)
+    ways = routes({each.peer: each.keys for each in running.machines}, {each.peer: each.keys for each in new.machines})
     trainable = {
         weight.key
         for machine in new.machines
@@ -91,8 +53,6 @@ async def hand_over(running: Driver, new: Driver, states: Sequence[str], *, opti
     return HandOverResult(moved.result(), time.perf_counter() - start_s)
 
 
-def _counts(
-    sources: Mapping[str, Mapping[WeightKey, str]], trainable: set[WeightKey], states: int
-) -> dict[str, int]:
+def _counts(sources: Mapping[str, Mapping[WeightKey, str]], trainable: set[WeightKey], states: int) -> dict[str, int]:
     """Return the tensors that each new machine must get."""
     return {peer: sum(1 + states * (key in trainable) for key in keys) for peer, keys in sources.items()}

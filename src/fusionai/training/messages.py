@@ -90,7 +90,7 @@ class Ready(msgspec.Struct, frozen=True, tag="train.ready"):
 
 
 class Inherit(msgspec.Struct, frozen=True, tag="train.inherit"):
-    """Request to the new generation of a job: its weights come from machines of the running one, not from the driver."""
+    """Request to the new generation of a job: its weights come from machines of the running one, not the driver."""
 
     job: JobId
     sources: dict[WeightKey, str]

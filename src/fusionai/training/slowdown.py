@@ -37,3 +37,6 @@ class Slowdown(msgspec.Struct, frozen=True):
     def emulated(self) -> bool:
         """Whether it changes anything."""
         return self.factor != 1.0 or self.throttle is not None
+
+
+FULL_SPEED = Slowdown()

@@ -48,7 +48,7 @@ from fusionai.training.messages import (
     Tensor,
     TiedGradient,
 )
-from fusionai.training.slowdown import Slowdown
+from fusionai.training.slowdown import FULL_SPEED, Slowdown
 from fusionai.training.tied_gradients import TiedGradients
 from fusionai.training.weight_traffic import WeightTraffic
 from fusionai.training.wire import JobWire
@@ -124,7 +124,7 @@ class StageHost:
         wire: JobWire,
         *,
         limit_bytes: int,
-        slowdown: Slowdown = Slowdown(),
+        slowdown: Slowdown = FULL_SPEED,
         on_end: Callable[[str], Awaitable[None]],
     ) -> StageHost:
         """Make the program of an assignment and take part in its job.
