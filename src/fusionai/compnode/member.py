@@ -260,6 +260,10 @@ class Member:
         """Return this machine's own stages of a job, if it has any."""
         return self._hosting.host(job)
 
+    async def release(self, job: JobId, reason: str) -> None:
+        """Drop this machine's own part in a job, or in one generation of it."""
+        await self._hosting.release(job, reason)
+
     @property
     def holds(self) -> dict[str, str]:
         """What this machine holds: job to a line for people."""

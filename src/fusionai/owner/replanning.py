@@ -212,6 +212,8 @@ class Replanning:
         self._known = self._sent
         self._corrections = Corrections(plan)
         await running.close("the job goes on by a new plan")
+        # Of a plan without stages here there is no host that the driver could end.
+        await self._member.release(running.job, "the job goes on by a new plan")
         return self._event(
             done,
             f"{self._noticed}; {prepared.reason}",
@@ -223,6 +225,7 @@ class Replanning:
 
     async def _forget(self, new: Driver, reason: str) -> None:
         await new.close(f"its plan is not taken: {reason}")
+        await self._member.release(new.job, "its plan is not taken")
         try:
             await self._member.request(Forget(self._job, new.job, reason[:500]), None, timeout_s=_ANSWER_TIMEOUT_S)
         except FusionError as error:
