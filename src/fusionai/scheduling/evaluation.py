@@ -14,7 +14,7 @@ from typing import Literal
 
 from fusionai.graph.cost import StageCost, stage_cost
 from fusionai.graph.cuts import boundary_bytes, cut
-from fusionai.graph.model import OpDag, Sizes
+from fusionai.graph.model import OpDag, Sizes, SubDag, WeightKey
 from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.estimator import (
     backward_s,
@@ -68,6 +68,8 @@ class Evaluated:
 
     plan: Plan
     needs_bytes: dict[str, float]
+    holds: dict[str, frozenset[WeightKey]]
+    """Weights by machine."""
 
     def overloaded(self, task: Task) -> dict[str, float]:
         """Return the machines that offer too little, with the share of their need that they offer."""
@@ -75,13 +77,32 @@ class Evaluated:
         return {peer: share for peer, share in shares.items() if share < 1}
 
 
-def evaluate(task: Task, cuts: Sequence[int], peers: Sequence[str], in_flight_limit: int) -> Evaluated:
+class StageCosts:
+    """Costs of stages of one graph, each counted once: who tries many plans meets the same stages again."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], StageCost] = {}
+
+    def of(self, subdag: SubDag, start: int, stop: int, sizes: Sizes) -> StageCost:
+        """Return the cost of nodes [start, stop), which are `subdag`."""
+        # What crosses its ends depends on the other cuts, where a value passes over a stage.
+        ends = tuple((each.value, each.gradient) for each in (*subdag.receives, *subdag.sends))
+        key = (start, stop, len(subdag.receives), ends)
+        if key not in self._known:
+            self._known[key] = stage_cost(subdag, sizes)
+        return self._known[key]
+
+
+def evaluate(
+    task: Task, cuts: Sequence[int], peers: Sequence[str], in_flight_limit: int, costs: StageCosts | None = None
+) -> Evaluated:
     """Return the plan that cuts at `cuts` and runs stage k on `peers[k]`, with what it needs.
 
     Every stage holds as many microbatches as 1F1B asks for, at most `in_flight_limit`; where links are slow it
-    holds more, as far as memory goes and the step becomes shorter.
+    holds more, as far as memory goes and the step becomes shorter. `costs` is what earlier calls with the same graph
+    and sizes counted.
     """
-    stages = _Stages(task, cuts, peers)
+    stages = _Stages(task, cuts, peers, costs or StageCosts())
     chosen = stages.least_in_flight(in_flight_limit)
     times = stages.times(chosen)
     if in_flight_limit >= task.microbatches:
@@ -89,17 +110,27 @@ def evaluate(task: Task, cuts: Sequence[int], peers: Sequence[str], in_flight_li
             wider = stages.wider(chosen, times, spare)
             if wider != chosen and (tried := stages.times(wider)).makespan_s < _WORTH_MEMORY * times.makespan_s:
                 chosen, times = wider, tried
-    return Evaluated(stages.plan(chosen, times), stages.needs_bytes(chosen))
+    return stages.evaluated(chosen, times)
+
+
+def evaluate_again(task: Task, plan: Plan, costs: StageCosts | None = None) -> Evaluated:
+    """Return a plan as it is, in-flight limits included, on the machines and links of `task`."""
+    stages = _Stages(task, plan.cuts, [stage.peer for stage in plan.stages], costs or StageCosts())
+    in_flight = [stage.in_flight for stage in plan.stages]
+    return stages.evaluated(in_flight, stages.times(in_flight))
 
 
 class _Stages:
     """The stages of one way to cut and place a graph."""
 
-    def __init__(self, task: Task, cuts: Sequence[int], peers: Sequence[str]) -> None:
+    def __init__(self, task: Task, cuts: Sequence[int], peers: Sequence[str], costs: StageCosts) -> None:
         self._task, self._peers = task, peers
         self._bounds = [0, *cuts, len(task.graph.nodes)]
         self._subdags = cut(task.graph, cuts)
-        self._costs = [stage_cost(subdag, task.sizes) for subdag in self._subdags]
+        self._costs = [
+            costs.of(subdag, *ends, task.sizes)
+            for subdag, ends in zip(self._subdags, pairwise(self._bounds), strict=True)
+        ]
         devices = [task.member(peer).device for peer in peers]
         self._seconds = [
             (forward_s(cost, device, task.precision), backward_s(cost, device, task.precision))
@@ -234,6 +265,17 @@ class _Stages:
         """Return the seconds for which a stage's sends of one microbatch occupy links."""
         outputs = sum(edge.forward_s for edge in self._edges if edge.source == stage)
         return outputs + sum(edge.backward_s or 0.0 for edge in self._edges if edge.target == stage)
+
+    def evaluated(self, in_flight: Sequence[int], times: PipelineTimes) -> Evaluated:
+        """Return the plan, what it needs, and who holds which weights."""
+        holds: dict[str, set[WeightKey]] = {}
+        for subdag, peer in zip(self._subdags, self._peers, strict=True):
+            holds.setdefault(peer, set()).update(weight.key for weight in subdag.weights)
+        return Evaluated(
+            self.plan(in_flight, times),
+            self.needs_bytes(in_flight),
+            {peer: frozenset(keys) for peer, keys in holds.items()},
+        )
 
     def plan(self, in_flight: Sequence[int], times: PipelineTimes) -> Plan:
         """Return the plan."""

@@ -107,10 +107,10 @@ def plan_training(
     if not members:
         raise no_link_with_owner(pool.members, owner, remedies)
     counts = _counts(compnodes, cuts, members, remedies)
-    segments = make_segments(graph, sizes, _positions(task, cuts), optimizer_states=optimizer_states)
+    segments = make_segments(graph, sizes, cut_positions(task, cuts), optimizer_states=optimizer_states)
     chains = _linked_chains(task, segments, members, counts) if cuts is None else []
     owner_failure: Evaluated | None = None
-    for limit in _limits(microbatches, max(counts) + len(segments.outer)):
+    for limit in in_flight_limits(microbatches, max(counts) + len(segments.outer)):
         fitting, too_large = _search(task, segments, members, counts, limit)
         linked = [_evaluated(task, segments, members, devices, bounds, limit) for devices, bounds in chains]
         fitting += [each for each in linked if not each.overloaded(task)]
@@ -146,7 +146,7 @@ def _counts(compnodes: int, cuts: Sequence[int] | None, members: Sequence[Member
     return [wanted] if wanted else list(range(1, len(members) + 1))
 
 
-def _positions(task: Task, cuts: Sequence[int] | None) -> list[int]:
+def cut_positions(task: Task, cuts: Sequence[int] | None) -> list[int]:
     """Return the positions considered, the ends of what may be distributed included."""
     if cuts is not None:
         positions = [task.front, *cuts, task.back]
@@ -166,7 +166,7 @@ def _positions(task: Task, cuts: Sequence[int] | None) -> list[int]:
     return [task.front, *points, task.back]
 
 
-def _limits(microbatches: int, stages: int) -> list[int]:
+def in_flight_limits(microbatches: int, stages: int) -> list[int]:
     """Return the in-flight limits to try: none, then ever lower ones."""
     limits, limit = [microbatches], min(microbatches, stages) - 1
     while limit >= 1:

@@ -1,0 +1,203 @@
+"""Re-planning after a machine was throttled: keeping the plan, planning afresh, and planning with the bytes to move.
+
+    python benchmarks/sticky.py [--pools 20] [--json]
+
+Training GPT-2 medium (24 layers, 1,024 wide, one sequence of 1,024 tokens a microbatch, 16 of them a step, fp32, Adam)
+on random pools of 4 to 10 GPUs of the catalogue, an RTX 4090, 3080 or 2080 each, that offer 4 GB, so that several are
+needed. Links have 500 Mbit/s to 10 Gbit/s. The plan is made for the healthy pool; then one machine of it becomes 1.5 to
+4 times slower, and 3, 30 or 300 steps are left. All seconds are predictions of the planner's own estimator. The
+fresh plan is the planner's for the throttled pool, wherever the weights lie; its bytes count in its total.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from itertools import permutations
+from typing import Any
+
+import msgspec
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from fusionai.graph.capture import capture_transformers
+from fusionai.graph.cuts import cut
+from fusionai.graph.model import OpDag, WeightKey
+from fusionai.scheduling.corrections import corrected
+from fusionai.scheduling.evaluation import Task, evaluate_again
+from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.planner import plan_training
+from fusionai.scheduling.profile import LinkProfile, Member, Pool
+from fusionai.scheduling.replanning import replanned
+from fusionai.scheduling.sticky.moves import Haulage, holders_of, loads_of, state_bytes
+from fusionai.simulation.hardware.catalogue import lookup
+from fusionai.simulation.hardware.efficiency import profile_of
+
+GPUS = ("RTX 4090", "RTX 3080", "RTX 2080")
+MEGABIT = 125_000.0
+OFFERED_BYTES = 4 * 10**9
+HORIZONS = (3, 30, 300)
+MICROBATCHES = 16
+OPTIMIZER_STATES = 2
+
+
+def random_pool(draw: random.Random) -> tuple[Pool, Member]:
+    """Return a pool and the owner's machine, which computes nothing here."""
+    profiles = {name: msgspec.structs.replace(profile_of(lookup(name)), memory_bytes=OFFERED_BYTES) for name in GPUS}
+    kinds = [draw.choice(GPUS) for _ in range(draw.randint(4, 10))]
+    members = tuple(Member(f"p{k}", f"{kind} {k}", profiles[kind], (), True) for k, kind in enumerate(kinds))
+    owner = Member("owner", "owner", profiles["RTX 2080"], (), True)
+    rates = {each.peer: MEGABIT * 10 ** draw.uniform(2.7, 4) for each in (*members, owner)}
+    links = {
+        f"{one}>{other}": LinkProfile(draw.uniform(0.002, 0.03), min(rates[one], rates[other]))
+        for one, other in permutations(rates, 2)
+    }
+    return Pool(members, links), owner
+
+
+def throttled(pool: Pool, peer: str, factor: float) -> Pool:
+    """Return the pool with one machine slower."""
+    members = tuple(
+        msgspec.structs.replace(each, device=corrected(each.device, factor)) if each.peer == peer else each
+        for each in pool.members
+    )
+    return msgspec.structs.replace(pool, members=members)
+
+
+def weights_of(graph: OpDag, plan: Plan) -> dict[str, set[WeightKey]]:
+    """Return the weights that each machine holds."""
+    held: dict[str, set[WeightKey]] = {}
+    for subdag, stage in zip(cut(graph, plan.cuts), plan.stages, strict=True):
+        held.setdefault(stage.peer, set()).update(weight.key for weight in subdag.weights)
+    return held
+
+
+def one_pool(graph: OpDag, sizes: dict[str, int], seed: int) -> list[dict[str, Any]]:
+    """Return a row for each number of steps left."""
+    draw = random.Random(seed)
+    healthy, owner = random_pool(draw)
+    shape: dict[str, Any] = {
+        "graph_hash": "benchmark",
+        "sizes": sizes,
+        "microbatches": MICROBATCHES,
+        "optimizer_states": OPTIMIZER_STATES,
+        "precision": "fp32",
+        "owner": owner,
+        "privacy": "open",
+        "front": 0,
+        "back": len(graph.nodes),
+    }
+    running = plan_training(graph, pool=healthy, **shape)
+    victim, factor = draw.choice(running.stages).peer, draw.uniform(1.5, 4)
+    pool = throttled(healthy, victim, factor)
+    keep_s = evaluate_again(Task(graph=graph, pool=pool, **shape), running).plan.predicted_step_s
+    start_s = time.perf_counter()
+    fresh = plan_training(graph, pool=pool, **shape)
+    fresh_plan_s = time.perf_counter() - start_s
+    haulage = Haulage(pool, owner)
+    nbytes = state_bytes(graph, sizes, OPTIMIZER_STATES)
+    fresh_moves = haulage.moves(holders_of(weights_of(graph, running)), weights_of(graph, fresh), nbytes)
+    fresh_move_s = haulage.moves_s(loads_of(fresh_moves))
+    rows = []
+    for steps_left in HORIZONS:
+        start_s = time.perf_counter()
+        made = replanned(
+            graph,
+            running=running,
+            optimizer_states=OPTIMIZER_STATES,
+            precision="fp32",
+            pool=pool,
+            owner=owner,
+            front=0,
+            back=len(graph.nodes),
+            steps_left=steps_left,
+        )
+        sticky_plan_s = time.perf_counter() - start_s
+        sticky_s, sticky_bytes, sticky_move_s = keep_s, 0, 0.0
+        if made is not None:
+            sticky_s, sticky_move_s = made.plan.predicted_step_s, made.move_s
+            sticky_bytes = sum(move.nbytes for move in made.moves)
+        rows.append(
+            {
+                "pool": seed,
+                "machines": len(pool.members),
+                "stages": len(running.stages),
+                "factor": factor,
+                "steps_left": steps_left,
+                "kept": made is None,
+                "step_s": {"healthy": running.predicted_step_s, "keep": keep_s, "fresh": fresh.predicted_step_s}
+                | {"sticky": sticky_s},
+                "moved_bytes": {"fresh": sum(move.nbytes for move in fresh_moves), "sticky": sticky_bytes},
+                "move_s": {"fresh": fresh_move_s, "sticky": sticky_move_s},
+                "total_s": {
+                    "keep": steps_left * keep_s,
+                    "fresh": steps_left * fresh.predicted_step_s + fresh_move_s,
+                    "sticky": steps_left * sticky_s + sticky_move_s,
+                },
+                "plan_s": {"fresh": fresh_plan_s, "sticky": sticky_plan_s},
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return medians over pools: step times against the healthy plan's, bytes, and totals against the sticky one."""
+
+    def over(row: dict[str, Any], what: str, one: str, other: str) -> float:
+        return float(row[what][one] / row[what][other])
+
+    return {
+        "kept": sum(row["kept"] for row in rows),
+        "pools": len(rows),
+        "step_over_healthy": {
+            name: statistics.median(over(row, "step_s", name, "healthy") for row in rows)
+            for name in ("keep", "fresh", "sticky")
+        },
+        "moved_bytes": {
+            name: statistics.median(row["moved_bytes"][name] for row in rows) for name in ("fresh", "sticky")
+        },
+        "total_over_sticky": {
+            name: {
+                "worst": min(ratios),
+                "median": statistics.median(ratios),
+                "best": max(ratios),
+            }
+            for name in ("keep", "fresh")
+            for ratios in ([over(row, "total_s", name, "sticky") for row in rows],)
+        },
+        "plan_s": {
+            name: {
+                "median": statistics.median(row["plan_s"][name] for row in rows),
+                "worst": max(row["plan_s"][name] for row in rows),
+            }
+            for name in ("fresh", "sticky")
+        },
+    }
+
+
+def main() -> None:
+    """Measure and print; the last line is one JSON object with --json."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pools", type=int, default=20)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16))
+    graph = capture_transformers(model).graph
+    sizes = {symbol: (1, 1024)[axis] for symbol, (_, axis) in graph.symbols.items()}
+    rows = [row for seed in range(options.pools) for row in one_pool(graph, sizes, seed)]
+    report = {
+        "rows": rows,
+        "by_steps_left": {
+            str(steps): summary([row for row in rows if row["steps_left"] == steps]) for steps in HORIZONS
+        },
+    }
+    print(json.dumps(report) if options.json else json.dumps(report["by_steps_left"], indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Re-planning of a running job: the bytes to move count as time."""
