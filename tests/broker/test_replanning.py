@@ -37,7 +37,9 @@ WEIGHT_BYTES = 8 * 8 * 4
 
 def noise(key: str, rows: int) -> TensorData:
     draw = random.Random(key)
-    return TensorData("float32", (rows, 8), bytearray(struct.pack(f"{8 * rows}f", *(draw.gauss(0, 0.5) for _ in range(8 * rows)))))
+    return TensorData(
+        "float32", (rows, 8), bytearray(struct.pack(f"{8 * rows}f", *(draw.gauss(0, 0.5) for _ in range(8 * rows))))
+    )
 
 
 class Start:
@@ -171,7 +173,9 @@ class Party:
         return await states(self.owner)
 
 
-def run(folder: Path, monkeypatch: pytest.MonkeyPatch, course: Callable[[Party], Awaitable[None]], **options: Any) -> Any:
+def run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, course: Callable[[Party], Awaitable[None]], **options: Any
+) -> Any:
     async def main() -> Any:
         async with Party(folder, monkeypatch, **options) as party:
             await course(party)
@@ -211,7 +215,9 @@ def test_nothing_but_the_places_changes(
         assert await party.states() == expected
         await party.steps(2)
         for name, member in party.members.items():
-            await until(lambda name=name, member=member: list(member.holds) == ([prepared.generation] if name in chosen else []))  # type: ignore[misc]
+            await until(
+                lambda name=name, member=member: list(member.holds) == ([prepared.generation] if name in chosen else [])
+            )  # type: ignore[misc]
         await asyncio.sleep(0.3)  # three heartbeats
         assert await party.states() == expected
         assert [each.state for each in (await status(party.owner)).jobs] == ["running"]
@@ -267,7 +273,7 @@ def test_a_newcomer_that_dies_in_the_hand_over(tmp_path: Path, monkeypatch: pyte
             await take(self, peer, header, tensor)
 
         monkeypatch.setattr(WeightTraffic, "take", dying)
-        with pytest.raises(JobError, match="compnode c"):
+        with pytest.raises(JobError, match="c .*ended the link|compnode c"):
             await party.take(prepared)
         monkeypatch.setattr(WeightTraffic, "take", take)
         await party.driver.check()
@@ -325,13 +331,13 @@ def test_a_newcomer_that_goes_before_the_hand_over(tmp_path: Path, monkeypatch: 
 def test_a_share_must_fit_beside_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def course(party: Party) -> None:
         need = sum(stage.predicted.memory_bytes for stage in party.launched.plan.stages_of(party.peer(party.first)))
-        assert need <= 8000 < 2 * need, need
+        assert need <= 5000 < 2 * need, need
         prepared = await party.prepare((2,), (party.first, party.second))
         assert prepared.generation is None
         assert "beside each other" in prepared.reason
         await party.steps(6)
 
-    run(tmp_path, monkeypatch, course, memory_bytes=8000)
+    run(tmp_path, monkeypatch, course, memory_bytes=5000)
 
 
 def test_weights_come_only_from_whom_the_owner_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

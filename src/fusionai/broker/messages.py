@@ -115,7 +115,7 @@ class Replan(msgspec.Struct, frozen=True, tag="broker.replan"):
     back: int
     options: ProgramOptions
     compnodes: int
-    """The most compnodes to use; 0: as many as serve the job best."""
+    """How many compnodes to use; 0: as many as serve the job best."""
 
 
 class Prepared(msgspec.Struct, frozen=True, tag="broker.prepared"):

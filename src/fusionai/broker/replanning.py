@@ -74,7 +74,7 @@ class Replanner:
             found = await self._plan(owner, members, running, message, graph)
             if found is None:
                 return Prepared("no other plan is worth its move")
-            problem = self._problem(owner, members, running, found.plan, message)
+            problem = self._problem(owner, members, running, found.plan)
             if problem is not None:
                 return Prepared(problem)
             peers = {PeerId(stage.peer) for stage in found.plan.stages} - {owner.peer}
@@ -139,6 +139,7 @@ class Replanner:
             back=message.back,
             steps_left=message.steps_left,
             split_backward=not message.options.compile,
+            compnodes=message.compnodes,
         )
         return await asyncio.to_thread(make)
 
@@ -148,13 +149,9 @@ class Replanner:
         members: Mapping[PeerId, MemberRecord],
         running: Plan,
         plan: Plan,
-        message: Replan,
     ) -> str | None:
         """Return why a plan cannot be taken, None if it can."""
         records = {owner.peer: owner, **members}
-        compnodes = {stage.peer for stage in plan.stages} - {owner.peer}
-        if message.compnodes and len(compnodes) > message.compnodes:
-            return f"the better plan takes {len(compnodes)} compnodes, and at most {message.compnodes} are to be used"
         before = {stage.peer for stage in running.stages} - {owner.peer}
         gone = before - records.keys()
         if gone:

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 PAUSE_STEPS = 10
 """Steps after a new plan was taken, refused or failed before the next is sought: its pace must be seen first."""
 
+LEAST_LEFT_S = 10.0
+"""A job that is over sooner, at its present pace, keeps its plan: to make and prepare another takes seconds itself."""
+
 REPLAN_TIMEOUT_S = 300.0
 """Planning, and every machine's making of its new program."""
 
@@ -81,7 +84,7 @@ class ReplanTerms:
     back: int
     options: ProgramOptions
     compnodes: int
-    """The most to use; 0: any number."""
+    """How many to use; 0: as many as serve best."""
     steps: int
     microbatches: int
     allowed: bool
@@ -117,6 +120,7 @@ class Replanning:
         self._asking: asyncio.Task[Prepared] | None = None
         self._noticed = ""
         self._next_step = 0
+        self._step_s = 0.0
 
     def fail(self, reason: str) -> None:
         """End the job, whichever generation runs."""
@@ -130,6 +134,7 @@ class Replanning:
             for stage, seconds in report.forward_s.items()
         ]
         self._corrections.observe(step, times)
+        self._step_s = result.seconds
 
     async def between_steps(self, done: int) -> ReplanEvent | None:
         """Take a plan that stands by now, or look for one if a machine has drifted; `done` steps are committed.
@@ -149,10 +154,12 @@ class Replanning:
                 return self._event(done, self._noticed, str(error))
             if prepared.generation is None or prepared.plan is None:
                 log.info("the job keeps its plan (%s): %s", self._noticed, prepared.reason)
+                self._corrections.settle()
                 return None
             return await self._take(prepared, prepared.generation, prepared.plan, done)
         left = self._terms.steps - done
-        if self._terms.allowed and left > 0 and done >= self._next_step and (drifted := self._corrections.drifted()):
+        worth = self._terms.allowed and done >= self._next_step and left * self._step_s > LEAST_LEFT_S
+        if worth and (drifted := self._corrections.drifted()):
             self._noticed = ", ".join(
                 f"{self.names.get(each.peer, each.peer[:12])} takes {each.factor:.2f} times as long as planned since "
                 f"step {each.since_step + 1}"

@@ -118,9 +118,7 @@ class Corrections:
     def factors(self) -> dict[str, float]:
         """Return measured over predicted seconds by machine, for those with enough steps."""
         return {
-            peer: median(factor for _, factor in seen)
-            for peer, seen in self._seen.items()
-            if len(seen) >= self._fewest
+            peer: median(factor for _, factor in seen) for peer, seen in self._seen.items() if len(seen) >= self._fewest
         }
 
     def drifted(self) -> tuple[Drift, ...]:

@@ -261,9 +261,7 @@ class Search:
 
     def _seen_positions(self, plans: Sequence[Plan]) -> list[int]:
         every = len(self._positions) / _MOST_POSITIONS
-        thinned = (
-            self._positions if every <= 1 else [self._positions[int(k * every)] for k in range(_MOST_POSITIONS)]
-        )
+        thinned = self._positions if every <= 1 else [self._positions[int(k * every)] for k in range(_MOST_POSITIONS)]
         cuts = [position for plan in plans for position in self._inner(plan.cuts)]
         return sorted({self._task.front, *thinned, *cuts, self._task.back})
 
@@ -377,4 +375,3 @@ def _runs(count: int, width: int) -> Iterator[tuple[int, int]]:
     """Yield the ranges of `width` among `count`."""
     for start in range(count - width + 1):
         yield start, start + width
-
