@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from commands import compnodes, until
-from models import Batch, named_parts, token_batch, train_alone
+from commands import POSIX, Ended, all_free, compnodes, started, steps_done, tiny_job, until
+from models import named_parts, token_batch, train_alone
 from torch import nn
 
 import fusionai
@@ -98,7 +99,8 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-12)).item()
 
 
-@pytest.mark.parametrize(("tied", "privacy"), [(True, "open"), pytest.param(False, "private", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("tied", "privacy"), [(True, "open"), (False, "private")])
 def test_a_throttled_compnode_gives_work_away_and_nothing_else_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, privacy: Any
 ) -> None:
@@ -148,15 +150,10 @@ def test_a_throttled_compnode_gives_work_away_and_nothing_else_changes(
         assert event.bytes_moved == bytes_to_move(before, after, states=2) > 0
     assert work_of("compnode-2", course.plans[-1]) < work_of("compnode-2", course.plans[0])
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [line["replan"]["bytes_moved"] for line in lines if "replan" in line] == [
-        e.bytes_moved for e in course.events
-    ]
+    recorded = [line["replan"]["bytes_moved"] for line in lines if "replan" in line]
+    assert recorded == [each.bytes_moved for each in course.events]
     plan = json.loads((tmp_path / "run/plan.json").read_text())
     assert [stage["peer"] for stage in plan["stages"]] == [stage.peer for stage in taken[-1].plan.stages]
-    for each in course.events:
-        print(each.step, each.reason, each.error, each.bytes_moved, each.pause_s)
-    secs = [l["seconds"] for l in lines if "seconds" in l]
-    print([round(s, 3) for s in secs])
 
 
 def work_of(name: str, machines: tuple[Machine, ...]) -> int:
@@ -167,4 +164,28 @@ def work_of(name: str, machines: tuple[Machine, ...]) -> int:
     return counts[name]
 
 
-__all__ = ["Batch"]
+@pytest.mark.slow
+@pytest.mark.skipif(not POSIX, reason="sends POSIX signals")
+def test_a_compnode_killed_in_the_middle_of_a_hand_over_ends_the_job_clearly(tmp_path: Path) -> None:
+    lab = tmp_path / "lab.toml"
+    lab.write_text("default = { rate_mbit = 10, one_way_ms = 1 }\n" + LAB)  # weights take seconds
+    shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 9}
+    job = tiny_job(tmp_path, **{"model.config": shape}, training={"microbatches": 4}, placement={"compnodes": 3})
+    folder = tmp_path / "run"
+    with LocalPool(3, folder=tmp_path / "pool", lab=lab) as pool:
+        with started("train", job, "--broker", pool.token, "--run", folder, "--json") as owner:
+
+            def prepared() -> bool:
+                assert owner.poll() is None, owner.communicate(timeout=10)
+                return any("." in held for each in compnodes(pool.token).values() for held in each.holds)
+
+            until(prepared, within_s=90, what="a new plan")
+            before = steps_done(folder)
+            until(lambda: steps_done(folder) > before, what="the next step")
+            time.sleep(0.5)
+            pool.kill("compnode-2")
+            ended = Ended(owner, within_s=40)
+        ended.failed(6, "JobError", "compnode compnode-2 (stage ", "is lost")
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert not any(line["replan"]["taken"] for line in lines if "replan" in line), "it was over already"
+        until(lambda: all_free(pool.token, "compnode-1", "compnode-3"), what="an idle pool")
