@@ -101,7 +101,7 @@ class Replanner:
             found.reason,
             preparation.generation,
             found.plan,
-            {owner.peer: owner.name, **preparation.compnodes},
+            {str(peer): name for peer, name in ((owner.peer, owner.name), *preparation.compnodes.items())},
             any(everybody[peer].lab for peer in (owner.peer, *preparation.compnodes)),
             found.gain_s,
             found.move_s,
