@@ -44,6 +44,8 @@ class ReplanEvent:
 
     step: int
     """Steps done before."""
+    noticed_step: int
+    """Steps done when the drift was noticed, and a new plan asked for."""
     reason: str
     """What was noticed, and why the new plan is better."""
     error: str | None
@@ -65,6 +67,7 @@ class ReplanEvent:
             "step": self.step,
             "replan": {
                 "taken": self.error is None,
+                "noticed_step": self.noticed_step,
                 "reason": self.reason,
                 "error": self.error,
                 "predicted_gain_s": self.gain_s,
@@ -119,6 +122,7 @@ class Replanning:
         self._sent: dict[str, float] = {}
         self._asking: asyncio.Task[Prepared] | None = None
         self._noticed = ""
+        self._noticed_step = 0
         self._next_step = 0
         self._step_s = 0.0
 
@@ -160,6 +164,7 @@ class Replanning:
         left = self._terms.steps - done
         worth = self._terms.allowed and done >= self._next_step and left * self._step_s > LEAST_LEFT_S
         if worth and (drifted := self._corrections.drifted()):
+            self._noticed_step = done
             self._noticed = ", ".join(
                 f"{self.names.get(each.peer, each.peer[:12])} takes {each.factor:.2f} times as long as planned since "
                 f"step {each.since_step + 1}"
@@ -249,5 +254,14 @@ class Replanning:
         pause_s: float = 0.0,
     ) -> ReplanEvent:
         return ReplanEvent(
-            done, reason, error, self._plan, self.driver.machines, dict(self.names), gain_s, bytes_moved, pause_s
+            done,
+            self._noticed_step,
+            reason,
+            error,
+            self._plan,
+            self.driver.machines,
+            dict(self.names),
+            gain_s,
+            bytes_moved,
+            pause_s,
         )
