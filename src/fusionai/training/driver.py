@@ -19,11 +19,11 @@ import msgspec
 
 from fusionai.errors import DataError, JobError, NetworkError, PeerLost, ProtocolError
 from fusionai.execution.plane import Clipping
-from fusionai.graph.model import OpDag, Sizes, SubDag, WeightKey
-from fusionai.graph.sizes import concrete
+from fusionai.graph.model import OpDag, Sizes, WeightKey
 from fusionai.network.identity import PeerId
 from fusionai.tensor import TensorData
 from fusionai.training.data.batches import Batch
+from fusionai.training.machine import Machine, sizes_of
 from fusionai.training.messages import (
     Begin,
     Boundary,
@@ -45,6 +45,8 @@ from fusionai.training.messages import (
 from fusionai.training.reports import flaw, printable, total
 from fusionai.training.wire import JobWire
 
+__all__ = ["Driver", "Machine", "RoundResult", "WeightSource", "sizes_of"]
+
 log = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 120.0
@@ -63,20 +65,6 @@ class WeightSource(Protocol):
 
     def read(self, name: str) -> TensorData:
         """Return a weight by its key. Blocks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """One machine of the job as its driver sees it."""
-
-    peer: PeerId
-    name: str
-    subdags: tuple[SubDag, ...]
-
-    @property
-    def keys(self) -> tuple[WeightKey, ...]:
-        """Keys of the weights it holds, each once."""
-        return tuple(dict.fromkeys(weight.key for subdag in self.subdags for weight in subdag.weights))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +136,12 @@ class Driver:
                 others = {self._wire.me, *(each.peer for each in self.machines)}
                 problem = flaw(message, machine.subdags, self._microbatches, others)
                 if problem is not None:
-                    self.fail(f"compnode {machine.name} ({self._holding(machine)}) reports {problem}")
+                    self.fail(f"compnode {machine.name} ({machine.holding}) reports {problem}")
                     return b""
                 self._reports[peer] = message
                 self._reported.set()
         elif isinstance(message, Failed):
-            self.fail(f"compnode {machine.name} ({self._holding(machine)}) failed: {printable(message.text)}")
+            self.fail(f"compnode {machine.name} ({machine.holding}) failed: {printable(message.text)}")
         return b""
 
     async def on_tensor(self, peer: PeerId, header: Bulk, tensor: TensorData) -> None:
@@ -167,7 +155,7 @@ class Driver:
         """The loss of any machine of the job ends it."""
         for machine in self.machines:
             if machine.peer == peer:
-                self.fail(f"compnode {machine.name} ({self._holding(machine)}) is lost: {error}")
+                self.fail(f"compnode {machine.name} ({machine.holding}) is lost: {error}")
 
     def fail(self, reason: str) -> None:
         """End the job: whatever is awaited raises JobError with this reason. The first reason counts."""
@@ -417,7 +405,7 @@ class Driver:
             try:
                 await self._wire.notify(machine.peer, message)
             except PeerLost as error:
-                self.fail(f"compnode {machine.name} ({self._holding(machine)}) is lost: {error}")
+                self.fail(f"compnode {machine.name} ({machine.holding}) is lost: {error}")
         if self._failure.done():
             await self._failure
 
@@ -425,7 +413,7 @@ class Driver:
         try:
             return await self._wire.request(machine.peer, message, timeout_s=timeout_s)
         except NetworkError as error:
-            raise JobError(f"compnode {machine.name} ({self._holding(machine)}): {error}") from error
+            raise JobError(f"compnode {machine.name} ({machine.holding}): {error}") from error
 
     async def guard(self, work: Awaitable[object]) -> None:
         """Await `work`, or raise what ended the job meanwhile."""
@@ -451,30 +439,3 @@ class Driver:
             if machine.peer == peer:
                 return machine
         raise ProtocolError(f"{peer[:12]} has no part in job {self.job!r}")
-
-    def _holding(self, machine: Machine) -> str:
-        return "stage " + ", ".join(str(subdag.index) for subdag in machine.subdags)
-
-
-def sizes_of(graph: OpDag, microbatch: Batch) -> Sizes:
-    """Return the numbers of a graph's symbols for a microbatch.
-
-    Raises DataError when it lacks an input, or one has another dtype or shape than the graph takes.
-    """
-    inputs = [item for item in graph.inputs if item.role != "positions"]
-    for item in inputs:
-        if item.name not in microbatch:
-            raise DataError(f"a microbatch lacks the input {item.name!r}; it has {sorted(microbatch)}")
-    sizes: Sizes = {
-        symbol: microbatch[name].shape[axis]
-        for symbol, (name, axis) in graph.symbols.items()
-        if name in microbatch and axis < len(microbatch[name].shape)
-    }
-    for item in inputs:
-        found = microbatch[item.name]
-        if found.dtype != item.type.dtype or found.shape != concrete(item.type, sizes):
-            raise DataError(
-                f"input {item.name!r} must be {item.type.dtype}{list(item.type.shape)} with {sizes}, "
-                f"but is {found.dtype}{list(found.shape)}"
-            )
-    return sizes

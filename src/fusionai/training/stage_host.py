@@ -18,13 +18,13 @@ from typing import Any
 
 import msgspec
 
-from fusionai.errors import FusionError, JobError, NetworkError, PeerLost, ProtocolError
+from fusionai.errors import FusionError, JobError, NetworkError, ProtocolError
 from fusionai.execution.plane import Plane, Program
-from fusionai.graph.model import SubDag, Transfer, ValueName, WeightKey
-from fusionai.graph.sizes import concrete
+from fusionai.graph.model import Transfer, ValueName, WeightKey
 from fusionai.network.identity import PeerId
-from fusionai.tensor import FLOATING, TensorData
+from fusionai.tensor import TensorData
 from fusionai.training.admission import check_round, check_weights
+from fusionai.training.boundaries import Outgoing, check_source, check_type
 from fusionai.training.compute import ComputeThread, Round
 from fusionai.training.describe import stage_line
 from fusionai.training.ledger import RoundLedger, Slot, Task
@@ -101,7 +101,7 @@ class StageHost:
             for subdag in assignment.subdags
             for transfer in subdag.sends
         }
-        self._outgoing: dict[str, asyncio.Queue[tuple[Boundary, TensorData]]] = {}
+        self._outgoing = Outgoing(wire, limit_bytes, self._own)
         self._tasks: set[asyncio.Task[None]] = set()
         self._next_round = 0
         self._current: Round | None = None
@@ -109,7 +109,6 @@ class StageHost:
         self._begun = asyncio.Event()
         """Replaced at each round's begin; set for the one that has begun, and when this part is closed."""
         self._admitted: set[tuple[bool, tuple[tuple[str, int], ...]]] = set()
-        self._waiting_bytes = 0
         self._tied: TiedGradients
         self._weights: WeightTraffic
         self._round_bytes: dict[str, int] = defaultdict(int)
@@ -205,7 +204,7 @@ class StageHost:
         """Take a boundary tensor, a tied gradient, or a weight to load."""
         match header:
             case Boundary():
-                self._check_source(peer, header)
+                check_source(self.assignment, peer, header)
                 current = await self._round_of(header.round)
                 if current is not None:
                     self._accept(
@@ -283,22 +282,11 @@ class StageHost:
             await self._begun.wait()
         return self._current if self._current is not None and self._current.number == number else None
 
-    def _check_source(self, peer: PeerId, header: Boundary) -> None:
-        peers = self.assignment.stage_peers
-        if header.source == -1:
-            expected = self.assignment.owner
-        elif 0 <= header.source < len(peers):
-            expected = peers[header.source]
-        else:
-            raise ProtocolError(f"stage {header.source} does not exist; the job has {len(peers)}")
-        if peer != expected:
-            raise ProtocolError(f"a tensor of stage {header.source} came from {peer[:12]}, which has other stages")
-
     def _accept(self, current: Round, header: Boundary, tensor: TensorData, *, limit_bytes: int | None = None) -> None:
         subdag = next((each for each in self.assignment.subdags if each.index == header.target), None)
         if subdag is None:
             raise ProtocolError(f"stage {header.target} is not on this machine")
-        _check_type(subdag, header, tensor, current)
+        check_type(subdag, header, tensor, current.sizes)
         slot = Slot(header.target, header.index, header.value, header.gradient, header.source)
         self._compute.deliver(slot, tensor, limit_bytes=limit_bytes)
 
@@ -327,21 +315,11 @@ class StageHost:
             self._post(self.assignment.stage_peers[target], header, tensor)
 
     def _post(self, peer: str, header: Boundary, tensor: TensorData) -> None:
-        """Queue a tensor for a peer; what waits is bounded by the microbatches in flight."""
         if peer == self._wire.me:
-            assert self._current is not None
             self._accept_locally(header, tensor)
             return
         self._count_sent(peer, tensor.nbytes)
-        if peer not in self._outgoing:
-            self._outgoing[peer] = asyncio.Queue()
-            self._own(self._send_all(PeerId(peer), self._outgoing[peer]))
-        self._outgoing[peer].put_nowait((header, tensor))
-        self._waiting_bytes += tensor.nbytes
-        if self._waiting_bytes > self._limit_bytes:
-            # Training is bounded by what is in flight; an evaluation only by those who take its tensors.
-            text = f"{self._waiting_bytes:,} bytes wait to be sent, and the next compnode takes them too slowly"
-            self._own(self._fail(JobError(text)))
+        self._outgoing.post(PeerId(peer), header, tensor)
 
     def _count_sent(self, peer: str, nbytes: int) -> None:
         self.bytes_sent[peer] += nbytes
@@ -353,17 +331,6 @@ class StageHost:
             self._accept(self._current, header, tensor)
         except FusionError as error:
             self._own(self._fail(error))
-
-    async def _send_all(self, peer: PeerId, queue: asyncio.Queue[tuple[Boundary, TensorData]]) -> None:
-        while True:
-            header, tensor = await queue.get()
-            try:
-                await self._wire.send(peer, header, tensor)
-                self._waiting_bytes -= tensor.nbytes
-            except PeerLost:
-                # The driver hears of the lost machine from the broker and from its own link, and names it.
-                log.info("job %s: %s is gone; a tensor for it is dropped", self.assignment.job, peer[:12])
-                return
 
     async def _round_done(self, current: Round) -> None:
         norms: dict[WeightKey, float] = {}
@@ -456,25 +423,6 @@ class StageHost:
 async def _finished(future: Future[None]) -> None:
     """Wait for a call to the program, raising what it raised."""
     await asyncio.wrap_future(future)
-
-
-def _check_type(subdag: SubDag, header: Boundary, tensor: TensorData, current: Round) -> None:
-    """Refuse a tensor whose shape or kind is not the declared one."""
-    if header.source == -1:
-        declared = next((item.type for item in subdag.inputs if item.name == header.value), None)
-    else:
-        transfers = subdag.sends if header.gradient else subdag.receives
-        declared = next((item.type for item in transfers if item.value == header.value), None)
-    if declared is None:
-        return  # the ledger names it: it is not due
-    shape = concrete(declared, current.sizes)
-    # Under autocast an activation may travel in another floating dtype than the graph declares.
-    same_kind = tensor.dtype == declared.dtype or (tensor.dtype in FLOATING and declared.dtype in FLOATING)
-    if tensor.shape != shape or not same_kind:
-        raise ProtocolError(
-            f"{header.value!r} came as {tensor.dtype}{list(tensor.shape)}, "
-            f"but the OP-DAG says {declared.dtype}{list(shape)}"
-        )
 
 
 def _scalar(tensor: TensorData) -> float:
