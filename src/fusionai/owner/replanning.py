@@ -160,6 +160,10 @@ class Replanning:
                 log.info("the job keeps its plan (%s): %s", self._noticed, prepared.reason)
                 self._corrections.settle()
                 return None
+            if not self._pays_still(prepared, done):
+                log.info("the job keeps its plan: too few steps are left for %s", prepared.reason)
+                await self._forget(prepared.generation, "too few steps are left")
+                return None
             return await self._take(prepared, prepared.generation, prepared.plan, done)
         left = self._terms.steps - done
         worth = self._terms.allowed and done >= self._next_step and left * self._step_s > LEAST_LEFT_S
@@ -209,7 +213,8 @@ class Replanning:
             # The broker first: what it does not know to be running, it has released.
             await self._member.request(Switch(self._job, generation), None, timeout_s=_ANSWER_TIMEOUT_S)
         except FusionError as error:
-            await self._forget(new, str(error))
+            await new.close(f"its plan is not taken: {error}")
+            await self._forget(generation, str(error))
             await running.check()
             log.warning("the new plan could not be taken, the job goes on by the old one: %s", error)
             return self._event(done, f"{self._noticed}; {prepared.reason}", str(error))
@@ -235,11 +240,15 @@ class Replanning:
             pause_s=moved.seconds,
         )
 
-    async def _forget(self, new: Driver, reason: str) -> None:
-        await new.close(f"its plan is not taken: {reason}")
-        await self._member.release(new.job, "its plan is not taken")
+    def _pays_still(self, prepared: Prepared, done: int) -> bool:
+        """Whether a plan gains more than its move takes, over the steps that are left now."""
+        share = (self._terms.steps - done) / (self._terms.steps - self._noticed_step)
+        return (prepared.gain_s + prepared.move_s) * share > prepared.move_s
+
+    async def _forget(self, generation: JobId, reason: str) -> None:
+        await self._member.release(generation, "its plan is not taken")
         try:
-            await self._member.request(Forget(self._job, new.job, reason[:500]), None, timeout_s=_ANSWER_TIMEOUT_S)
+            await self._member.request(Forget(self._job, generation, reason[:500]), None, timeout_s=_ANSWER_TIMEOUT_S)
         except FusionError as error:
             log.warning("the broker could not be told that its plan is not taken: %s", error)
 

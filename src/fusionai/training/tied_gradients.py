@@ -40,6 +40,10 @@ class TiedGradients:
         }
         self._arrived = asyncio.Event()
 
+    def __len__(self) -> int:
+        """How many gradients of other holders are kept."""
+        return len(self._here)
+
     def check(self, peer: PeerId, header: TiedGradient, tensor: TensorData) -> None:
         """Raise ProtocolError unless a gradient is of a tied weight that the peer holds too, in its dtype and shape."""
         if peer not in self._assignment.tied.get(header.key, ()) or header.key not in self._types:
