@@ -14,7 +14,7 @@ from fusionai.graph.cuts import cut, cut_points
 from fusionai.graph.model import OpDag
 from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.corrections import corrected
-from fusionai.scheduling.evaluation import StageCosts, Task, evaluate, evaluate_again
+from fusionai.scheduling.evaluation import Task, evaluate, evaluate_again
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.planner import in_flight_limits, plan_training
 from fusionai.scheduling.profile import LinkProfile, Pool
@@ -151,13 +151,13 @@ def kept_s(each: Case) -> float | None:
 def least_s(each: Case) -> float:
     """Return the least seconds of moves and steps over every placement and every cut at the planner's positions."""
     positions = sorted({*cut_points(each.graph, SIZES), *each.running.cuts})
-    costs, task = StageCosts(), each.task
+    task = each.task
     found = []
     for count in range(1, len(each.pool.members) + 1):
         for order in itertools.permutations([one.peer for one in each.pool.members], count):
             for inner in itertools.combinations(positions, count - 1):
                 for limit in in_flight_limits(each.microbatches, count):
-                    tried = evaluate(task, inner, order, limit, costs)
+                    tried = evaluate(task, inner, order, limit)
                     if not tried.overloaded(task):
                         found.append(each.steps_left * tried.plan.predicted_step_s + hauling_s(each, tried.plan))
                         break

@@ -27,6 +27,9 @@ Above what noise of 10 % and an estimator within 10 % make together (1.1 * 1.1 =
 three steps in a row then show. A smaller change is seen in the factors, but reported by nobody.
 """
 
+_HALVINGS = 12
+"""Of the step, until the latency that explains it is known well enough."""
+
 
 class StageTimes(msgspec.Struct, frozen=True):
     """What one stage took in one step on its machine: seconds summed over its microbatches."""
@@ -86,6 +89,7 @@ class Corrections:
             stage.peer: deque(maxlen=window) for stage in plan.stages if _predicted_s(stage) > 0
         }
         self._settled = dict.fromkeys(self._seen, 1.0)
+        self._latency_s: float | None = None
 
     def observe(self, step: int, times: Sequence[StageTimes]) -> None:
         """Take the times of one step. What is not of the plan, or took no time, says nothing and is passed over."""
@@ -146,12 +150,25 @@ class Corrections:
 
         The schedule is worked through with the plan's own times and again with the factors; the difference is added to
         the plan's prediction. A plan does not tell how a stage's sending is shared between forward and backward, nor
-        latencies: of inner stages half is taken for either, and latencies are taken to be none.
+        latencies: of inner stages half is taken for either, and one latency for all hops with which the plan's own
+        prediction comes out.
         """
-        factors = self.factors()
-        return self._plan.predicted_step_s + self._worked_s(factors) - self._worked_s({})
+        if self._latency_s is None:
+            self._latency_s = self._likely_latency_s()
+        own_s = self._worked_s({}, self._latency_s)
+        return self._plan.predicted_step_s + self._worked_s(self.factors(), self._latency_s) - own_s
 
-    def _worked_s(self, factors: dict[str, float]) -> float:
+    def _likely_latency_s(self) -> float:
+        low_s, high_s = 0.0, self._plan.predicted_step_s
+        for _ in range(_HALVINGS):
+            middle_s = (low_s + high_s) / 2
+            if self._worked_s({}, middle_s) > self._plan.predicted_step_s:
+                high_s = middle_s
+            else:
+                low_s = middle_s
+        return low_s
+
+    def _worked_s(self, factors: dict[str, float], latency_s: float) -> float:
         stages, last = self._plan.stages, len(self._plan.stages) - 1
         passes = [
             Passes(
@@ -168,7 +185,7 @@ class Corrections:
                 stage + 1,
                 stages[stage].predicted.send_s / (2 if stage > 0 else 1),
                 stages[stage + 1].predicted.send_s / (2 if stage + 1 < last else 1),
-                0.0,
+                latency_s,
             )
             for stage in range(last)
         ]

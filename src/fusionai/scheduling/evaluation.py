@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
@@ -35,6 +35,22 @@ _WORTH_MEMORY = 0.995
 """More microbatches in flight are kept only if they bring the step below this share of what it was."""
 
 
+class StageCosts:
+    """Costs of stages of one graph at one size, each counted once: many plans that are tried share stages."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], StageCost] = {}
+
+    def of(self, subdag: SubDag, start: int, stop: int, sizes: Sizes) -> StageCost:
+        """Return the cost of nodes [start, stop), which are `subdag`."""
+        # What crosses its ends depends on the other cuts, where a value passes over a stage.
+        ends = tuple((each.value, each.gradient) for each in (*subdag.receives, *subdag.sends))
+        key = (start, stop, len(subdag.receives), ends)
+        if key not in self._known:
+            self._known[key] = stage_cost(subdag, sizes)
+        return self._known[key]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """What is to be planned: the graph as arranged, and whom for. Nodes [0, front) and [back, N) are the owner's."""
@@ -52,6 +68,7 @@ class Task:
     back: int
     split_backward: bool = True
     """Whether boundary gradients leave before those of weights are computed; a compiled backward is one piece."""
+    costs: StageCosts = field(default_factory=StageCosts, repr=False, compare=False)
 
     def member(self, peer: str) -> Member:
         """Return a machine by its peer."""
@@ -77,32 +94,13 @@ class Evaluated:
         return {peer: share for peer, share in shares.items() if share < 1}
 
 
-class StageCosts:
-    """Costs of stages of one graph, each counted once: who tries many plans meets the same stages again."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], StageCost] = {}
-
-    def of(self, subdag: SubDag, start: int, stop: int, sizes: Sizes) -> StageCost:
-        """Return the cost of nodes [start, stop), which are `subdag`."""
-        # What crosses its ends depends on the other cuts, where a value passes over a stage.
-        ends = tuple((each.value, each.gradient) for each in (*subdag.receives, *subdag.sends))
-        key = (start, stop, len(subdag.receives), ends)
-        if key not in self._known:
-            self._known[key] = stage_cost(subdag, sizes)
-        return self._known[key]
-
-
-def evaluate(
-    task: Task, cuts: Sequence[int], peers: Sequence[str], in_flight_limit: int, costs: StageCosts | None = None
-) -> Evaluated:
+def evaluate(task: Task, cuts: Sequence[int], peers: Sequence[str], in_flight_limit: int) -> Evaluated:
     """Return the plan that cuts at `cuts` and runs stage k on `peers[k]`, with what it needs.
 
     Every stage holds as many microbatches as 1F1B asks for, at most `in_flight_limit`; where links are slow it
-    holds more, as far as memory goes and the step becomes shorter. `costs` is what earlier calls with the same graph
-    and sizes counted.
+    holds more, as far as memory goes and the step becomes shorter.
     """
-    stages = _Stages(task, cuts, peers, costs or StageCosts())
+    stages = _Stages(task, cuts, peers)
     chosen = stages.least_in_flight(in_flight_limit)
     times = stages.times(chosen)
     if in_flight_limit >= task.microbatches:
@@ -113,9 +111,9 @@ def evaluate(
     return stages.evaluated(chosen, times)
 
 
-def evaluate_again(task: Task, plan: Plan, costs: StageCosts | None = None) -> Evaluated:
+def evaluate_again(task: Task, plan: Plan) -> Evaluated:
     """Return a plan as it is, in-flight limits included, on the machines and links of `task`."""
-    stages = _Stages(task, plan.cuts, [stage.peer for stage in plan.stages], costs or StageCosts())
+    stages = _Stages(task, plan.cuts, [stage.peer for stage in plan.stages])
     in_flight = [stage.in_flight for stage in plan.stages]
     return stages.evaluated(in_flight, stages.times(in_flight))
 
@@ -123,12 +121,12 @@ def evaluate_again(task: Task, plan: Plan, costs: StageCosts | None = None) -> E
 class _Stages:
     """The stages of one way to cut and place a graph."""
 
-    def __init__(self, task: Task, cuts: Sequence[int], peers: Sequence[str], costs: StageCosts) -> None:
+    def __init__(self, task: Task, cuts: Sequence[int], peers: Sequence[str]) -> None:
         self._task, self._peers = task, peers
         self._bounds = [0, *cuts, len(task.graph.nodes)]
         self._subdags = cut(task.graph, cuts)
         self._costs = [
-            costs.of(subdag, *ends, task.sizes)
+            task.costs.of(subdag, *ends, task.sizes)
             for subdag, ends in zip(self._subdags, pairwise(self._bounds), strict=True)
         ]
         devices = [task.member(peer).device for peer in peers]

@@ -32,6 +32,9 @@ Floats = NDArray[np.float64]
 _SHARES = (1.0, 0.3, 0.0)
 """Of the summed waiting that counts: all, about one of three machines, nothing."""
 
+FEW_STEPS = 10
+"""Splits are sought as if no more steps were left, too: the nearest of many that are about equally fast."""
+
 _EXACT_WORK = 4e6
 """As `partition.EXACT_WORK`, but lower: several searches are made. About 8 machines at 50 positions."""
 
@@ -62,7 +65,7 @@ class Weighing:
     def __init__(
         self, line: Line, groups: Sequence[Group], peers: Sequence[str], haulage: Haulage, steps_left: int
     ) -> None:
-        self.line, self.steps_left = line, steps_left
+        self.line, self.steps_left, self.few_steps = line, steps_left, min(steps_left, FEW_STEPS)
         self._peers, self._haulage, self._groups = peers, haulage, groups
         self._by_segment: list[list[int]] = [[] for _ in range(line.positions - 1)]
         for index, group in enumerate(groups):
@@ -89,12 +92,13 @@ class Weighing:
                 table_PP[: earlier + 1, later + 1 :] -= wait_s
         return np.where(np.tri(count, dtype=bool), 0.0, table_PP)
 
-    def with_moves(self, share: float) -> Line:
-        """Return the line whose delays hold a share of the waiting."""
-        return replace(self.line, delay_s_DPP=self.line.delay_s_DPP + share / self.steps_left * self.waiting_DPP)
+    def with_moves(self) -> list[Line]:
+        """Return the line with more or less of the waiting in its delays, most first."""
+        weights = sorted({share / self.steps_left for share in _SHARES} | {1 / self.few_steps}, reverse=True)
+        return [replace(self.line, delay_s_DPP=self.line.delay_s_DPP + weight * self.waiting_DPP) for weight in weights]
 
-    def seconds(self, placed: Placed) -> float:
-        """Return the seconds that all steps left and the moves before them take, as the solver reckons steps."""
+    def seconds(self, placed: Placed, steps: int) -> float:
+        """Return the seconds that so many steps and the moves before them take, as the solver reckons steps."""
         machines, bounds = placed
         loads: dict[tuple[str, str], int] = {}
         for machine, (start, stop) in zip(machines, pairwise(bounds), strict=True):
@@ -105,7 +109,7 @@ class Weighing:
                     way = self._haulage.source(group.holders, peer), peer
                     loads[way] = loads.get(way, 0) + group.nbytes
         step_s = make_split(self.line, machines, bounds).objective_s(self.line.microbatches)
-        return self.steps_left * step_s + self._haulage.moves_s(loads)
+        return steps * step_s + self._haulage.moves_s(loads)
 
 
 def weight_groups(graph: OpDag, segments: Segments, before: Holders, nbytes: Mapping[WeightKey, int]) -> list[Group]:
@@ -132,12 +136,13 @@ def splits(weighing: Weighing, counts: Sequence[int], orders: Sequence[tuple[int
     """Return splits worth a closer look; `orders` are machines in order to begin with."""
     line = weighing.line
     if exact(line):
-        made = [each for share in _SHARES for each in split(weighing.with_moves(share), counts, keep=12)]
+        made = [each for with_moves in weighing.with_moves() for each in split(with_moves, counts, keep=12)]
         return {(each.devices, each.bounds) for each in made}
     found: set[Placed] = set()
     best: tuple[float, tuple[int, ...]] | None = None
     tried: set[tuple[int, ...]] = set()
-    lines = [weighing.with_moves(share) for share in _SHARES]
+    # The last line ignores the bytes: `plan_training` has searched it.
+    lines = weighing.with_moves()[:-1]
     waiting = list(orders)
     for _ in range(_ROUNDS):
         improved = False
@@ -145,11 +150,10 @@ def splits(weighing: Weighing, counts: Sequence[int], orders: Sequence[tuple[int
             if order in tried or len(order) not in counts:
                 continue
             tried.add(order)
-            # The last line ignores the bytes: `plan_training` has searched it.
-            for each in _cuts_of(lines[:2] if order in orders else lines[:1], order):
+            for each in _cuts_of(lines if order in orders else lines[:1], order):
                 placed = each.devices, each.bounds
                 found.add(placed)
-                seconds = weighing.seconds(placed)
+                seconds = weighing.seconds(placed, weighing.steps_left)
                 if best is None or seconds < best[0]:
                     best, improved = (seconds, order), True
         if best is None or not improved:

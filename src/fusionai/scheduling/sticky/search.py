@@ -6,7 +6,7 @@ both by small changes. Every one that counts is really cut and worked through as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
@@ -14,7 +14,7 @@ from fusionai.errors import PlacementError
 from fusionai.graph.cuts import cut
 from fusionai.graph.model import WeightKey
 from fusionai.scheduling.estimator import flops_rate
-from fusionai.scheduling.evaluation import Evaluated, StageCosts, Task, evaluate, evaluate_again
+from fusionai.scheduling.evaluation import Evaluated, Task, evaluate, evaluate_again
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.planner import cut_positions, in_flight_limits, plan_training
 from fusionai.scheduling.profile import Member
@@ -28,14 +28,14 @@ _MOST_POSITIONS = 64
 _MOST_IDLE = 8
 """Fastest idle machines that are looked at, those of the fresh plan apart."""
 
-_MOST_WEIGHED = 24
-"""Splits of the solver that are worked through as schedules."""
+_WEIGHING_WORK, _FEWEST_WEIGHED = 15_000, 8
+"""Operators that may be cut for working the solver's best splits through as schedules, but no fewer splits than this."""
 
 _MOST_IMPROVED = 3
 """Best candidates that are improved by small changes."""
 
-_IMPROVING_WORK = 200_000
-"""Operators that may be cut again, microbatches that may be worked through: about two seconds."""
+_IMPROVING_WORK = 100_000
+"""Operators that may be cut again, and ten times the passes that may be worked through: a second or two."""
 
 _SHIFTS = (-1, 1, -2, 2, -3, 3, -5, 5)
 """Positions by which cuts are shifted."""
@@ -74,7 +74,6 @@ class Search:
         for subdag, stage in zip(cut(task.graph, running.cuts), running.stages, strict=True):
             holds.setdefault(stage.peer, set()).update(weight.key for weight in subdag.weights)
         self._before = holders_of(holds)
-        self._costs = StageCosts()
         self._members = {each.peer: each for each in task.pool.members if reachable(each, task.owner)}
         self._positions = sorted({*cut_positions(task, None), *self._inner(running.cuts)})
         self._tried: dict[tuple[tuple[int, ...], tuple[str, ...]], Option | None] = {}
@@ -96,7 +95,7 @@ class Search:
         there = {self._task.owner.peer, *(each.peer for each in self._task.pool.members)}
         if any(stage.peer not in there for stage in self._running.stages):
             return None
-        return self._option(evaluate_again(self._task, self._running, self._costs))
+        return self._option(evaluate_again(self._task, self._running))
 
     def _option(self, evaluated: Evaluated) -> Option:
         moves = self._haulage.moves(self._before, evaluated.holds, self._nbytes)
@@ -127,7 +126,7 @@ class Search:
             everyone.append(task.owner.peer)
         for limit in in_flight_limits(task.microbatches, len(everyone)):
             self._work -= last + 10 * task.microbatches * len(everyone)
-            evaluated = evaluate(task, whole, everyone, limit, self._costs)
+            evaluated = evaluate(task, whole, everyone, limit)
             if not evaluated.overloaded(task):
                 return self._option(evaluated)
         return None
@@ -182,7 +181,7 @@ class Search:
             compnodes=self._compnodes,
             split_backward=task.split_backward,
         )
-        return self._option(evaluate_again(task, plan, self._costs))
+        return self._option(evaluate_again(task, plan))
 
     def _holders_first(self, plan: Plan) -> Iterator[list[str]]:
         """Yield a plan's machines, and with its stages given to machines that are alike so that few bytes move."""
@@ -234,11 +233,12 @@ class Search:
         counts = [self._compnodes] if self._compnodes else list(range(1, len(members) + 1))
         budgets = [each.device.memory_bytes / MEMORY_MARGIN for each in members]
         peers = [each.peer for each in members]
+        most = max(_FEWEST_WEIGHED, _WEIGHING_WORK // len(task.graph.nodes))
         for limit in in_flight_limits(task.microbatches, len(members) + len(segments.outer)):
             for _ in range(1 + _CORRECTIONS):
                 weighing = self._weighing(segments, members, budgets, limit)
                 placed = splits(weighing, counts, self._orders(plans, peers))
-                ranked = sorted(placed, key=lambda each: (weighing.seconds(each), each))[:_MOST_WEIGHED]
+                ranked = _ranked(weighing, placed, most)
                 named = [
                     ([positions[bound] for bound in bounds[1:-1]], [peers[machine] for machine in machines])
                     for machines, bounds in ranked
@@ -316,7 +316,7 @@ class Search:
             if task.back < last:
                 peers.append(task.owner.peer)
             whole = [position for position in cuts if 0 < position < last]
-            for peer, share in evaluate(task, whole, peers, limit, self._costs).overloaded(task).items():
+            for peer, share in evaluate(task, whole, peers, limit).overloaded(task).items():
                 if peer in place:
                     index = place[peer]
                     budgets[index] = min(budgets[index], share * members[index].device.memory_bytes / MEMORY_MARGIN)
@@ -369,6 +369,16 @@ class Search:
                     for other in idle:
                         yield cuts, [*peers[:stage], other, peer, *peers[stage + 1 :]]
                         yield cuts, [*peers[:stage], peer, other, *peers[stage + 1 :]]
+
+
+def _ranked(weighing: Weighing, placed: Collection[Placed], most: int) -> list[Placed]:
+    """Return the best splits for the steps left, and those for few steps: the solver may err by what parts them."""
+    by_steps = [
+        sorted(placed, key=lambda each, steps=steps: (weighing.seconds(each, steps), each))
+        for steps in (weighing.few_steps, weighing.steps_left)
+    ]
+    found = dict.fromkeys([*by_steps[1][: most - most // 3], *by_steps[0][: most // 3], *by_steps[1][:most]])
+    return list(found)[:most]
 
 
 def _runs(count: int, width: int) -> Iterator[tuple[int, int]]:
