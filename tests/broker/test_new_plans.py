@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
@@ -14,19 +15,19 @@ import pytest
 from broker_pool import broker_at, graph, member_of, plane, states, status, submit, until
 
 from fusionai.broker.broker import Broker
-from fusionai.broker.messages import Forget, JobEnded, Launched, Prepared, Replan, Switch
+from fusionai.broker.messages import JobEnded, Launched, Prepared, Switch
 from fusionai.compnode.member import Member
-from fusionai.errors import FusionError, JobError, ProtocolError
+from fusionai.errors import JobError, ProtocolError
 from fusionai.execution.plane import OptimizerConfig, ProgramOptions
-from fusionai.graph.encoding import encode
 from fusionai.graph.model import OpDag, WeightKey
 from fusionai.owner.machines import machines_of
+from fusionai.owner.replanning import ReplanEvent, Replanning, ReplanTerms
+from fusionai.scheduling.corrections import Corrections, Drift
 from fusionai.scheduling.evaluation import Task, evaluate
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.replanning import Replanned
 from fusionai.tensor import TensorData
-from fusionai.training.driver import Driver
-from fusionai.training.handing_over import HandOverResult, hand_over
+from fusionai.training.driver import Driver, Machine
 from fusionai.training.messages import HandOver, Inherit, JobId, Tensor
 from fusionai.training.weight_traffic import WeightTraffic
 
@@ -65,7 +66,7 @@ class Party:
         self.owner: Member
         self.members: dict[str, Member] = {}
         self.launched: Launched
-        self.driver: Driver
+        self.replanning: Replanning
         self.done = 0
         self.losses: list[float] = []
 
@@ -79,12 +80,27 @@ class Party:
             self.members[name] = await enter(member_of(token, name, with_plane=torch, **self._options))
         self.launched = await submit(self.owner, self.dag, cuts=(2,), options=OPTIONS)
         self.members["c"] = await enter(member_of(token, "c", with_plane=torch, **self._options))
-        self.driver = self.make_driver(self.launched.job, self.launched.plan)
-        self.owner.on_job_lost(self.launched.job, lambda reason: self.driver.fail(reason))
+        machines = machines_of(self.dag, self.launched.plan, self.launched.names)
+        driver = self.make_driver(self.launched.job, machines)
+        terms = ReplanTerms(
+            graph=self.dag,
+            front=0,
+            back=len(self.dag.nodes),
+            options=OPTIONS,
+            compnodes=0,
+            steps=100,
+            microbatches=2,
+            allowed=True,
+        )
+        self.replanning = Replanning(terms, self.owner, self.launched, driver, self.make_driver)
+        self.owner.on_job_lost(self.launched.job, self.replanning.fail)
+        self._monkeypatch.setattr("fusionai.owner.replanning.LEAST_LEFT_S", 0.0)
+        self._monkeypatch.setattr("fusionai.owner.replanning.PAUSE_STEPS", 0)
         await self.driver.prepare(Start())
         return self
 
     async def __aexit__(self, *details: Any) -> None:
+        await self.replanning.close()
         await self.driver.close("the test is over")
         await self._stack.aclose()
 
@@ -100,21 +116,19 @@ class Party:
     def second(self) -> str:
         return "b" if self.first == "a" else "a"
 
-    def make_driver(self, job: JobId, plan: Plan) -> Driver:
+    @property
+    def driver(self) -> Driver:
+        return self.replanning.driver
+
+    def make_driver(self, job: JobId, machines: Sequence[Machine]) -> Driver:
         assert self.owner.plane is not None
-        return Driver(
-            job,
-            self.owner.wire,
-            self.dag,
-            machines_of(self.dag, plan, self.launched.names),
-            gradient_clip=0.5,
-            clipping=self.owner.plane.clipping,
-        )
+        return Driver(job, self.owner.wire, self.dag, machines, gradient_clip=0.5, clipping=self.owner.plane.clipping)
 
     async def steps(self, count: int) -> None:
         for _ in range(count):
             result = await self.driver.train_step(self.done, batch(self.done), [0.5, 0.5], 1e-2)
             self.losses.append(result.loss)
+            self.replanning.observe(self.done, result)
             self.done += 1
 
     async def prepare(self, cuts: Sequence[int], names: Sequence[str]) -> Prepared:
@@ -138,27 +152,20 @@ class Party:
             return Replanned(plan, (), 0.0, 1.0, "the test wants it")
 
         self._monkeypatch.setattr("fusionai.broker.replanning.replanned", choose)
-        await self.owner.send_graph(self.launched.plan.graph_hash, encode(self.dag))
-        request = Replan(self.launched.job, {}, 100, 0, len(self.dag.nodes), OPTIONS, 0)
-        return await self.owner.request(request, Prepared, timeout_s=20)
+        drifted = (Drift(self.launched.plan.stages[0].peer, 2.0, 0),)
+        with self._monkeypatch.context() as patch:
+            patch.setattr(Corrections, "drifted", lambda corrections: drifted)
+            assert await self.replanning.between_steps(self.done) is None
+        asking = self.replanning._asking
+        assert asking is not None
+        await asyncio.wait({asking})
+        return asking.result()
 
-    async def take(self, prepared: Prepared) -> HandOverResult:
-        """Go over to a prepared plan."""
-        assert prepared.generation is not None
-        assert prepared.plan is not None
-        new = self.make_driver(prepared.generation, prepared.plan)
-        self.owner.on_job_lost(prepared.generation, new.fail)
-        try:
-            moved = await hand_over(self.driver, new, STATES, optimizer_step=self.done)
-            await self.owner.request(Switch(self.launched.job, prepared.generation), None, timeout_s=5)
-        except FusionError:
-            await new.close("not taken")
-            await self.owner.request(Forget(self.launched.job, prepared.generation, "failed"), None, timeout_s=5)
-            raise
-        await self.driver.close("a new plan is taken")
-        await self.owner.release(self.driver.job, "a new plan is taken")
-        self.driver = new
-        return moved
+    async def take(self) -> ReplanEvent:
+        """Have the owner do with the prepared plan what it does between two steps."""
+        event = await self.replanning.between_steps(self.done)
+        assert event is not None
+        return event
 
     async def weights(self) -> dict[tuple[str, str | None], bytes]:
         found: dict[tuple[str, str | None], bytes] = {}
@@ -211,8 +218,8 @@ def test_nothing_but_the_places_changes(
         prepared = await party.prepare(cuts, chosen)
         assert prepared.generation == f"{party.launched.job}.1"
         await party.steps(1)  # the old generation steps on
-        result = await party.take(prepared)
-        assert result.bytes_moved == moved * 3 * WEIGHT_BYTES
+        event = await party.take()
+        assert (event.error, event.bytes_moved) == (None, moved * 3 * WEIGHT_BYTES)
         expected = {name: "working" if name in chosen else "idle" for name in "abc"}
         assert await party.states() == expected
         await party.steps(2)
@@ -234,7 +241,8 @@ def test_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     async def course(party: Party) -> None:
         await party.steps(2)
         for cuts, names in (((1,), ("a", "c")), ((3,), ("c", "b")), ((2,), ("b", "a"))):
-            await party.take(await party.prepare(cuts, names))
+            await party.prepare(cuts, names)
+            assert (await party.take()).error is None
             await party.steps(1)
         await party.steps(1)
         await party.owner.request(JobEnded(party.launched.job, "finished", ""), None, timeout_s=5)
@@ -275,8 +283,9 @@ def test_a_newcomer_that_dies_in_the_hand_over(tmp_path: Path, monkeypatch: pyte
             await take(self, peer, header, tensor)
 
         monkeypatch.setattr(WeightTraffic, "take", dying)
-        with pytest.raises(JobError, match=r"c .*ended the link|compnode c"):
-            await party.take(prepared)
+        event = await party.take()
+        assert event.error is not None
+        assert re.search("c .*ended the link|compnode c", event.error)
         monkeypatch.setattr(WeightTraffic, "take", take)
         await party.driver.check()
         await party.steps(3)
@@ -306,10 +315,13 @@ def test_a_machine_of_the_running_plan_that_dies_in_the_hand_over(
                 await take(self, peer, header, tensor)
 
             monkeypatch.setattr(WeightTraffic, "take", dying)
-            with pytest.raises(JobError):
-                await party.take(prepared)
-            with pytest.raises(JobError, match=f"compnode {party.second} .stage 1. is lost"):
+
+            async def go_on() -> None:
+                assert (await party.take()).error, "or its loss is noticed at once"
                 await party.steps(1)
+
+            with pytest.raises(JobError, match=f"compnode {party.second} .stage 1. is lost"):
+                await go_on()
             assert (await party.states())["c"] == "idle"
 
     asyncio.run(main())
@@ -321,8 +333,7 @@ def test_a_newcomer_that_goes_before_the_hand_over(tmp_path: Path, monkeypatch: 
         prepared = await party.prepare((2,), (party.first, "c"))
         assert (await party.states())["c"] == "working"
         await party.members["c"].close()
-        with pytest.raises(JobError):
-            await party.take(prepared)
+        assert (await party.take()).error is not None
         assert prepared.generation is not None
         with pytest.raises(JobError, match=r"no plan .* is prepared"):
             await party.owner.request(Switch(party.launched.job, prepared.generation), None, timeout_s=5)
@@ -335,10 +346,12 @@ def test_a_share_must_fit_beside_the_old_one(tmp_path: Path, monkeypatch: pytest
     async def course(party: Party) -> None:
         need = sum(stage.predicted.memory_bytes for stage in party.launched.plan.stages_of(party.peer(party.first)))
         assert need <= 5000 < 2 * need, need
+        await party.steps(1)
         prepared = await party.prepare((2,), (party.first, party.second))
         assert prepared.generation is None
         assert "beside each other" in prepared.reason
-        await party.steps(6)
+        assert await party.replanning.between_steps(party.done) is None
+        await party.steps(5)
 
     run(tmp_path, monkeypatch, course, memory_bytes=5000)
 
