@@ -2,11 +2,12 @@
 
     python benchmarks/sticky.py [--pools 20] [--json]
 
-Training GPT-2 medium (24 layers, 1,024 wide, one sequence of 1,024 tokens a microbatch, 32 of them a step, fp32, Adam, head and embedding apart)
-on random pools of 4 to 10 GPUs of the catalogue, an RTX 4090, 3080 or 2080 each, that offer 6 GB, so that several are
-needed. Links have 500 Mbit/s to 10 Gbit/s. The plan is made for the healthy pool; then one machine of it becomes 1.5 to
-4 times slower, and 10, 100 or 1,000 steps are left. All seconds are predictions of the planner's own estimator. The
-fresh plan is the planner's for the throttled pool, wherever the weights lie; its bytes count in its total.
+Training GPT-2 medium (24 layers, 1,024 wide, one sequence of 1,024 tokens a microbatch, 32 of them a step, fp32, Adam,
+head and embedding apart) on random pools of 4 to 10 GPUs of the catalogue, an RTX 4090, 3080 or 2080 each, that offer
+6 GB, so that several are needed. Links have 500 Mbit/s to 10 Gbit/s. The plan is made for the healthy pool; then one
+machine of it becomes 1.5 to 4 times slower, and 10, 100 or 1,000 steps are left. All seconds are predictions of the
+planner's own estimator. The fresh plan is the planner's for the throttled pool, wherever the weights lie; its bytes
+count in its total.
 """
 
 from __future__ import annotations

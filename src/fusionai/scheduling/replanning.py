@@ -25,8 +25,8 @@ __all__ = ["LEAST_GAIN", "Move", "Replanned", "replanned"]
 LEAST_GAIN = 0.05
 """A plan that would run on is left only for at least this share of its remaining time.
 
-The median error of predicted steps is of that size, so a smaller gain may be none; and a pool whose speeds waver would
-have its states moved to and fro.
+Predicted steps are meant to be within that in the median, so a smaller gain may be none; and a pool whose speeds waver
+would have its states moved to and fro.
 """
 
 

@@ -29,7 +29,7 @@ _MOST_IDLE = 8
 """Fastest idle machines that are looked at, those of the fresh plan apart."""
 
 _WEIGHING_WORK, _FEWEST_WEIGHED = 15_000, 8
-"""Operators that may be cut for working the solver's best splits through as schedules, but no fewer splits than this."""
+"""Operators that may be cut to work the solver's best splits through as schedules; no fewer splits than this."""
 
 _MOST_IMPROVED = 3
 """Best candidates that are improved by small changes."""
@@ -151,7 +151,8 @@ class Search:
         for inner, peers in self._solved([self._running, *([fresh.plan] if fresh else [])]):
             self._add(found, self._try(inner, peers))
         if not found:
-            raise failure or PlacementError("no plan meets the constraints without the machines that left")
+            assert failure is not None
+            raise failure
         self._work = _IMPROVING_WORK
         starts = sorted(found.values(), key=lambda each: each.total_s)[:_MOST_IMPROVED]
         return min((self._improved(each) for each in starts), key=lambda each: each.total_s)
@@ -350,14 +351,14 @@ class Search:
                 bounded = [0, *indices, len(self._positions) - 1]
                 if all(one < other for one, other in pairwise(bounded)):
                     yield [self._positions[index] for index in indices], peers
-        for one, other in combinations(range(len(peers)), 2):
+        for first, second in combinations(range(len(peers)), 2):
             swapped = list(peers)
-            swapped[one], swapped[other] = swapped[other], swapped[one]
+            swapped[first], swapped[second] = swapped[second], swapped[first]
             yield inner, swapped
         idle = [peer for peer in self._members if peer not in peers]
         for stage, peer in enumerate(peers):
-            for other in idle:
-                yield inner, [*peers[:stage], other, *peers[stage + 1 :]]
+            for spare in idle:
+                yield inner, [*peers[:stage], spare, *peers[stage + 1 :]]
             fewer = [*peers[:stage], *peers[stage + 1 :]]
             for gone in {max(stage - 1, 0), min(stage, len(inner) - 1)} if inner else ():
                 yield [*inner[:gone], *inner[gone + 1 :]], fewer
@@ -366,18 +367,19 @@ class Search:
             for middle in sorted({start + 1, (start + stop) // 2, stop - 1}):
                 if start < middle < stop:
                     cuts = [*inner[:stage], self._positions[middle], *inner[stage:]]
-                    for other in idle:
-                        yield cuts, [*peers[:stage], other, peer, *peers[stage + 1 :]]
-                        yield cuts, [*peers[:stage], peer, other, *peers[stage + 1 :]]
+                    for spare in idle:
+                        yield cuts, [*peers[:stage], spare, peer, *peers[stage + 1 :]]
+                        yield cuts, [*peers[:stage], peer, spare, *peers[stage + 1 :]]
 
 
 def _ranked(weighing: Weighing, placed: Collection[Placed], most: int) -> list[Placed]:
     """Return the best splits for the steps left, and those for few steps: the solver may err by what parts them."""
-    by_steps = [
-        sorted(placed, key=lambda each, steps=steps: (weighing.seconds(each, steps), each))
-        for steps in (weighing.few_steps, weighing.steps_left)
-    ]
-    found = dict.fromkeys([*by_steps[1][: most - most // 3], *by_steps[0][: most // 3], *by_steps[1][:most]])
+
+    def best_for(steps: int) -> list[Placed]:
+        return sorted(placed, key=lambda each: (weighing.seconds(each, steps), each))
+
+    few, all_left = best_for(weighing.few_steps), best_for(weighing.steps_left)
+    found = dict.fromkeys([*all_left[: most - most // 3], *few[: most // 3], *all_left[:most]])
     return list(found)[:most]
 
 
