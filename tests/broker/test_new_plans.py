@@ -56,7 +56,11 @@ def batch(step: int) -> list[dict[str, TensorData]]:
 class Party:
     """A broker, an owner, three compnodes, and a job on the first two."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, machines: tuple[str, ...] = (), **options: Any
+    ) -> None:
+        self._machines = machines
+        self.offered: set[str] = set()
         self._folder = folder
         self._monkeypatch = monkeypatch
         self._options = options
@@ -88,6 +92,7 @@ class Party:
             back=len(self.dag.nodes),
             options=OPTIONS,
             compnodes=0,
+            machines=self._machines,
             steps=100,
             microbatches=2,
             allowed=True,
@@ -135,6 +140,7 @@ class Party:
         """Have the broker prepare the plan that cuts there and runs on these."""
 
         def choose(dag: OpDag, *, running: Plan, pool: Any, owner: Any, **other: Any) -> Replanned:
+            self.offered = {each.name for each in pool.members}
             task = Task(
                 graph=dag,
                 graph_hash=running.graph_hash,
@@ -340,6 +346,21 @@ def test_a_newcomer_that_goes_before_the_hand_over(tmp_path: Path, monkeypatch: 
         await party.steps(3)
 
     assert run(tmp_path / "one", monkeypatch, course) == run(tmp_path / "other", monkeypatch, undisturbed)
+
+
+@pytest.mark.parametrize(("machines", "offered"), [((), {"a", "b", "c"}), (("a", "b"), {"a", "b"})])
+def test_only_named_machines_are_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machines: tuple[str, ...], offered: set[str]
+) -> None:
+    async def course(party: Party) -> None:
+        await party.steps(1)
+        await party.prepare((1,), (party.first, party.second))
+        assert party.offered == offered
+        assert (await party.take()).error is None
+        await party.steps(5)
+
+    found = run(tmp_path / "one", monkeypatch, course, machines=machines)
+    assert found == run(tmp_path / "other", monkeypatch, undisturbed)
 
 
 def test_a_share_must_fit_beside_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

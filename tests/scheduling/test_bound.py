@@ -9,7 +9,7 @@ from decoder_graph import SIZES, decoder, member, pool
 
 from fusionai.graph.cost import stage_cost
 from fusionai.graph.cuts import cut
-from fusionai.scheduling.bound import least_step_s
+from fusionai.scheduling.bound import least_step_of_pipelines_s, least_step_s, most_microbatches_per_s
 from fusionai.scheduling.estimator import backward_s, forward_s, update_s
 from fusionai.scheduling.planner import plan_training
 from fusionai.scheduling.profile import DeviceProfile, Member
@@ -78,3 +78,41 @@ def test_no_plan_is_faster(count: int, device: str, microbatches: int) -> None:
         back=len(GRAPH.nodes),
     )
     assert bound(*members, microbatches=microbatches) <= plan.predicted_step_s * (1 + 1e-9)
+
+
+class TestManyPipelines:
+    def least(self, rates: list[float], alone: list[bool] | None = None, **changes: float) -> float:
+        options: dict[str, float] = {
+            "microbatches": 100,
+            "most_stages": 4,
+            "most_pipelines": 100,
+            "weight_bytes": 0.0,
+            "crossing_bytes": 0.0,
+            "bandwidth_bytes_per_s": 10.0,
+            "delay_s": 0.0,
+        }
+        return least_step_of_pipelines_s(0.0, rates, alone or [False] * len(rates), **(options | changes))  # type: ignore[arg-type]
+
+    def test_free_links_leave_the_rates(self) -> None:
+        assert self.least([1.0, 4.0, 5.0]) == pytest.approx(10.0)
+
+    def test_a_single_pipeline_has_as_many_machines_as_stages(self) -> None:
+        assert self.least([1.0, 4.0, 5.0], most_stages=2, most_pipelines=1) == pytest.approx(100 / 9)
+
+    def test_each_linked_pipeline_passes_what_a_link_does(self) -> None:
+        # Four pipelines at most, of which each passes 10 / 5 microbatches a second; the last two machines may be alone.
+        rates = [9.0] * 6 + [7.0, 3.0]
+        alone = [False] * 6 + [True, True]
+        assert self.least(rates, alone, crossing_bytes=5.0, most_pipelines=4) == pytest.approx(100 / (7 + 3 + 2 + 2))
+
+    def test_more_pipelines_pay_for_their_sum(self) -> None:
+        # One pipeline: 100 / 2 s. R of them: 50 / R s and a sum of 2 (R - 1) 40 / 8 / 10 s.
+        found = self.least([9.0] * 8, crossing_bytes=5.0, weight_bytes=40.0)
+        assert found == pytest.approx(min(50 / count + (count - 1) for count in range(1, 9)))
+
+    def test_the_fastest_machine_adds_what_it_does_alone_and_others_at_least_that(self) -> None:
+        devices = [member("a", gflops=50).device, member("b", gflops=100).device]
+        options = {"microbatches": 4, "precision": "fp32", "optimizer_states": 2}
+        slow, fast = most_microbatches_per_s(COST, devices, **options)  # type: ignore[arg-type]
+        assert fast == pytest.approx(4 / alone_s(devices[1]))
+        assert slow >= 4 / alone_s(devices[0])

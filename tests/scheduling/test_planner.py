@@ -335,3 +335,27 @@ def test_a_70b_graph_over_eight_machines_takes_seconds() -> None:
     made = plan(graph, pool(*members, rtt_s=0.02, bytes_per_s=1e8))
     assert time.process_time() - begin_s < 10
     assert len(made.stages) >= 2
+
+
+def test_machines_take_given_parts_in_their_order() -> None:
+    graph = decoder(4)
+    points = cut_points(graph, SIZES, within=(0, len(graph.nodes)))
+    cuts = (points[2], points[7])
+    machines = [member("slow", gflops=10), member("fast", gflops=90), member("middle", gflops=40)]
+    planned = plan_training(
+        graph,
+        graph_hash="x",
+        sizes=SIZES,
+        microbatches=4,
+        optimizer_states=2,
+        precision="fp32",
+        pool=pool(*machines, owner=member("owner")),
+        owner=member("owner"),
+        privacy="open",
+        front=0,
+        back=len(graph.nodes),
+        cuts=cuts,
+        in_order=True,
+    )
+    assert [stage.peer for stage in planned.stages] == [each.peer for each in machines]
+    assert planned.cuts == cuts

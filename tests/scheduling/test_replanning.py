@@ -151,7 +151,7 @@ def test_far_from_the_end_the_plan_is_as_fast_as_a_fresh_one() -> None:
 
 
 def test_near_the_end_less_moves() -> None:
-    offered = slowed(FOUR, RUNNING.stages[1].peer, 1.6)
+    offered = slowed(FOUR, RUNNING.stages[1].peer, 1.3)
     moved = []
     for steps_left in (1, 10, 10**4):
         made = again(GRAPH, RUNNING, offered, steps_left)

@@ -42,7 +42,13 @@ def test_a_backup_replays_and_nobody_rolls_back() -> None:
     assert report.step_s[:2] == (STEP_S, STEP_S)
     before = [each for each in report.timeline if each.peer == "m1" and each.step == 2 and not each.lost]
     caught_up_s = sum(each.end_s - each.start_s for each in before)
-    assert failure.recovery_s == pytest.approx(0.5 + 2.0 + 2 * 4 * 3.0 + caught_up_s)
+    after = [each for each in report.timeline if each.peer == "spare" and each.step == 2]
+    again = [each for each in after if each.again]
+    assert {(each.direction, each.microbatch) for each in again} == {(e.direction, e.microbatch) for e in before}
+    # A backward whose gradients had come before the death goes before forwards that are computed again.
+    between = [each for each in after if not each.again and each.end_s < max(each.end_s for each in again)]
+    between_s = sum(each.end_s - each.start_s for each in between)
+    assert failure.recovery_s == pytest.approx(0.5 + 2.0 + 2 * 4 * 3.0 + caught_up_s + between_s)
     # The survivors computed everything once: nobody rolled back.
     assert {each.peer: each.busy_s for each in report.machines if each.peer in {"m0", "m2"}} == {
         "m0": pytest.approx(6 * 4 * 3),

@@ -208,11 +208,11 @@ def test_a_thousand_machines() -> None:
     workload = replicas(100, 10, microbatches=20, weight_bytes=1e6, boundary_bytes=1e4, state_bytes=3_000_000)
     links = uniform(bytes_per_s=1e6, rtt_s=0.02)
     jitter = Jitter(seed=1, spread=0.05)
-    began = time.perf_counter()
+    began = time.process_time()
     report = simulate_workload(workload, links, Scenario(steps=20, jitter=jitter))
-    assert time.perf_counter() - began < MOST_SECONDS
+    assert time.process_time() - began < MOST_SECONDS
     assert report.executed_steps == 20
-    began = time.perf_counter()
+    began = time.process_time()
     report = simulate_workload(workload, links, Scenario(steps=1000))
-    assert time.perf_counter() - began < MOST_SECONDS / 4
+    assert time.process_time() - began < MOST_SECONDS / 4
     assert (report.steps, report.executed_steps) == (1000, 1)

@@ -62,7 +62,7 @@ def random_case(seed: int) -> tuple[list[StageTimes], list[Edge], int, Workload,
     machines = [f"m{place}" for place in range(count)]
     if count >= 3 and draw.random() < 0.6:
         machines[0] = machines[-1] = "owner"
-    in_flight = sorted((draw.randint(1, 6) for _ in range(count)), reverse=True)
+    in_flight = [draw.randint(1, 6) for _ in range(count)]
     stages = []
     for machine, held in zip(machines, in_flight, strict=True):
         backward_s = draw.uniform(0.1, 2.0)

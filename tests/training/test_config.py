@@ -42,6 +42,8 @@ def test_round_trip_writes_every_default_out() -> None:
         ('name = "../x"\n[model]\npath = "y"\n', "name"),
         (GOOD + '[placement]\nprivacy = "secret"\n', "privacy"),
         (GOOD + "[placement]\ncuts = [5, 3]\n", "placement.cuts"),
+        (GOOD + '[placement]\nmachines = ["a", "a"]\n', "placement.machines"),
+        (GOOD + '[placement]\ncuts = [3]\nmachines = ["a"]\n', "placement.machines"),
         (GOOD + '[optimizer]\nkind = "lion"\n', "optimizer.kind"),
         (GOOD + "[optimizer]\nbeta1 = 1.5\n", "optimizer.beta1"),
         (GOOD + "[optimizer]\nepsilon = nan\n", "optimizer.epsilon"),

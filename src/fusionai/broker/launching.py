@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from fusionai.broker.assigning import assignments
@@ -149,9 +149,10 @@ class Launcher:
             back=message.back,
             compnodes=message.compnodes,
             cuts=message.cuts,
+            in_order=bool(message.machines) and message.cuts is not None,
             split_backward=not message.options.compile,
         )
-        members = tuple(candidate(each) for each in idle)
+        members = tuple(candidate(each) for each in _named_ones(idle, message.machines))
         plan = await plan_on_measured_links(self._state, self._prober, members, owner.peer, make)
         chosen = {PeerId(stage.peer) for stage in plan.stages} | {owner.peer}
         lost = [records[peer].name for peer in chosen if self._state.endpoint.link(peer) is None]
@@ -178,6 +179,19 @@ class Launcher:
             raise JobError(record.reason if record is not None else f"the job {job} is gone")
         self._state.jobs.change(job, state="running")
         await self._state.journal.flush()
+
+
+def _named_ones(idle: Sequence[MemberRecord], names: Sequence[str]) -> list[MemberRecord]:
+    """Return the compnodes of these names, in their order; all of them if there are no names."""
+    if not names:
+        return list(idle)
+    known = {each.name: each for each in idle}
+    if missing := [name for name in names if name not in known]:
+        raise PlacementError(
+            f"placement.machines names {', '.join(missing)}, but no such compnode is free; free are "
+            f"{', '.join(sorted(known))}; `fusionai status` shows them all"
+        )
+    return [known[name] for name in names]
 
 
 def decoded(data: bytes, graph_hash: str, back: int) -> OpDag:

@@ -85,6 +85,8 @@ class Submit(msgspec.Struct, frozen=True, tag="broker.submit"):
     """How many compnodes to use; 0: as many as serve the job best."""
     cuts: tuple[int, ...] | None = None
     """Cut positions chosen by the owner instead of the planner."""
+    machines: tuple[str, ...] = ()
+    """Names of the only compnodes that may be used; with `cuts` in the order of the shares. Empty: any."""
 
 
 class Launched(msgspec.Struct, frozen=True, tag="broker.launched"):
@@ -116,6 +118,8 @@ class Replan(msgspec.Struct, frozen=True, tag="broker.replan"):
     options: ProgramOptions
     compnodes: int
     """How many compnodes to use; 0: as many as serve the job best."""
+    machines: tuple[str, ...] = ()
+    """Names of the only compnodes to be used; empty: any."""
 
 
 class Prepared(msgspec.Struct, frozen=True, tag="broker.prepared"):

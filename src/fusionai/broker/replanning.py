@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from msgspec.structs import replace
@@ -70,7 +70,7 @@ class Replanner:
     ) -> Prepared:
         job = record.job
         async with self._launcher.planning:
-            members = self._members(record)
+            members = self._members(record, message.machines)
             found = await self._plan(owner, members, running, message, graph)
             if found is None:
                 return Prepared("no other plan is worth its move")
@@ -107,11 +107,12 @@ class Replanner:
             found.move_s,
         )
 
-    def _members(self, record: JobRecord) -> dict[PeerId, MemberRecord]:
+    def _members(self, record: JobRecord, named: Sequence[str]) -> dict[PeerId, MemberRecord]:
         """Return the compnodes that a new plan may use or take weights from: the job's own, and idle ones."""
         registry = self._state.registry
         own = [registry.get(peer) for peer in record.compnodes if registry.is_present(peer)]
-        return {each.peer: each for each in (*own, *registry.idle()) if each is not None}
+        idle = [each for each in registry.idle() if not named or each.name in named]
+        return {each.peer: each for each in (*own, *idle) if each is not None}
 
     async def _plan(
         self,

@@ -106,6 +106,8 @@ def check_submit(message: Submit) -> None:
     _require(0 <= message.front <= message.back, "front and back are out of order")
     _require(1 <= message.microbatches <= _MOST_MICROBATCHES, f"a step has 1 to {_MOST_MICROBATCHES:,} microbatches")
     _require(0 <= message.compnodes <= 10_000, "a job uses at most 10,000 compnodes")
+    _require(len(message.machines) <= 10_000, "a job names at most 10,000 compnodes")
+    _require(all(len(name) <= _MOST_TEXT for name in message.machines), "the name of a compnode is too long")
     _require(len(message.sizes) <= 64, "a graph has at most 64 symbols")
     _require(
         all(len(name) <= 100 and 0 < size < _MOST_SIZE for name, size in message.sizes.items()),
@@ -124,6 +126,7 @@ def check_replan(message: Replan) -> None:
     _require(0 <= message.steps_left < _MOST_SIZE, "the number of steps left is out of range")
     _require(0 <= message.front <= message.back, "front and back are out of order")
     _require(0 <= message.compnodes <= 10_000, "a job uses at most 10,000 compnodes")
+    _require(len(message.machines) <= 10_000, "a job uses at most 10,000 compnodes")
 
 
 def _positive(figure: float) -> bool:

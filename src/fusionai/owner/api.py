@@ -50,6 +50,7 @@ def train(
     privacy: Literal["private", "open"] = "private",
     compnodes: int = 0,
     cuts: Sequence[int] | Callable[[OpDag], int] | None = None,
+    machines: Sequence[str] = (),
     replan: bool = True,
     seed: int = 0,
     heldout: Sequence[TensorBatch] = (),
@@ -78,6 +79,7 @@ def train(
         privacy: "private" keeps every operator that touches raw inputs or labels on this machine.
         compnodes: how many to use; 0: as many as serve best.
         cuts: cut positions, or a function from the OP-DAG to one, instead of the planner's.
+        machines: names of the only compnodes to use; with `cuts` those of the shares, in their order.
         replan: whether the job may go over to a better plan when a machine becomes slower or faster than planned.
         seed: of dropout.
         heldout: microbatches to evaluate on, every `evaluate_every` steps and at the end.
@@ -129,7 +131,11 @@ def train(
         optimizer=optimizer or OptimizerConfig(),
         schedule=schedule,
         placement=PlacementConfig(
-            privacy=privacy, compnodes=compnodes, cuts=tuple(cuts) if cuts is not None else None, replan=replan
+            privacy=privacy,
+            compnodes=compnodes,
+            cuts=tuple(cuts) if cuts is not None else None,
+            machines=tuple(machines),
+            replan=replan,
         ),
         first_step=reader.manifest.step if reader is not None else 0,
     )

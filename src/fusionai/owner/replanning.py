@@ -88,6 +88,8 @@ class ReplanTerms:
     options: ProgramOptions
     compnodes: int
     """How many to use; 0: as many as serve best."""
+    machines: tuple[str, ...] = ()
+    """Names of the only ones to use; empty: any."""
     steps: int
     microbatches: int
     allowed: bool
@@ -199,6 +201,7 @@ class Replanning:
                 back=self._terms.back,
                 options=self._terms.options,
                 compnodes=self._terms.compnodes,
+                machines=self._terms.machines,
             ),
             Prepared,
             timeout_s=REPLAN_TIMEOUT_S,

@@ -184,6 +184,7 @@ async def _submit(job: TrainingJob, member: Member) -> tuple[Launched, ReplanTer
         ),
         compnodes=job.placement.compnodes,
         cuts=job.placement.cuts,
+        machines=job.placement.machines,
     )
     await member.send_graph(submit.graph_hash, encoded)
     launched = await member.request(submit, Launched, timeout_s=SUBMIT_TIMEOUT_S)
@@ -193,6 +194,7 @@ async def _submit(job: TrainingJob, member: Member) -> tuple[Launched, ReplanTer
         back=back,
         options=submit.options,
         compnodes=submit.compnodes,
+        machines=submit.machines,
         steps=job.training.steps,
         microbatches=submit.microbatches,
         # Cuts that the owner chose stay.

@@ -39,6 +39,84 @@ def least_step_s(
     return max(_divided_s(work), _divided_s([[each] for each in overheads]))
 
 
+def most_microbatches_per_s(
+    cost: StageCost,
+    devices: Sequence[DeviceProfile],
+    *,
+    microbatches: int,
+    precision: str,
+    optimizer_states: int,
+) -> list[float]:
+    """Return, by device, what it adds at most to the microbatches per second of a step, as parts of the work go.
+
+    Let w[n, k] be the seconds of all work of kind k of a step on device n, and p a price of each kind, p >= 0; prices
+    add up to 1. A device that does the parts f[n, k] in T seconds has sum_k f[n, k] w[n, k] <= T, and does work worth
+    sum_k p[k] f[n, k] <= T max_k p[k] / w[n, k]. All devices together do work worth at least 1, whatever subset takes
+    part. The price of a kind is its part of the time on the fastest device. Arguments are those of `least_step_s`.
+    """
+    work_DK = [_work_s(cost, device, microbatches, precision, optimizer_states) for device in devices]
+    fastest = min(work_DK, key=sum)
+    prices = [seconds / sum(fastest) for seconds in fastest]
+    return [
+        microbatches * max(price / seconds for price, seconds in zip(prices, work, strict=True) if price)
+        for work in work_DK
+    ]
+
+
+def least_step_of_pipelines_s(
+    computing_s: float,
+    rates_per_s: Sequence[float],
+    alone: Sequence[bool],
+    *,
+    microbatches: int,
+    most_stages: int,
+    most_pipelines: int,
+    weight_bytes: float,
+    crossing_bytes: float,
+    bandwidth_bytes_per_s: float,
+    delay_s: float,
+) -> float:
+    """Return seconds below which no step of any number of pipelines on N machines can be, each machine in one of them.
+
+    The least over the numbers R of pipelines of what is computed before, and of the sum of gradients after it:
+
+    * A pipeline has `most_stages` machines at most, so R of them have at best the R `most_stages` of highest rates.
+    * A pipeline of more than one machine sends each microbatch over at least one cut, `crossing_bytes` one way, so it
+      takes at most `bandwidth_bytes_per_s` / `crossing_bytes` microbatches a second; others are a machine `alone` each.
+    * Some pipeline has N / R machines or fewer, and one of those holds R / N of the weights or more. Their gradients
+      are summed over R holders, for which each sends at least 2 (R - 1) / R of the bytes, in 2 (R - 1) rounds of a ring
+      (Patarasuk and Yuan 2009).
+
+    Args:
+        computing_s: the least time of computing alone, on all machines.
+        rates_per_s: by machine, `most_microbatches_per_s`.
+        alone: by machine, whether it may hold the whole model.
+        microbatches: of a step.
+        most_stages: of a pipeline.
+        most_pipelines: for which all machines together have memory.
+        weight_bytes: of what is trained, weights that several stages read once.
+        crossing_bytes: of a microbatch over the cheapest cut, in the direction with more of them.
+        bandwidth_bytes_per_s: of the best link.
+        delay_s: one-way latency of the best link.
+    """
+    fastest = sorted(rates_per_s, reverse=True)
+    machines = len(fastest)
+    by_themselves = sorted((rate for rate, can in zip(rates_per_s, alone, strict=True) if can), reverse=True)
+    by_link = bandwidth_bytes_per_s / crossing_bytes if crossing_bytes else math.inf
+    least_s, rate, taken, passing = math.inf, 0.0, 0, 0.0
+    for pipelines in range(1, max(1, min(machines, most_pipelines, microbatches)) + 1):
+        while taken < min(machines, pipelines * most_stages):
+            rate += fastest[taken]
+            taken += 1
+        passing += max(by_link, by_themselves[pipelines - 1] if pipelines <= len(by_themselves) else 0.0)
+        passed = min(rate, passing)
+        summed_s = 0.0
+        if pipelines > 1:
+            summed_s = 2 * (pipelines - 1) * (weight_bytes / machines / bandwidth_bytes_per_s + delay_s)
+        least_s = min(least_s, max(computing_s, microbatches / passed) + summed_s)
+    return least_s
+
+
 def _work_s(
     cost: StageCost, device: DeviceProfile, microbatches: int, precision: str, optimizer_states: int
 ) -> list[float]:

@@ -26,13 +26,11 @@ from fusionai.scheduling.estimator import (
     update_s,
 )
 from fusionai.scheduling.explain import seconds_text, stage_lines
+from fusionai.scheduling.in_flight import SLACKS, WORTH_MEMORY, busiest_s, least_held, round_trips_s, widened
 from fusionai.scheduling.pipeline import Edge, PipelineTimes, StageTimes, pipeline_times
 from fusionai.scheduling.plan import Plan, StagePlan, StagePrediction
 from fusionai.scheduling.profile import LinkProfile, Member, Pool
 from fusionai.scheduling.segments import MEMORY_MARGIN
-
-_WORTH_MEMORY = 0.995
-"""More microbatches in flight are kept only if they bring the step below this share of what it was."""
 
 
 class StageCosts:
@@ -97,17 +95,16 @@ class Evaluated:
 def evaluate(task: Task, cuts: Sequence[int], peers: Sequence[str], in_flight_limit: int) -> Evaluated:
     """Return the plan that cuts at `cuts` and runs stage k on `peers[k]`, with what it needs.
 
-    Every stage holds as many microbatches as 1F1B asks for, at most `in_flight_limit`; where links are slow it
-    holds more, as far as memory goes and the step becomes shorter.
+    Every stage holds as many microbatches as 1F1B asks for, at most `in_flight_limit`; it holds more as far as memory
+    goes and the step becomes shorter.
     """
     stages = _Stages(task, cuts, peers)
     chosen = stages.least_in_flight(in_flight_limit)
     times = stages.times(chosen)
-    if in_flight_limit >= task.microbatches:
-        for spare in (0, 1):
-            wider = stages.wider(chosen, times, spare)
-            if wider != chosen and (tried := stages.times(wider)).makespan_s < _WORTH_MEMORY * times.makespan_s:
-                chosen, times = wider, tried
+    for slack in SLACKS:
+        wider = stages.wider(chosen, slack)
+        if wider != chosen and (tried := stages.times(wider)).makespan_s < WORTH_MEMORY * times.makespan_s:
+            chosen, times = wider, tried
     return stages.evaluated(chosen, times)
 
 
@@ -156,52 +153,33 @@ class _Stages:
             )
         return edges
 
-    def times(self, in_flight: Sequence[int]) -> PipelineTimes:
-        """Work through the schedule."""
-        stages = [
+    def _stage_times(self, in_flight: Sequence[int]) -> list[StageTimes]:
+        return [
             StageTimes(peer, forward, backward, held, deferred)
             for peer, (forward, backward), held, deferred in zip(
                 self._peers, self._seconds, in_flight, self._deferred_s, strict=True
             )
         ]
-        return pipeline_times(stages, self._edges, self._task.microbatches)
+
+    def times(self, in_flight: Sequence[int]) -> PipelineTimes:
+        """Work through the schedule."""
+        return pipeline_times(self._stage_times(in_flight), self._edges, self._task.microbatches)
 
     def least_in_flight(self, limit: int) -> tuple[int, ...]:
-        """Return what 1F1B holds: as many microbatches as there are stages to go."""
-        count = len(self._subdags)
-        return tuple(max(1, min(self._task.microbatches, limit, count - stage)) for stage in range(count))
+        """Return what 1F1B holds: as many microbatches as there are stages to go, or fewer where there is no room."""
+        one = [1] * len(self._subdags)
+        most = [
+            self._room(stage, one) if self._peers.count(peer) == 1 else self._task.microbatches
+            for stage, peer in enumerate(self._peers)
+        ]
+        return least_held(most, min(limit, self._task.microbatches))
 
-    def wider(self, in_flight: Sequence[int], times: PipelineTimes, spare: int) -> tuple[int, ...]:
+    def wider(self, in_flight: Sequence[int], slack: float) -> tuple[int, ...]:
         """Return how many each stage must hold to be busy while a microbatch is on its way there and back."""
-        busiest_s = max([*times.busy_s.values(), *times.link_busy_s.values()])
-        if busiest_s <= 0:
-            return tuple(in_flight)
-        period_s = busiest_s / self._task.microbatches
-        away_s = self._round_trips_s()
-        found: list[int] = []
-        for stage, held in enumerate(in_flight):
-            last = stage + 1 == len(in_flight)
-            wanted = held if last else max(held, math.ceil(away_s[stage] / period_s) + spare)
-            # It may not rise towards later stages, or the pipeline would lock.
-            most = min(found[-1] if found else self._task.microbatches, self._room(stage, in_flight))
-            found.append(max(held, min(wanted, most)))
-        return tuple(found)
-
-    def _round_trips_s(self) -> list[float]:
-        """Return, by stage, the time from a microbatch's forward to the end of its backward."""
-        trips = [forward + backward for forward, backward in self._seconds]
-        for stage in reversed(range(len(trips))):
-            onward = [
-                trips[edge.target]
-                - self._deferred_s[edge.target]
-                + edge.forward_s
-                + 2 * edge.delay_s
-                + (edge.backward_s or 0.0)
-                for edge in self._edges
-                if edge.source == stage
-            ]
-            trips[stage] += max(onward, default=0.0)
-        return trips
+        stages = self._stage_times(in_flight)
+        most = [self._room(stage, in_flight) for stage in range(len(stages))]
+        trips_s, period_s = round_trips_s(stages, self._edges), busiest_s(stages, self._edges)
+        return widened(in_flight, most, self._task.microbatches, trips_s, period_s, slack)
 
     def _room(self, stage: int, in_flight: Sequence[int]) -> int:
         """Return the most microbatches that a stage can hold, its machine's other stages as they are."""

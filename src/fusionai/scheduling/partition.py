@@ -60,6 +60,8 @@ class Line:
     """Seconds of the stages before and after the line, on a machine of their own."""
     outer_stages_after: int = 0
     in_flight_limit: int = 1 << 30
+    in_flight_per_stage: float = 1.0
+    """Microbatches in flight for each stage to go after a stage: 1 where links take no time, more where they do."""
 
     @property
     def devices(self) -> int:
@@ -73,7 +75,9 @@ class Line:
 
     def in_flight(self, stages_left: int) -> int:
         """Return the microbatches held by a stage with `stages_left` stages of the line to go, itself included."""
-        return max(1, min(self.microbatches, self.in_flight_limit, stages_left + self.outer_stages_after))
+        later = stages_left - 1 + self.outer_stages_after
+        wanted = 1 + math.ceil(later * self.in_flight_per_stage)
+        return max(1, min(self.microbatches, self.in_flight_limit, wanted))
 
 
 @dataclass(frozen=True, slots=True)

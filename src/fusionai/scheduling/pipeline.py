@@ -3,8 +3,9 @@
 Stages differ, links take time and carry one tensor after the other, and one machine may hold several stages (the
 owner of a private job holds the first and the last). No closed formula covers that, so the schedule itself is
 worked through: every pass starts when its machine is free and its tensors are there. Turns and priorities are those
-of the training runtime: each stage follows its 1F1B order, and a machine with a choice runs a backward before a
-forward and a later stage before an earlier one.
+of the training runtime (`training.schedule`): a stage takes backwards in order as their gradients come, and forwards in
+order as long as fewer than `in_flight` microbatches are between the two; a machine with a choice runs a backward before
+a forward and a later stage before an earlier one.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import heapq
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-_MOST_EXECUTED = 512
-"""Microbatches of a round that is executed to the end: a strange job may name many, and a planner tries many plans."""
+_LEAST_EXECUTED = 128
+_EXECUTED_PER_STAGE = 4
+"""Microbatches of a round that is executed to the end, at least, and for each stage or microbatch in flight, whichever
+are more: after so many the pipeline runs evenly. A job may name many more, and a planner tries many plans."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,7 @@ class StageTimes:
     forward_s: float
     backward_s: float
     in_flight: int
-    """Most microbatches between forward and backward; may not rise from a stage to one that it feeds."""
+    """Most microbatches between forward and backward, at least 1."""
     deferred_s: float = 0.0
     """The part of `backward_s` that is computed after the boundary gradients have left."""
 
@@ -45,6 +49,16 @@ class Edge:
     """One-way latency."""
 
 
+class _Way(NamedTuple):
+    """Where a pass's tensors go."""
+
+    target: int
+    link: tuple[str, str] | None
+    """None within a machine."""
+    seconds: float
+    delay_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class PipelineTimes:
     """What a round of microbatches takes."""
@@ -57,115 +71,104 @@ class PipelineTimes:
     """Seconds that each directed link is occupied."""
 
 
-def turn(position: int, microbatches: int, in_flight: int) -> tuple[bool, int]:
-    """Return the 1F1B turn at `position` of a stage: whether it is a backward, and its microbatch."""
-    warmup = min(microbatches, in_flight)
-    if position < warmup:
-        return False, position
-    pair, second = divmod(position - warmup, 2)
-    if pair < microbatches - warmup:
-        return (False, warmup + pair) if second else (True, pair)
-    return True, position - microbatches
-
-
 class _Run:
-    """One execution of the schedule."""
+    """One execution of the schedule. Lists by direction have what belongs to forwards first, then to backwards."""
 
     def __init__(self, stages: Sequence[StageTimes], edges: Sequence[Edge], microbatches: int) -> None:
         self.stages, self.microbatches = stages, microbatches
-        self.forward_edges: dict[int, list[Edge]] = defaultdict(list)
-        self.backward_edges: dict[int, list[Edge]] = defaultdict(list)
+        count = len(stages)
+        self.out: tuple[list[list[_Way]], ...] = ([[] for _ in stages], [[] for _ in stages])
+        self.needed = [[0] * count, [0] * count]
+        """Tensors that a pass needs, by direction and stage."""
         for edge in edges:
-            self.forward_edges[edge.source].append(edge)
+            ways = [(edge.source, edge.target, edge.forward_s, False)]
             if edge.backward_s is not None:
-                self.backward_edges[edge.target].append(edge)
-        incoming = {(False, stage): sum(edge.target == stage for edge in edges) for stage in range(len(stages))} | {
-            (True, stage): sum(edge.source == stage and edge.backward_s is not None for edge in edges)
-            for stage in range(len(stages))
-        }
-        self.incoming = incoming
-        self.arrived: dict[tuple[bool, int, int], int] = defaultdict(int)
-        self.ready_s: dict[tuple[bool, int, int], float] = defaultdict(float)
-        self.position = [0] * len(stages)
-        self.free_s: dict[str, float] = defaultdict(float)
+                ways.append((edge.target, edge.source, edge.backward_s, True))
+            for source, target, seconds, backward in ways:
+                here, there = stages[source].machine, stages[target].machine
+                link = None if here == there else (here, there)
+                self.out[backward][source].append(_Way(target, link, seconds, edge.delay_s))
+                self.needed[backward][target] += 1
+        self.missing = [[[number] * microbatches for number in self.needed[backward]] for backward in (0, 1)]
+        self.ready_s = [[[0.0] * microbatches for _ in stages] for _ in (0, 1)]
+        self.done = [[0] * count, [0] * count]
+        """Passes begun, by direction and stage."""
+        self.queued = [[False] * count, [False] * count]
+        self.free_s = {stage.machine: 0.0 for stage in stages}
+        self.busy_s = {stage.machine: 0.0 for stage in stages}
         self.link_free_s: dict[tuple[str, str], float] = defaultdict(float)
-        self.busy_s: dict[str, float] = defaultdict(float)
         self.link_busy_s: dict[tuple[str, str], float] = defaultdict(float)
-        # (start, forward after backward, earlier stage after later, stage); the start is a lower bound.
+        # (start, forward after backward, earlier stage after later); the start is a lower bound.
         self.queue: list[tuple[float, bool, int]] = []
 
     def run(self) -> PipelineTimes:
         for stage in range(len(self.stages)):
             self._offer(stage)
-        end_s = 0.0
-        while self.queue:
-            start_s, is_forward, minus_stage = heapq.heappop(self.queue)
-            stage = -minus_stage
-            machine = self.stages[stage].machine
-            if start_s < self.free_s[machine]:
-                heapq.heappush(self.queue, (self.free_s[machine], is_forward, minus_stage))
+        end_s, queue, free_s = 0.0, self.queue, self.free_s
+        while queue:
+            start_s, is_forward, minus_stage = heapq.heappop(queue)
+            machine = self.stages[-minus_stage].machine
+            if start_s < free_s[machine]:
+                heapq.heappush(queue, (free_s[machine], is_forward, minus_stage))
                 continue
-            end_s = max(end_s, self._pass(stage, start_s, backward=not is_forward))
-        if any(position < 2 * self.microbatches for position in self.position):
-            raise ValueError("the pipeline cannot finish: in_flight rises from a stage to a later one")
-        return PipelineTimes(end_s, dict(self.busy_s), dict(self.link_busy_s))
+            end_s = max(end_s, self._pass(-minus_stage, start_s, not is_forward))
+        if any(done < self.microbatches for done in self.done[1]):
+            raise ValueError("the pipeline cannot finish: a stage waits for a later one, or may hold no microbatch")
+        return PipelineTimes(end_s, self.busy_s, dict(self.link_busy_s))
 
     def _offer(self, stage: int) -> None:
-        """Queue a stage's next pass if everything it needs is on its way."""
-        position = self.position[stage]
-        if position == 2 * self.microbatches:
-            return
-        backward, index = turn(position, self.microbatches, self.stages[stage].in_flight)
-        if self.arrived[backward, stage, index] == self.incoming[backward, stage]:
-            heapq.heappush(self.queue, (self.ready_s[backward, stage, index], not backward, -stage))
+        """Queue a stage's next passes, if everything that they need is on its way."""
+        forwards, backwards = self.done[0][stage], self.done[1][stage]
+        if backwards < forwards and not self.queued[1][stage] and not self.missing[1][stage][backwards]:
+            self.queued[1][stage] = True
+            heapq.heappush(self.queue, (self.ready_s[1][stage][backwards], False, -stage))
+        if (
+            forwards < self.microbatches
+            and forwards - backwards < self.stages[stage].in_flight
+            and not self.queued[0][stage]
+            and not self.missing[0][stage][forwards]
+        ):
+            self.queued[0][stage] = True
+            heapq.heappush(self.queue, (self.ready_s[0][stage][forwards], True, -stage))
 
-    def _pass(self, stage: int, start_s: float, *, backward: bool) -> float:
+    def _pass(self, stage: int, start_s: float, backward: bool) -> float:
         times = self.stages[stage]
-        _, index = turn(self.position[stage], self.microbatches, times.in_flight)
+        index = self.done[backward][stage]
         seconds = times.backward_s if backward else times.forward_s
         end_s = start_s + seconds
         self.free_s[times.machine] = end_s
         self.busy_s[times.machine] += seconds
-        self.position[stage] += 1
-        if backward:
-            for edge in self.backward_edges[stage]:
-                sent_s = max(start_s, end_s - times.deferred_s)
-                self._send(times.machine, edge.source, index, edge.backward_s or 0.0, edge.delay_s, sent_s, True)
-        else:
-            for edge in self.forward_edges[stage]:
-                self._send(times.machine, edge.target, index, edge.forward_s, edge.delay_s, end_s, False)
+        self.done[backward][stage] += 1
+        self.queued[backward][stage] = False
+        sent_s = max(start_s, end_s - times.deferred_s) if backward else end_s
+        for way in self.out[backward][stage]:
+            arrival_s = sent_s
+            if way.link is not None:
+                self.link_free_s[way.link] = max(self.link_free_s[way.link], sent_s) + way.seconds
+                self.link_busy_s[way.link] += way.seconds
+                arrival_s = self.link_free_s[way.link] + way.delay_s
+            ready_s, missing = self.ready_s[backward][way.target], self.missing[backward][way.target]
+            ready_s[index] = max(ready_s[index], arrival_s)
+            missing[index] -= 1
+            if not missing[index]:
+                self._offer(way.target)
         self._offer(stage)
         return end_s
-
-    def _send(
-        self, machine: str, to: int, index: int, seconds: float, delay_s: float, now_s: float, backward: bool
-    ) -> None:
-        receiver = self.stages[to].machine
-        if receiver == machine:
-            arrival_s = now_s
-        else:
-            link = machine, receiver
-            self.link_free_s[link] = max(self.link_free_s[link], now_s) + seconds
-            self.link_busy_s[link] += seconds
-            arrival_s = self.link_free_s[link] + delay_s
-        key = backward, to, index
-        self.arrived[key] += 1
-        self.ready_s[key] = max(self.ready_s[key], arrival_s)
-        if turn(self.position[to], self.microbatches, self.stages[to].in_flight) == (backward, index):
-            self._offer(to)
 
 
 def pipeline_times(stages: Sequence[StageTimes], edges: Sequence[Edge], microbatches: int) -> PipelineTimes:
     """Return the times of one round of 1F1B over `stages` joined by `edges`.
 
     Long rounds are not executed to the end: once the pipeline is full, each further microbatch takes as long as the
-    one before. Raises ValueError when the in-flight limits would lock the pipeline.
+    one before. Raises ValueError when a stage may hold no microbatch in flight.
     """
-    if microbatches <= _MOST_EXECUTED:
+    deepest = max(len(stages), *(min(stage.in_flight, microbatches) for stage in stages))
+    executed = max(_LEAST_EXECUTED, _EXECUTED_PER_STAGE * deepest)
+    if microbatches <= executed:
         return _Run(stages, edges, microbatches).run()
-    half, whole = (_Run(stages, edges, count).run() for count in (_MOST_EXECUTED // 2, _MOST_EXECUTED))
-    times = (microbatches - _MOST_EXECUTED) / (_MOST_EXECUTED - _MOST_EXECUTED // 2)
-    share = microbatches / _MOST_EXECUTED
+    half, whole = (_Run(stages, edges, count).run() for count in (executed // 2, executed))
+    times = (microbatches - executed) / (executed - executed // 2)
+    share = microbatches / executed
     return PipelineTimes(
         whole.makespan_s + times * (whole.makespan_s - half.makespan_s),
         {machine: busy_s * share for machine, busy_s in whole.busy_s.items()},

@@ -11,20 +11,22 @@ lowered step by step to one: slower, but the model trains.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from itertools import pairwise, product
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import pairwise, permutations
 from typing import Literal
 
 import msgspec
 
-from fusionai.errors import ConfigError
+from fusionai.errors import ConfigError, PlacementError
 from fusionai.graph.cuts import crossing_bytes, cut_points
 from fusionai.graph.model import OpDag, Sizes
 from fusionai.scheduling.evaluation import Evaluated, Task, evaluate
 from fusionai.scheduling.explain import left_out_line
 from fusionai.scheduling.links import PoolLinks
-from fusionai.scheduling.partition import split
+from fusionai.scheduling.partition import Line, Split, best_of_order, frontier, split
 from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.polishing import polished
 from fusionai.scheduling.profile import Member, Pool
 from fusionai.scheduling.segments import MEMORY_MARGIN, Segments, make_line, make_segments, reachable
 from fusionai.scheduling.shortage import (
@@ -42,9 +44,6 @@ from fusionai.scheduling.swarm.task import SwarmTask
 _MOST_POSITIONS = 160
 """More cut points than this are thinned out: the solver's tables grow with their square."""
 
-_POLISHING_WORK = 10_000
-"""Operators that may be cut and costed again to improve a candidate: about half a second."""
-
 _MOST_POLISHED = 3
 """Best candidates that are polished."""
 
@@ -53,6 +52,12 @@ _FEW_MICROBATCHES = 16
 
 _FEW_MEMBERS = 6
 """Up to so many every set and order is looked at in any case (`partition`)."""
+
+_FEW_MACHINES = 3
+"""With few microbatches and so few compnodes the best split of each order is worked through: of ideal pipelines that
+are about equally fast, schedules differ."""
+
+_TOLERANCE_OF_ORDERS = 5e-3
 
 _CORRECTIONS = 3
 """How often the solver is told that a machine holds less than it reckoned with."""
@@ -73,6 +78,7 @@ def plan_training(
     back: int,
     compnodes: int = 0,
     cuts: Sequence[int] | None = None,
+    in_order: bool = False,
     split_backward: bool = True,
     remedies: Remedies = JOINED,
 ) -> Plan:
@@ -80,7 +86,8 @@ def plan_training(
 
     Nodes [0, front) and [back, N) run on the owner's machine; the graph must be arranged for that already.
     `compnodes` is how many others to use, 0 for as many as serve best. `cuts` are cut positions strictly between
-    `front` and `back` to use instead of the planner's; they decide how many compnodes are used, not which.
+    `front` and `back` to use instead of the planner's; they decide how many compnodes are used, not which. With
+    `in_order` the members of the pool take the parts between `cuts` in their order: nothing is left to choose.
 
     `split_backward`: see `evaluation.Task`. `remedies`: what errors advise.
 
@@ -108,17 +115,26 @@ def plan_training(
         raise no_link_with_owner(pool.members, owner, remedies)
     counts = _counts(compnodes, cuts, members, remedies)
     segments = make_segments(graph, sizes, cut_positions(task, cuts), optimizer_states=optimizer_states)
+    if in_order and (cuts is None or len(members) != len(segments.costs)):
+        raise PlacementError(
+            f"{len(members)} compnodes that can be linked with the owner's machine are to take {len(segments.costs)} "
+            "shares in their order; make placement.machines and placement.cuts agree"
+        )
     chains = _linked_chains(task, segments, members, counts) if cuts is None else []
     owner_failure: Evaluated | None = None
     for limit in in_flight_limits(microbatches, max(counts) + len(segments.outer)):
-        fitting, too_large = _search(task, segments, members, counts, limit)
+        if in_order:
+            fitting, too_large = _as_given(task, segments, members, limit)
+        else:
+            fitting, too_large = _search(task, segments, members, counts, limit)
         linked = [_evaluated(task, segments, members, devices, bounds, limit) for devices, bounds in chains]
         fitting += [each for each in linked if not each.overloaded(task)]
         if fitting:
             # Polishing ends in a local minimum: where it starts matters.
             fitting = sorted(fitting, key=lambda each: each.plan.predicted_step_s)[:_MOST_POLISHED]
-            polished = [_polished(task, segments, each, limit) for each in fitting]
-            best = min(polished, key=lambda each: each.plan.predicted_step_s)
+            if not in_order:
+                fitting = [polished(task, segments, each, limit) for each in fitting]
+            best = min(fitting, key=lambda each: each.plan.predicted_step_s)
             return _explained(task, best.plan, members, chosen=bool(compnodes) or cuts is not None)
         owner_failure = too_large or owner_failure
     if owner_failure:
@@ -197,6 +213,8 @@ def _search(
                 hide_deferred=hide_deferred,
             )
             found |= {(each.devices, each.bounds) for each in split(line, counts)}
+            if task.microbatches <= _FEW_MICROBATCHES and len(members) <= _FEW_MACHINES:
+                found |= {(each.devices, each.bounds) for each in _best_of_orders(line, counts)}
         tried = [_evaluated(task, segments, members, *each, limit) for each in sorted(found)]
         if fitting := [each for each in tried if not each.overloaded(task)]:
             return fitting, None
@@ -214,6 +232,15 @@ def _search(
         if not shrunk:
             break
     return [], owner_failure
+
+
+def _as_given(
+    task: Task, segments: Segments, members: Sequence[Member], limit: int
+) -> tuple[list[Evaluated], Evaluated | None]:
+    """Return the plan that gives each member one segment, in their order; see `_search`."""
+    made = _evaluated(task, segments, members, range(len(members)), range(len(members) + 1), limit)
+    overloaded = made.overloaded(task)
+    return ([] if overloaded else [made]), made if task.owner.peer in overloaded else None
 
 
 def _linked_chains(
@@ -246,39 +273,20 @@ def _linked_chains(
     return found
 
 
+def _best_of_orders(line: Line, counts: Sequence[int]) -> Iterator[Split]:
+    """Yield the best split of each order of devices."""
+    for count in counts:
+        for order in permutations(range(line.devices), count):
+            splits = frontier(line, partial(best_of_order, line, order), _TOLERANCE_OF_ORDERS)
+            if (best := min(splits, key=lambda each: each.objective_s(line.microbatches), default=None)) is not None:
+                yield best
+
+
 def _hidings(task: Task) -> tuple[bool, ...]:
     """Return for which of the solver's numbers to search (`make_line`)."""
     if not task.split_backward:
         return (False,)
     return (True, False) if task.microbatches <= _FEW_MICROBATCHES else (True,)
-
-
-def _polished(task: Task, segments: Segments, best: Evaluated, limit: int) -> Evaluated:
-    """Move single cuts to the position before or after while that shortens the schedule as worked through.
-
-    The solver's ideal pipeline does not see how passes of unequal stages interlock; its neighbours do.
-    """
-    place = {position: index for index, position in enumerate(segments.positions)}
-    left = _POLISHING_WORK // max(1, len(task.graph.nodes))
-    improved = True
-    while improved:
-        improved = False
-        for which, by in product(range(len(best.plan.cuts)), (-1, 1)):
-            cuts = list(best.plan.cuts)
-            index = place[cuts[which]] + by
-            # The ends are the owner's pins, or those of the graph.
-            if cuts[which] in (segments.positions[0], segments.positions[-1]):
-                continue
-            if not 0 < index < len(segments.positions) - 1 or segments.positions[index] in cuts:
-                continue
-            if left <= 0:
-                return best
-            left -= 1
-            cuts[which] = segments.positions[index]
-            tried = evaluate(task, cuts, [stage.peer for stage in best.plan.stages], limit)
-            if not tried.overloaded(task) and tried.plan.predicted_step_s < best.plan.predicted_step_s:
-                best, improved = tried, True
-    return best
 
 
 def _evaluated(

@@ -45,7 +45,8 @@ class SwarmPlan(msgspec.Struct, frozen=True):
     """Seconds of summing gradients over pipelines, reporting and updating, at the end of a step."""
     predicted_step_s: float
     bound_step_s: float
-    """No plan on these machines is faster: their computing, divided without loss over all of them, and free links."""
+    """No plan on these machines is faster: computing divided without loss, the best link everywhere, and the sum of
+    gradients that so many pipelines need (`bound.least_step_of_pipelines_s`)."""
     bottleneck: str
     """Stage or link that limits the speed, in words."""
     left_out: tuple[str, ...] = ()

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 
 from fusionai.scheduling.estimator import send_s
-from fusionai.scheduling.pipeline import turn
 from fusionai.simulation.channels import Channel, Channels
 from fusionai.simulation.codecs import Codec
 from fusionai.simulation.workload import EdgeLoad, StageLoad, Workload
 
 CodecOf = Callable[[str, str], Codec]
 """The codec of the link from one peer to another."""
-
-
-@lru_cache(maxsize=1024)
-def turns(microbatches: int, in_flight: int) -> tuple[tuple[bool, int], ...]:
-    """Return a stage's 1F1B turns: whether each is a backward, and its microbatch."""
-    return tuple(turn(position, microbatches, in_flight) for position in range(2 * microbatches))
 
 
 class Lane:
@@ -60,6 +52,7 @@ class Stage:
         "backward_s",
         "caught_up_s",
         "deferred_s",
+        "done",
         "epoch",
         "factor",
         "forward_s",
@@ -71,16 +64,14 @@ class Stage:
         "order",
         "out",
         "pipeline",
-        "position",
+        "queued",
         "redo_until",
         "stage",
-        "turns",
     )
 
     def __init__(self, number: int, pipeline: int, stage: int, load: StageLoad, microbatches: int) -> None:
         self.number, self.pipeline, self.stage = number, pipeline, stage
         self.microbatches = microbatches
-        self.turns = turns(microbatches, load.in_flight)
         self.into: tuple[list[Lane], list[Lane]] = ([], [])
         """Lanes that end here: what a forward needs, what a backward needs."""
         self.out: tuple[list[Lane], list[Lane]] = ([], [])
@@ -89,6 +80,12 @@ class Stage:
         self.machine = load.peer
         self.forward_s = self.backward_s = self.deferred_s = 0.0
         self.factor = 1.0
+        self.done = [0, 0]
+        """Forwards and backwards that ended or run."""
+        self.redo_until = [0, 0]
+        """How many of each were done when a machine died."""
+        self.queued = [False, False]
+        """Whether the next forward, the next backward is queued."""
         self.epoch = 0
         """Raised when the stage is lost: what was queued for it before is void."""
         self.begin(1.0)
@@ -96,11 +93,24 @@ class Stage:
     def begin(self, factor: float) -> None:
         """Begin a step in which its machine's passes take `factor` times their seconds."""
         self.factor = factor
-        self.position = self.redo_until = 0
+        self.done, self.redo_until = [0, 0], [0, 0]
+        self.queued = [False, False]
         self.available_s = self.caught_up_s = 0.0
         for lane in (*self.out[0], *self.out[1]):
             lane.made_s = [math.inf] * self.microbatches
             lane.arrival_s = [math.inf] * self.microbatches
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether what a machine that died had computed is computed again."""
+        return all(done >= before for done, before in zip(self.done, self.redo_until, strict=True))
+
+    def in_order(self) -> list[tuple[bool, int]]:
+        """Return all passes as 1F1B takes them when nobody waits: whether each is a backward, and its microbatch."""
+        held = min(self.microbatches, self.load.in_flight)
+        passes = [(backward, index) for backward in (False, True) for index in range(self.microbatches)]
+        # Backward 0 comes between forwards held - 1 and held.
+        return sorted(passes, key=lambda each: each[1] + (held - 0.5) * each[0])
 
 
 class Assembly:

@@ -83,7 +83,7 @@ class JobRun:
         """The last step that nothing disturbed, on the present machines."""
 
     def run(self) -> Report:
-        """Return the report. Raises ValueError when the in-flight limits would lock a pipeline."""
+        """Return the report. Raises ValueError when a stage may hold no microbatch in flight."""
         scenario, ended = self._scenario, DONE
         try:
             while self._step < scenario.steps:
@@ -167,7 +167,7 @@ class JobRun:
                 if end.committed_s <= death_s:
                     break
             elif death_s == math.inf:
-                raise ValueError("the pipeline cannot finish: in_flight rises from a stage to a later one")
+                raise ValueError("the pipeline cannot finish: a stage may hold nothing in flight (in_flight is 0)")
             if machine == self._workload.driver:
                 self._give_up(executor, failures, death_s)
                 raise _Stalled(f"the driver's machine {machine} died at {self._now_s:,.1f} s; nobody can replace it")

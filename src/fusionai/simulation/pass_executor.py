@@ -1,8 +1,9 @@
 """The passes of one step, executed: every pass starts when its machine is free and its tensors are there.
 
-The order is the training runtime's and `fusionai.scheduling.pipeline`'s: each stage follows its 1F1B turns, a machine
-with a choice runs a backward before a forward and a later stage before an earlier one. Without faults, sharing and
-background uploads, one pipeline's times are those of `pipeline_times`, to the last bit.
+The order is the training runtime's and `fusionai.scheduling.pipeline`'s: each stage takes forwards and backwards in
+order, no more in flight than it may hold; a machine with a choice runs a backward before a forward and a later stage
+before an earlier one. Without faults, sharing and background uploads, one pipeline's times are those of
+`pipeline_times`, to the last bit.
 
 Times are seconds since the step's start.
 """
@@ -77,7 +78,7 @@ class PassExecutor:
         for stage in assembly.stages:
             stage.begin(self.factors.get(stage.machine, 1.0))
             self.busy_s[stage.machine] = self.free_s[stage.machine] = 0.0
-            self.left += len(stage.turns)
+            self.left += 2 * stage.microbatches
         for stage in assembly.stages:
             self._offer(stage)
 
@@ -96,7 +97,7 @@ class PassExecutor:
             if start_s < free_s[stage.machine]:
                 heapq.heappush(queue, (free_s[stage.machine], rank, minus_stage, number, epoch))
                 continue
-            self._pass(stage, start_s)
+            self._pass(stage, start_s, backward=not rank)
         return self.left == 0
 
     @property
@@ -105,23 +106,27 @@ class PassExecutor:
         return self.left > 0 and not (self._queue and self._queue[0][0] < math.inf)
 
     def _offer(self, stage: Stage) -> None:
-        """Queue a stage's next pass if everything it needs is on its way."""
-        if stage.position == len(stage.turns):
-            return
-        backward, index = stage.turns[stage.position]
+        """Queue a stage's next passes if everything they need is on its way."""
+        forwards, backwards = stage.done
+        if backwards < forwards and not stage.queued[1]:
+            self._queue_pass(stage, 1, backwards)
+        if forwards < stage.microbatches and forwards - backwards < stage.load.in_flight and not stage.queued[0]:
+            self._queue_pass(stage, 0, forwards)
+
+    def _queue_pass(self, stage: Stage, backward: int, index: int) -> None:
         ready_s = stage.available_s
         for lane in stage.into[backward]:
             if lane.arrival_s[index] > ready_s:
                 ready_s = lane.arrival_s[index]
         if ready_s < math.inf:
-            heapq.heappush(self._queue, (ready_s, 0 if backward else 1, -stage.stage, stage.number, stage.epoch))
+            stage.queued[backward] = True
+            heapq.heappush(self._queue, (ready_s, 1 - backward, -stage.stage, stage.number, stage.epoch))
 
-    def _pass(self, stage: Stage, start_s: float) -> None:
-        machine = stage.machine
-        backward, index = stage.turns[stage.position]
+    def _pass(self, stage: Stage, start_s: float, *, backward: bool) -> None:
+        machine, index = stage.machine, stage.done[backward]
         seconds = (stage.backward_s if backward else stage.forward_s) * stage.factor
         end_s = start_s + seconds
-        again, dies_s = stage.position < stage.redo_until, self.dies_s.get(machine, math.inf)
+        again, dies_s = index < stage.redo_until[backward], self.dies_s.get(machine, math.inf)
         lost = end_s > dies_s
         if self.passes is not None:
             until_s = min(end_s, dies_s)
@@ -140,11 +145,12 @@ class PassExecutor:
             self.busy_s[machine] += seconds
             if again:
                 self.again_s += seconds
-            stage.position += 1
+            stage.done[backward] += 1
+            stage.queued[backward] = False
             self.left -= 1
             if end_s > self.end_s:
                 self.end_s = end_s
-            if stage.position == stage.redo_until:
+            if again and stage.caught_up:
                 stage.caught_up_s = end_s
         for lane in stage.out[backward]:
             lane.made_s[index] = sent_s
@@ -189,8 +195,7 @@ class PassExecutor:
     def _arrive(self, lane: Lane, index: int, arrival_s: float) -> None:
         lane.arrival_s[index] = arrival_s
         target = lane.target
-        position = target.position
-        if position < len(target.turns) and target.turns[position] == (lane.backward, index):
+        if index == target.done[lane.backward]:
             self._offer(target)
 
     def lose(self, machine: str) -> list[Stage]:
@@ -202,9 +207,9 @@ class PassExecutor:
         lost = self._assembly.held_by(machine)
         for stage in lost:
             stage.epoch += 1
-            self.left += stage.position
-            stage.redo_until = max(stage.redo_until, stage.position)
-            stage.position = 0
+            self.left += sum(stage.done)
+            stage.redo_until = [max(pair) for pair in zip(stage.redo_until, stage.done, strict=True)]
+            stage.done, stage.queued = [0, 0], [False, False]
             stage.available_s = stage.caught_up_s = math.inf
             for lane in (*stage.into[0], *stage.into[1]):
                 lane.arrival_s = [math.inf] * stage.microbatches
@@ -218,22 +223,16 @@ class PassExecutor:
         stage.available_s = at_s
         self.busy_s.setdefault(stage.machine, 0.0)
         self.free_s[stage.machine] = max(at_s, self._lives_free_s(stage.machine))
-        if stage.redo_until == 0:
+        if stage.caught_up:
             stage.caught_up_s = at_s
         # In the order in which the stage needs them.
-        for backward, index in stage.turns:
+        for backward, index in stage.in_order():
             for lane in stage.into[backward]:
                 if lane.made_s[index] < math.inf and lane.arrival_s[index] == math.inf:
                     self._hand_over(lane, index, lane.made_s[index])
-        self._offer_anew(stage)
+        self._offer(stage)
 
     def _lives_free_s(self, machine: str) -> float:
         """Return when a machine is free; one that came back after its death is free at once."""
         free_s = self.free_s.get(machine, 0.0)
         return 0.0 if free_s == math.inf else free_s
-
-    def _offer_anew(self, stage: Stage) -> None:
-        """Queue a restored stage's first pass unless an arrival just did."""
-        backward, _ = stage.turns[0]
-        if not stage.into[backward]:
-            self._offer(stage)

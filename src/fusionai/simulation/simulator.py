@@ -39,7 +39,7 @@ def simulate(
 
     Raises:
         ConfigError: the plan, the graph and the devices do not belong together.
-        ValueError: the plan's in-flight limits would lock a pipeline.
+        ValueError: a stage of the plan may hold no microbatch in flight.
     """
     workload = workload_of(plan, graph, devices, precision=precision, optimizer_states=optimizer_states)
     return simulate_workload(

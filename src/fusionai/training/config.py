@@ -117,11 +117,20 @@ class PlacementConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Cut positions in the OP-DAG instead of the planner's; for experiments."""
     replan: bool = True
     """Whether a running job may go over to a better plan when a machine becomes slower or faster than planned."""
+    machines: tuple[str, ...] = ()
+    """Names of the only compnodes to be used; with `cuts` those of the shares, in their order. Empty: any."""
 
     def __post_init__(self) -> None:
         _at_least("placement.compnodes", self.compnodes, 0)
         if self.cuts is not None and list(self.cuts) != sorted(set(self.cuts)):
             raise ConfigError(f"placement.cuts must rise strictly, got {list(self.cuts)}")
+        if len(set(self.machines)) != len(self.machines):
+            raise ConfigError(f"placement.machines must name each compnode once, got {list(self.machines)}")
+        if self.machines and self.cuts is not None and len(self.machines) != len(self.cuts) + 1:
+            raise ConfigError(
+                f"placement.cuts makes {len(self.cuts) + 1} shares, but placement.machines names {len(self.machines)} "
+                "compnodes; name one for each share, or leave placement.machines out"
+            )
 
 
 class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

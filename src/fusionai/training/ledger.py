@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fusionai.errors import ProtocolError
 from fusionai.graph.model import SubDag, ValueName
 from fusionai.tensor import TensorData
-from fusionai.training.schedule import Turn, forward_only, one_forward_one_backward
+from fusionai.training.schedule import StageTurns, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +64,7 @@ class RoundLedger:
         self._needs = {subdag.index: _needs(subdag) for subdag in subdags}
         if not train:
             self._needs = {stage: _Needs(needs.forward, ()) for stage, needs in self._needs.items()}
-        self._turns = {
-            stage: one_forward_one_backward(microbatches, in_flight.get(stage, 1))
-            if train
-            else forward_only(microbatches)
-            for stage in self._needs
-        }
-        self._position = dict.fromkeys(self._needs, 0)
+        self._turns = {stage: StageTurns(microbatches, in_flight.get(stage, 1), train=train) for stage in self._needs}
         self._running: set[int] = set()
         self._here: dict[Slot, TensorData] = {}
         self._seen: set[Slot] = set()
@@ -119,12 +113,12 @@ class RoundLedger:
         """
         ready = [
             (turn.direction == "backward", stage, turn)
-            for stage, turn in self._next_turns()
+            for stage, turn in self._open_turns()
             if stage not in self._running and within(stage) and self._has_all(stage, turn)
         ]
         if not ready:
             return None
-        _, stage, turn = max(ready)
+        _, stage, turn = max(ready, key=lambda each: each[:2])
         self._running.add(stage)
         needs = self._needs[stage]
         if turn.direction == "forward":
@@ -145,26 +139,24 @@ class RoundLedger:
     def finish(self, task: Task) -> None:
         """Count a running pass as done."""
         self._running.remove(task.stage)
-        self._position[task.stage] += 1
+        self._turns[task.stage].done(task.turn)
 
     @property
     def complete(self) -> bool:
         """Whether every pass of every stage is done."""
-        return all(self._position[stage] == len(turns) for stage, turns in self._turns.items())
+        return all(turns.complete for turns in self._turns.values())
 
     def waiting_for(self) -> str:
         """Say what the next passes still lack, for people."""
         lacking = [
             f"stage {stage} {turn.direction} {turn.index}"
-            for stage, turn in self._next_turns()
+            for stage, turn in self._open_turns()
             if not self._has_all(stage, turn)
         ]
         return ", ".join(lacking) or "nothing"
 
-    def _next_turns(self) -> Iterable[tuple[int, Turn]]:
-        for stage, turns in self._turns.items():
-            if self._position[stage] < len(turns):
-                yield stage, turns[self._position[stage]]
+    def _open_turns(self) -> Iterable[tuple[int, Turn]]:
+        return ((stage, turn) for stage, turns in self._turns.items() for turn in turns.open())
 
     def _has_all(self, stage: int, turn: Turn) -> bool:
         backward = turn.direction == "backward"

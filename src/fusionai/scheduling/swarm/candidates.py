@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fusionai.scheduling.links import Indices
-from fusionai.scheduling.swarm.chain import Chain, measured, ordered, proportional, solved
+from fusionai.scheduling.swarm.chain import Chain, hops_of, measured, ordered, proportional, roomy, solved
 from fusionai.scheduling.swarm.grouping import Grouping
 from fusionai.scheduling.swarm.selection import Selection, selected
 from fusionai.scheduling.swarm.work import Work
@@ -20,7 +21,16 @@ _TOLERANCE_OF_MANY = 5e-2
 _MANY_CHAINS = 16
 
 _LOWER_LIMITS = (8, 3, 1)
-"""Microbatches in flight that are tried where what 1F1B asks for does not fit."""
+"""Microbatches in flight for which cuts must leave room, tried where what 1F1B asks for leaves machines idle."""
+
+_NOTICED = 1.15
+"""Microbatches in flight for each stage to go from which on the time on links is reckoned with."""
+
+_GROWTH_OF_GUESSES = 2.0
+"""From one number of pipelines tried to the next, where groupings are only compared."""
+
+_BALANCED = 1.1
+"""Over the time of work divided without loss: cuts within it are not sought for fewer microbatches in flight."""
 
 
 @dataclass(slots=True)
@@ -31,35 +41,56 @@ class ChainSolver:
     known: dict[tuple[bytes, ...], tuple[tuple[int, ...], Chain] | None] = field(default_factory=dict)
 
     def solve(
-        self, machines: Indices, microbatches: int, sharing: float, tolerance: float, budget_share: float = 1.0
+        self,
+        machines: Indices,
+        microbatches: int,
+        sharing: float,
+        tolerance: float,
+        budget_share: float = 1.0,
+        sum_s_per_byte: float = 0.0,
     ) -> Chain | None:
         """Return the best chain found for a group, by the fence's order and by one searched for; None if none fits."""
         work = self.work
-        key = self._key(machines, microbatches, sharing, tolerance, budget_share)
+        key = self._key(machines, microbatches, sharing, tolerance, budget_share, sum_s_per_byte)
         if key in self.known:
             return self._like(machines, self.known[key])
         orders = [machines]
         if not np.array_equal(other := ordered(work, machines), machines):
             orders.append(other)
         best: Chain | None = None
-        for limit in (microbatches, *(each for each in _LOWER_LIMITS if each < microbatches)):
-            for order in orders:
-                found = solved(
-                    work,
-                    order,
-                    microbatches,
-                    in_flight_limit=limit,
-                    sharing=sharing,
-                    tolerance=tolerance,
-                    budget_share=budget_share,
-                )
-                if found is not None and (best is None or found.seconds(microbatches) < best.seconds(microbatches)):
+
+        def seconds(chain: Chain) -> float:
+            held = np.diff(work.weights_P[list(chain.bounds)])
+            return chain.seconds(microbatches) + sum_s_per_byte * float(held.max())
+
+        ideal_s = 1 / float((1 / work.whole_s[machines]).sum())
+        lines = []
+        for order in orders:
+            line = work.line(order, microbatches, sharing=sharing, sum_s_per_byte=sum_s_per_byte)
+            lines.append(replace(line, budget_bytes_D=budget_share * line.budget_bytes_D))
+        for limit, per_stage in self._held(machines, microbatches, sharing, ideal_s):
+            for order, line in zip(orders, lines, strict=True):
+                tried = replace(line, in_flight_limit=limit, in_flight_per_stage=per_stage)
+                found = solved(work, order, tried, sharing=sharing, tolerance=tolerance)
+                if found is not None and (best is None or seconds(found) < seconds(best)):
                     best = found
-            if best is not None and limit == microbatches:
+            if best is not None and (roomy(work, best) or seconds(best) < _BALANCED * microbatches * ideal_s):
                 break
         place = {int(machine): index for index, machine in enumerate(machines)}
         self.known[key] = None if best is None else (tuple(place[each] for each in best.machines), best)
         return best
+
+    def _held(
+        self, machines: Indices, microbatches: int, sharing: float, ideal_s: float
+    ) -> Iterator[tuple[int, float]]:
+        """Yield limits on microbatches in flight, and microbatches in flight for each stage to go, to cut for."""
+        hop_s = hops_of(self.work, machines, sharing)
+        usable = hop_s[np.isfinite(hop_s) & (hop_s > 0)]
+        away = 1 + float(np.median(usable)) / ideal_s if len(usable) else 1.0
+        if away > _NOTICED:
+            yield microbatches, away
+        yield microbatches, 1.0
+        yield from ((limit, 1.0) for limit in _LOWER_LIMITS if limit < min(microbatches, len(machines)))
 
     def _key(self, machines: Indices, *numbers: float) -> tuple[bytes, ...]:
         work, task = self.work, self.work.task
@@ -83,7 +114,8 @@ def estimated(work: Work, grouping: Grouping) -> Selection | None:
     """Return the selection of a grouping with cuts in proportion to speed; who cannot hold its part is left out."""
     sharing = float(len(grouping.groups))
     limit = work.task.microbatches
-    return selected(work, [proportional(work, group, sharing, limit) for group in grouping.groups])
+    chains = [proportional(work, group, sharing, limit) for group in grouping.groups]
+    return selected(work, chains, growth=_GROWTH_OF_GUESSES)
 
 
 def refined(solver: ChainSolver, grouping: Grouping, estimate: Selection) -> Selection | None:
@@ -99,22 +131,18 @@ def refined(solver: ChainSolver, grouping: Grouping, estimate: Selection) -> Sel
     shares = np.maximum(1, np.round(work.task.microbatches * speed / speed.sum())).astype(int)
     chains = []
     for group, share in zip(chosen, shares, strict=True):
-        if chain := one_chain(solver, group, int(share), float(len(chosen)), tolerance):
+        if chain := one_chain(solver, group, int(share), float(len(chosen)), tolerance, estimate.sum_s_per_byte):
             chains.append(chain)
     return selected(work, chains)
 
 
-def one_chain(solver: ChainSolver, group: Indices, microbatches: int, sharing: float, tolerance: float) -> Chain | None:
+def one_chain(
+    solver: ChainSolver, group: Indices, microbatches: int, sharing: float, tolerance: float, sum_s_per_byte: float
+) -> Chain | None:
     """Return a group's chain; a machine by itself needs no search."""
     work = solver.work
     if len(group) > 1:
-        return solver.solve(group, microbatches, sharing, tolerance)
+        return solver.solve(group, microbatches, sharing, tolerance, sum_s_per_byte=sum_s_per_byte)
     last = work.count
-    heap = float(work.heap_N[group[0]])
-    pinned_after = work.segments.outer_after
-    for limit in (work.task.microbatches, 1):
-        held = max(1, min(microbatches, limit, 1 + pinned_after)) + heap
-        need = float(work.segments.fixed_bytes_PP[0, last] + held * work.segments.flight_bytes_PP[0, last])
-        if need <= work.budget_bytes[group[0]]:
-            return measured(work, group, np.asarray([0, last]), sharing, limit)
-    return None
+    alone = measured(work, group, np.asarray([0, last]), sharing, work.task.microbatches)
+    return alone if math.isfinite(alone.period_s) else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -47,16 +47,21 @@ def ordered(work: Work, machines: Indices) -> Indices:
     """
     if len(machines) < 2:
         return machines
-    inner = slice(1, -1) if work.count > 1 else slice(None)
-    typical = tuple(
-        np.asarray([np.median(each[inner])]) for each in (work.segments.forward_bytes_P, work.segments.gradient_bytes_P)
-    )
-    hop = work.hops(machines, (typical[0], typical[1]), 1.0)[0][:, :, 0]
+    hop = hops_of(work, machines, 1.0)
     hop = np.minimum(np.maximum(hop, hop.T), _UNLINKED_S)
     np.fill_diagonal(hop, 0.0)
     if len(machines) == 2:
         return machines
     return machines[_reversed_parts(hop, _nearest(hop))]
+
+
+def hops_of(work: Work, machines: Indices, sharing: float) -> Floats:
+    """Return (E, E): seconds of what a typical cut sends, there and back, between any two; the last is the owner."""
+    inner = slice(1, -1) if work.count > 1 else slice(None)
+    forward, gradient = (
+        np.asarray([np.median(each[inner])]) for each in (work.segments.forward_bytes_P, work.segments.gradient_bytes_P)
+    )
+    return work.hops(machines, (forward, gradient), sharing)[0][:, :, 0]
 
 
 def _nearest(hop_EE: Floats) -> list[int]:
@@ -104,37 +109,29 @@ def _reversed_parts(hop_EE: Floats, order: list[int]) -> list[int]:
 def solved(
     work: Work,
     machines: Indices,
-    microbatches: int,
+    line: Line,
     *,
-    in_flight_limit: int,
     sharing: float,
     tolerance: float,
-    budget_share: float = 1.0,
 ) -> Chain | None:
     """Return the best cuts of the graph over machines in this order, some of which may be left out; None if none fits.
 
     Exact up to the relative `tolerance` for an ideal pipeline, but for memory: how much a stage holds in flight depends
-    on how many follow, which is only bounded while machines may be left out. `budget_share` is how much of each
-    machine's memory may be taken, where sums over segments have turned out too low.
+    on how many follow, which is only bounded while machines may be left out.
     """
-    line = work.line(machines, microbatches, in_flight_limit=in_flight_limit, sharing=sharing)
-    line = replace(line, budget_bytes_D=budget_share * line.budget_bytes_D)
 
     def best(search: Callable[[float], Split | None]) -> Split | None:
         found = list(frontier(line, search, tolerance, warm_steps=6))
-        return min(found, key=lambda each: each.objective_s(microbatches), default=None)
+        return min(found, key=lambda each: each.objective_s(line.microbatches), default=None)
 
-    chosen = best(lambda limit_s: _best_with_gaps(line, limit_s))
+    chosen = best(_BestWithGaps(line))
     everyone = tuple(range(len(machines)))
     if chosen is None and len(machines) <= work.count:
         chosen = best(lambda limit_s: best_of_order(line, everyone, limit_s))
     if chosen is None:
         return None
-    used = tuple(int(machines[device]) for device in chosen.devices)
-    period = chosen.bottleneck_s
-    if in_flight_limit < microbatches:
-        period = max(period, chosen.latency_s / min(in_flight_limit, len(used)))
-    return Chain(used, chosen.bounds, chosen.latency_s, period, in_flight_limit)
+    used = np.asarray([machines[device] for device in chosen.devices])
+    return measured(work, used, np.asarray(chosen.bounds), sharing, work.task.microbatches)
 
 
 def proportional(work: Work, machines: Indices, sharing: float, in_flight_limit: int) -> Chain:
@@ -155,7 +152,7 @@ def _dealt_out(work: Work, machines: Indices, shares: Floats, sharing: float, in
     """Return a chain whose machines have parts of the work in proportion to shares."""
     count = len(machines)
     speed = np.cumsum(shares)
-    seconds_S = np.cumsum((work.forward_NS + work.backward_NS)[machines[0]])
+    seconds_S = np.cumsum(work.forward_NS[machines[0]] + work.backward_NS[machines[0]])
     wanted = np.searchsorted(seconds_S, seconds_S[-1] * speed[:-1] / speed[-1] * (1 - 1e-9)) + 1
     steps = np.arange(1, count)
     inner = np.maximum.accumulate(np.maximum(wanted, steps) - steps) + steps
@@ -165,85 +162,106 @@ def _dealt_out(work: Work, machines: Indices, shares: Floats, sharing: float, in
 
 
 def measured(work: Work, machines: Indices, bounds: Indices, sharing: float, in_flight_limit: int) -> Chain:
-    """Return the chain with these cuts, its latency and period as sums over segments."""
+    """Return the chain with these cuts, its latency and period as sums over segments.
+
+    The period is the largest of what machines and links are busy with a microbatch, and of what memory allows: a stage
+    that has room for h microbatches passes at most h in the time from the forward of one to the end of its backward.
+    """
     task, segments = work.task, work.segments
-    stage = np.zeros(len(machines))
-    for table, starts in ((work.forward_NS, work.forward_starts_NS), (work.backward_NS, work.backward_starts_NS)):
-        computing, starting = (
-            np.asarray([each[machine, bounds[k] : bounds[k + 1]].sum() for k, machine in enumerate(machines)])
-            for each in (table, starts)
-        )
-        additive = work.additive_N[machines] > 0
-        stage += np.where(additive, computing + starting, np.maximum(computing, starting))
+    stage_s, hidden_s = work.stage_s(machines, bounds)
     path, places, slower = machines, bounds[1:-1], np.ones(len(machines) - 1)
     if task.pinned and task.owner_index is not None:
         path = np.concatenate([[task.owner_index], machines, [task.owner_index]])
         places, slower = bounds, np.ones(len(machines) + 1)
         slower[[0, -1]] = sharing
-    latency, period = float(stage.sum()) + work.owner_s * sharing, max(float(stage.max()), work.owner_s * sharing)
+    latency = float(stage_s.sum()) + work.owner_s * sharing
+    period = max(float(stage_s.max()), work.owner_s * sharing)
+    onward_s = np.zeros(len(machines) + 1)
+    onward_s[:-1] = stage_s
+    onward_s[1:-1] -= hidden_s[1:]
     if len(path) > 1:
         with np.errstate(divide="ignore", invalid="ignore"):
             forward = segments.forward_bytes_P[places] * slower / task.bandwidths(path[:-1], path[1:])
             gradient = segments.gradient_bytes_P[places] * slower / task.bandwidths(path[1:], path[:-1])
         forward, gradient = (np.nan_to_num(each, nan=0.0, posinf=np.inf) for each in (forward, gradient))
-        latency += float((forward + gradient + 2 * task.delays(path[:-1], path[1:])).sum())
+        hops_s = forward + gradient + 2 * task.delays(path[:-1], path[1:])
+        latency += float(hops_s.sum())
         period = max(period, float(np.maximum(forward, gradient).max()))
-    used = tuple(int(machine) for machine in machines)
-    limit = min(in_flight_limit, _most_in_flight(work, machines, bounds))
-    if limit < 1:
+        # Hop k comes after stage k; where the owner has the ends, one comes before, and its last stage after all.
+        after_s = hops_s if path is machines else hops_s[1:]
+        onward_s[: len(after_s)] += after_s
+        if path is not machines:
+            onward_s[-1] += work.owner_after_s * sharing
+    trips_s = np.cumsum(onward_s[::-1])[::-1][:-1]
+    trips_s[1:] += hidden_s[1:]
+    held = np.minimum(_room(work, machines, bounds), in_flight_limit)
+    if held.min() < 1:
         latency = period = math.inf
-    elif limit < len(machines):
-        # No more than these are on their way at a time.
-        period = max(period, latency / limit)
-    return Chain(used, tuple(int(bound) for bound in bounds), latency, period, limit)
+    else:
+        period = max(period, float((trips_s / held).max()))
+    return Chain(tuple(machines.tolist()), tuple(bounds.tolist()), latency, period, in_flight_limit)
 
 
-def _most_in_flight(work: Work, machines: Indices, bounds: Indices) -> int:
-    """Return the largest limit on microbatches in flight that all stages can hold; 0 if one cannot hold any."""
-    segments, stages = work.segments, len(machines)
-    wanted = np.arange(stages, 0, -1) + segments.outer_after
+def roomy(work: Work, chain: Chain) -> bool:
+    """Whether memory has no say in a chain's cuts: its stages have room for more than 1F1B asks for."""
+    room = _room(work, np.asarray(chain.machines), np.asarray(chain.bounds))
+    return bool((room > np.arange(len(room), 0, -1) + work.segments.outer_after + 1).all())
+
+
+def _room(work: Work, machines: Indices, bounds: Indices) -> Floats:
+    """Return, by stage, the number of microbatches that its machine has room for."""
+    segments = work.segments
     fixed = segments.fixed_bytes_PP[bounds[:-1], bounds[1:]]
     flight = np.maximum(segments.flight_bytes_PP[bounds[:-1], bounds[1:]], 1.0)
-    held = np.floor((work.budget_bytes[machines] - fixed) / flight - work.heap_N[machines])
-    short = held < np.minimum(wanted, work.task.microbatches)
-    return int(max(0.0, held[short].min())) if short.any() else work.task.microbatches
+    return np.asarray(np.floor((work.budget_bytes[machines] - fixed) / flight - work.heap_N[machines]))
 
 
-def _best_with_gaps(line: Line, limit_s: float) -> Split | None:
-    """Return the least-latency split over any of the devices in their order, no share above `limit_s`.
+class _BestWithGaps:
+    """The least-latency split over any of the devices in their order, no share above a limit.
 
     A dynamic programme from the last device back: least latency from position i on with device d the first to work.
     Next after d comes any later device, so leaving some out costs no more than looking at a vector for each pair.
     """
-    if line.outer_s > limit_s:
-        return None
-    count, last, outside = line.devices, line.positions - 1, line.devices
-    hops = usable_hops(line, limit_s)
-    latency_DP = np.full((count, line.positions), np.inf)
-    following_DP = np.zeros((count, line.positions), dtype=np.int64)
-    stop_DP = np.zeros((count, line.positions), dtype=np.int64)
-    for device in reversed(range(count)):
-        onward_P = np.full(line.positions, np.inf)
-        if device + 1 < count:
-            later = hops[device, device + 1 : count] + latency_DP[device + 1 :]
-            following_DP[device] = np.argmin(later, axis=0) + device + 1
-            onward_P = later[following_DP[device] - device - 1, np.arange(line.positions)]
-        onward_P[last] = hops[device, outside, last]
-        held = line.in_flight(min(count - device, line.positions - 1)) + line.heap_microbatches_D[device]
-        need_PP = line.fixed_bytes_PP + held * line.flight_bytes_PP
-        allowed = (line.seconds_DPP[device] <= limit_s) & (need_PP <= line.budget_bytes_D[device])
-        total_PP = np.where(allowed, line.delay_s_DPP[device], np.inf) + onward_P[None]
-        stop_DP[device] = np.argmin(total_PP, axis=1)
-        latency_DP[device] = total_PP[np.arange(line.positions), stop_DP[device]]
-    totals_D = latency_DP[:, 0] + hops[outside, :count, 0]
-    device = int(np.argmin(totals_D))
-    if not math.isfinite(totals_D[device]):
-        return None
-    devices, bounds = [device], [0]
-    while True:
-        position = int(stop_DP[device, bounds[-1]])
-        bounds.append(position)
-        if position == last:
-            return make_split(line, devices, bounds)
-        device = int(following_DP[device, position])
-        devices.append(device)
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._fitting_DPP: list[Floats] = []
+        """Delays of ranges, inf where a range does not fit the device."""
+        for device in range(line.devices):
+            held = line.in_flight(min(line.devices - device, line.positions - 1)) + line.heap_microbatches_D[device]
+            need_PP = line.fixed_bytes_PP + held * line.flight_bytes_PP
+            fits = need_PP <= line.budget_bytes_D[device]
+            self._fitting_DPP.append(np.where(fits, line.delay_s_DPP[device], np.inf))
+
+    def __call__(self, limit_s: float) -> Split | None:
+        line = self._line
+        if line.outer_s > limit_s:
+            return None
+        count, last, outside = line.devices, line.positions - 1, line.devices
+        everywhere = np.arange(line.positions)
+        hops = usable_hops(line, limit_s)
+        latency_DP = np.full((count, line.positions), np.inf)
+        following_DP = np.zeros((count, line.positions), dtype=np.int64)
+        stop_DP = np.zeros((count, line.positions), dtype=np.int64)
+        for device in reversed(range(count)):
+            onward_P = np.full(line.positions, np.inf)
+            if device + 1 < count:
+                later = hops[device, device + 1 : count] + latency_DP[device + 1 :]
+                following_DP[device] = np.argmin(later, axis=0) + device + 1
+                onward_P = later[following_DP[device] - device - 1, everywhere]
+            onward_P[last] = hops[device, outside, last]
+            total_PP = np.where(line.seconds_DPP[device] <= limit_s, self._fitting_DPP[device], np.inf) + onward_P
+            stop_DP[device] = np.argmin(total_PP, axis=1)
+            latency_DP[device] = total_PP[everywhere, stop_DP[device]]
+        totals_D = latency_DP[:, 0] + hops[outside, :count, 0]
+        device = int(np.argmin(totals_D))
+        if not math.isfinite(totals_D[device]):
+            return None
+        devices, bounds = [device], [0]
+        while True:
+            position = int(stop_DP[device, bounds[-1]])
+            bounds.append(position)
+            if position == last:
+                return make_split(line, devices, bounds)
+            device = int(following_DP[device, position])
+            devices.append(device)

@@ -54,11 +54,11 @@ def sum_s(work: Work, holders_RA: Indices) -> float:
     used = (single_A > 0) & (count_A > 1)
     if (bandwidth_A[used] == 0).any():
         return float("inf")
-    for part in np.flatnonzero(used):
-        share = 2 * (count_A[part] - 1)
-        machines = holders_RA[:, part]
-        seconds_N[machines] += share / count_A[part] * single_A[part] / bandwidth_A[part]
-        delay_N[machines] = np.maximum(delay_N[machines], share * delay_A[part])
+    rounds_A = 2 * (count_A[used] - 1)
+    held_RA = holders_RA[:, used]
+    shares_A = rounds_A / count_A[used] * single_A[used] / bandwidth_A[used]
+    np.add.at(seconds_N, held_RA, np.broadcast_to(shares_A, held_RA.shape))
+    np.maximum.at(delay_N, held_RA, np.broadcast_to(rounds_A * delay_A[used], held_RA.shape))
     return float((seconds_N + delay_N).max())
 
 

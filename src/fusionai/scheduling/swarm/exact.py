@@ -38,7 +38,7 @@ def best_small_chains(work: Work, known_s: float) -> list[Selection]:
     size = len(machines)
     if size > _MOST_MACHINES or 2.0**size * size / 2 * (work.count + 1) ** 2 > EXACT_WORK / 4:
         return []
-    line = work.line(machines, microbatches, in_flight_limit=microbatches)
+    line = work.line(machines, microbatches)
     counts = list(range(1, size + 1))
     found = [
         Chain(

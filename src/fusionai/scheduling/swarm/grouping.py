@@ -75,6 +75,8 @@ def groupings(work: Work, scope: Sequence[Indices]) -> list[Grouping]:
             break
         if groups := _cut_into_groups(work, scope, size):
             made.append(Grouping(tuple(groups)))
+        if size > 1 and (groups := _dealt(work, scope, size)):
+            made.append(Grouping(tuple(groups)))
     everyone = np.concatenate(list(scope))
     most = min(work.count, _SIZES[-1])
     for count in {min(total, most), *(size for size in _SIZES if 1 < size < min(total, most) and total <= _CHAINED)}:
@@ -100,6 +102,20 @@ def _cut_into_groups(work: Work, scope: Sequence[Indices], size: int) -> list[In
         elif current and not own:
             carried = current
         groups += [np.asarray(each, dtype=np.int64) for each in own]
+    return groups
+
+
+def _dealt(work: Work, scope: Sequence[Indices], size: int) -> list[Indices]:
+    """Return groups within clusters that are alike: each gets some of the fast machines and some of those with memory.
+
+    Machines are dealt out by memory for their speed, most first: early stages hold the most microbatches.
+    """
+    groups: list[Indices] = []
+    for cluster in scope:
+        count = len(cluster) // size
+        by_memory = cluster[np.argsort(-work.budget_bytes[cluster] * work.whole_s[cluster], kind="stable")]
+        dealt = [by_memory[first::count] for first in range(count)]
+        groups += [each[: work.count] for each in dealt if _holds(work, each.tolist())]
     return groups
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fusionai.graph.cost import stage_cost
-from fusionai.graph.cuts import cut
-from fusionai.scheduling.bound import least_step_s
 from fusionai.scheduling.estimator import training_memory_bytes, update_s
 from fusionai.scheduling.explain import seconds_text, stage_lines
 from fusionai.scheduling.plan import StagePlan, StagePrediction
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.swarm.end_of_step import end_s
+from fusionai.scheduling.swarm.least import least_s
 from fusionai.scheduling.swarm.running import Running
 from fusionai.scheduling.swarm.work import Work
 from fusionai.scheduling.swarm_plan import PipelinePlan, SwarmPlan
@@ -82,25 +80,11 @@ def swarm_plan(work: Work, found: Outcome) -> SwarmPlan:
         pipelines=pipelines,
         sync_s=found.end_s,
         predicted_step_s=found.step_s,
-        bound_step_s=_bound_s(work),
+        bound_step_s=least_s(work),
         bottleneck=bottleneck,
         left_out=tuple(each.peer for each in left_out),
         explanation=_explanation(work, found, pipelines, [each.name for each in left_out], bottleneck),
     )
-
-
-def _bound_s(work: Work) -> float:
-    """Return what no plan goes below: all computing freely divided, and the owner's stages on its machine."""
-    task = work.task
-    computing = task.machines if task.pinned else task.members
-    divided_s = least_step_s(
-        stage_cost(cut(task.graph, [])[0], task.sizes),
-        [each.device for each in computing],
-        microbatches=task.microbatches,
-        precision=task.precision,
-        optimizer_states=task.optimizer_states,
-    )
-    return max(divided_s, task.microbatches * work.owner_s) if task.pinned else divided_s
 
 
 def _stages(work: Work, run: Running) -> tuple[StagePlan, ...]:

@@ -36,8 +36,9 @@ _REFINED = 8
 """Groupings whose chains are solved."""
 
 _MANY_CHAINS = 16
-_HOPELESS = 1.3
-"""Groupings of more chains than that are not solved if the guess is worse than the best so far by this factor."""
+_HOPELESS_OF_MANY = 1.3
+_HOPELESS = 2.5
+"""Groupings of more chains than that, and of fewer, are not solved if the guess is so many times the best so far."""
 
 _WORKED_THROUGH = 3
 """Selections whose schedules are worked through."""
@@ -139,7 +140,7 @@ def _selections(solver: ChainSolver) -> list[Selection]:
     found: list[Selection] = []
     for guess, way in chosen:
         best_s = min((each.step_s for each in found), default=math.inf)
-        if len(way.groups) > _MANY_CHAINS and guess.step_s > _HOPELESS * best_s:
+        if guess.step_s > best_s * (_HOPELESS_OF_MANY if len(way.groups) > _MANY_CHAINS else _HOPELESS):
             continue
         if (made := refined(solver, way, guess)) is not None:
             found.append(made)

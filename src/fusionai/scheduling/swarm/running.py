@@ -13,13 +13,11 @@ from dataclasses import dataclass
 
 from fusionai.graph.cost import StageCost
 from fusionai.scheduling.estimator import backward_s, deferred_s, forward_s, training_memory_bytes
+from fusionai.scheduling.in_flight import SLACKS, WORTH_MEMORY, busiest_s, least_held, round_trips_s, widened
 from fusionai.scheduling.pipeline import Edge, PipelineTimes, StageTimes, pipeline_times
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.swarm.chain import Chain
 from fusionai.scheduling.swarm.work import Work
-
-_WORTH_MEMORY = 0.995
-"""More microbatches in flight are kept only if they bring the pipeline below this share of what it took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +49,21 @@ class Running:
 def run(work: Work, chain: Chain, microbatches: int) -> Running:
     """Work a chain's schedule through.
 
-    Stages hold as many microbatches as 1F1B asks for, at most the chain's limit; where links are slow they hold more,
-    as far as memory goes and the pipeline becomes faster. A chain that does not fit takes infinitely long.
+    Stages hold as many microbatches as 1F1B asks for, or as their machines have room for; where links are slow they
+    hold more, as far as memory goes and the pipeline becomes faster. A chain that does not fit takes infinitely long.
     """
     stages = _Stages(work, chain, microbatches)
-    count = len(stages.machines)
-    limit = chain.in_flight_limit
-    least = tuple(max(1, min(microbatches, limit, count - stage)) for stage in range(count))
-    chosen, times = least, PipelineTimes(math.inf, {}, {})
-    if stages.fits(least):
-        times = stages.times(least)
-        if limit >= microbatches and count > 1:
-            for spare in (0, 1):
-                wider = stages.wider(chosen, times, spare)
-                if wider != chosen and (tried := stages.times(wider)).makespan_s < _WORTH_MEMORY * times.makespan_s:
-                    chosen, times = wider, tried
+    most = stages.most_in_flight()
+    limit = min(chain.in_flight_limit, microbatches)
+    chosen, times = least_held(most, limit), PipelineTimes(math.inf, {}, {})
+    if min(most) > 0:
+        times = stages.times(chosen)
+        for slack in SLACKS:
+            if stages.ideal_s() >= WORTH_MEMORY * times.makespan_s:
+                break
+            wider = stages.wider(chosen, most, limit, slack)
+            if wider != chosen and (tried := stages.times(wider)).makespan_s < WORTH_MEMORY * times.makespan_s:
+                chosen, times = wider, tried
     return stages.running(chosen, times)
 
 
@@ -130,71 +128,62 @@ class _Stages:
             (forward, backward), machine = self._seconds[0], str(self.machines[0])
             whole = self._microbatches * (forward + backward)
             return PipelineTimes(whole, {machine: whole}, {})
-        # Machines by their place, so that like pipelines are worked through once.
-        names = {machine: str(place) for place, machine in enumerate(dict.fromkeys(self.machines))}
-        stages = tuple(
-            StageTimes(names[machine], factor * forward, factor * backward, held, factor * deferred)
-            for machine, factor, (forward, backward), held, deferred in zip(
-                self.machines, self._factors, self._seconds, in_flight, self._deferred_s, strict=True
-            )
-        )
+        stages = self._stage_times(in_flight)
         key = (stages, tuple(self._edges), self._microbatches)
         if (found := self._work.schedules.get(key)) is None:
             found = self._work.schedules[key] = pipeline_times(stages, self._edges, self._microbatches)
-        back = {name: str(machine) for machine, name in names.items()}
+        back = {name: str(machine) for machine, name in self._names().items()}
         return PipelineTimes(
             found.makespan_s,
             {back[name]: seconds for name, seconds in found.busy_s.items()},
             {(back[one], back[other]): seconds for (one, other), seconds in found.link_busy_s.items()},
         )
 
-    def wider(self, in_flight: Sequence[int], times: PipelineTimes, spare: int) -> tuple[int, ...]:
+    def _stage_times(self, in_flight: Sequence[int]) -> tuple[StageTimes, ...]:
+        # Machines by their place, so that like pipelines are worked through once.
+        names = self._names()
+        return tuple(
+            StageTimes(names[machine], factor * forward, factor * backward, held, factor * deferred)
+            for machine, factor, (forward, backward), held, deferred in zip(
+                self.machines, self._factors, self._seconds, in_flight, self._deferred_s, strict=True
+            )
+        )
+
+    def _names(self) -> dict[int, str]:
+        return {machine: str(place) for place, machine in enumerate(dict.fromkeys(self.machines))}
+
+    def ideal_s(self) -> float:
+        """Return what an ideal pipeline takes, in which nothing waits but for what is busiest."""
+        stages = self._stage_times([1] * len(self.machines))
+        trips_s, period_s = round_trips_s(stages, self._edges), busiest_s(stages, self._edges)
+        return max(trips_s) + (self._microbatches - 1) * period_s
+
+    def wider(self, in_flight: Sequence[int], most: Sequence[int], limit: int, slack: float) -> tuple[int, ...]:
         """Return how many each stage must hold to be busy while a microbatch is on its way there and back."""
-        busiest_s = max([*times.busy_s.values(), *times.link_busy_s.values()], default=0.0)
-        if busiest_s <= 0 or math.isinf(times.makespan_s):
-            return tuple(in_flight)
-        period_s = busiest_s / self._microbatches
-        away_s = self._round_trips_s()
-        found: list[int] = []
-        for stage, held in enumerate(in_flight):
-            last = stage + 1 == len(in_flight)
-            wanted = held if last else max(held, math.ceil(away_s[stage] / period_s) + spare)
-            # It may not rise towards later stages, or the pipeline would lock.
-            most = min(found[-1] if found else self._microbatches, held + self._room(stage, held))
-            found.append(max(held, min(wanted, most)))
+        stages = self._stage_times(in_flight)
+        trips_s, period_s = round_trips_s(stages, self._edges), busiest_s(stages, self._edges)
+        return widened(in_flight, most, limit, trips_s, period_s, slack)
+
+    def most_in_flight(self) -> tuple[int, ...]:
+        """Return, by stage, how many microbatches its machine has room for; the owner's stages share what it has.
+
+        Whether the owner's machine holds its stages depends on the other pipelines: of those it is at least what 1F1B
+        asks for.
+        """
+        task, found = self._work.task, []
+        for stage, machine in enumerate(self.machines):
+            device = task.machines[machine].device
+            users = self.machines.count(machine) * self._factors[stage]
+            saved = self._costs[stage].saved_bytes * MEMORY_MARGIN
+            spare = device.memory_bytes / users - self._need_bytes(stage, 0)
+            room = 0 if spare < 0 else min(self._microbatches, int(spare / saved) if saved else self._microbatches)
+            found.append(max(room, len(self.machines) - stage) if machine == task.owner_index else room)
         return tuple(found)
-
-    def _round_trips_s(self) -> list[float]:
-        """Return, by stage, the time from a microbatch's forward to the end of its backward."""
-        trips = [factor * sum(seconds) for factor, seconds in zip(self._factors, self._seconds, strict=True)]
-        onward = [0.0] * len(trips)
-        for edge in sorted(self._edges, key=lambda edge: -edge.target):
-            there_s = trips[edge.target] + onward[edge.target] - self._deferred_s[edge.target]
-            away = there_s + edge.forward_s + 2 * edge.delay_s + (edge.backward_s or 0.0)
-            onward[edge.source] = max(onward[edge.source], away)
-        return [own + more for own, more in zip(trips, onward, strict=True)]
-
-    def _room(self, stage: int, held: int) -> int:
-        """Return how many more microbatches a stage can hold; the owner's stages share what it has."""
-        device = self._work.task.machines[self.machines[stage]].device
-        saved = self._costs[stage].saved_bytes * MEMORY_MARGIN
-        taken = self._need_bytes(stage, held)
-        users = self.machines.count(self.machines[stage]) * self._factors[stage]
-        spare = device.memory_bytes / users - taken
-        return int(spare / saved) if saved and spare > 0 else 0
 
     def _need_bytes(self, stage: int, held: int) -> float:
         task = self._work.task
         device = task.machines[self.machines[stage]].device
         return training_memory_bytes(self._costs[stage], device, held, task.optimizer_states) * MEMORY_MARGIN
-
-    def fits(self, in_flight: Sequence[int]) -> bool:
-        """Whether all machines but the owner's, which may hold stages of other pipelines, hold their stages."""
-        owner = self._work.task.owner_index
-        return all(
-            machine == owner or self._need_bytes(stage, held) <= self._work.task.machines[machine].device.memory_bytes
-            for stage, (machine, held) in enumerate(zip(self.machines, in_flight, strict=True))
-        )
 
     def running(self, in_flight: tuple[int, ...], times: PipelineTimes) -> Running:
         sends = [0.0] * len(self.machines)

@@ -24,6 +24,8 @@ class Selection:
     chains: tuple[Chain, ...]
     shares: tuple[int, ...]
     step_s: float
+    sum_s_per_byte: float = 0.0
+    """Seconds of summing gradients at the end of the step for each byte that the machine with most weights holds."""
 
 
 def weighed(work: Work, chains: Sequence[Chain]) -> Selection | None:
@@ -55,7 +57,9 @@ def weighed(work: Work, chains: Sequence[Chain]) -> Selection | None:
     if np.isinf(summing_s):
         return None
     step_s = last_s + summing_s + report_s(work, table)
-    return Selection(tuple(running), tuple(int(share) for share in shares if share > 0), step_s)
+    most_bytes = max(float(np.diff(work.weights_P[list(each.bounds)]).max()) for each in running)
+    per_byte = summing_s / most_bytes if most_bytes else 0.0
+    return Selection(tuple(running), tuple(int(share) for share in shares if share > 0), step_s, per_byte)
 
 
 def _interleaved(work: Work, chains: Sequence[Chain], shares: Indices) -> tuple[list[Chain], Indices]:
@@ -75,8 +79,11 @@ def _interleaved(work: Work, chains: Sequence[Chain], shares: Indices) -> tuple[
     return [chain for chain, _ in mixed], np.asarray([share for _, share in mixed])
 
 
-def selected(work: Work, chains: Sequence[Chain]) -> Selection | None:
-    """Return the best of several selections: the fastest few chains, or those best linked with them, or all."""
+def selected(work: Work, chains: Sequence[Chain], *, growth: float = _GROWTH) -> Selection | None:
+    """Return the best of several selections: the fastest few chains, or those best linked with them, or all.
+
+    Numbers of chains rise by `growth`; then those next to the best are tried.
+    """
     usable = [each for each in chains if np.isfinite(each.period_s) and np.isfinite(each.latency_s)]
     if not usable:
         return None
@@ -89,17 +96,33 @@ def selected(work: Work, chains: Sequence[Chain]) -> Selection | None:
     rank = {index: place for place, index in enumerate(by_speed)}
     by_link = sorted(range(len(usable)), key=lambda index: (-round(float(np.log2(near[index] + 1)), 1), rank[index]))
     best: Selection | None = None
+    tried: dict[tuple[int, ...], None] = {}
+
+    def weigh(order: Sequence[int], count: int) -> bool:
+        nonlocal best
+        members = tuple(sorted(order[:count]))
+        if not 0 < count <= most or members in tried:
+            return False
+        tried[members] = None
+        found = weighed(work, [usable[index] for index in members])
+        better = found is not None and (best is None or found.step_s < best.step_s)
+        best = found if better else best
+        return better
+
+    most = min(len(usable), microbatches)
     for order in (by_speed, by_link):
-        for count in _counts(min(len(usable), microbatches)):
-            tried = weighed(work, [usable[index] for index in sorted(order[:count])])
-            if tried is not None and (best is None or tried.step_s < best.step_s):
-                best = tried
+        counts = [count for count in _counts(most, growth) if weigh(order, count)]
+        if counts and growth == _GROWTH:
+            for step in (1, -1):
+                count = counts[-1] + step
+                while weigh(order, count):
+                    count += step
     return best
 
 
-def _counts(most: int) -> list[int]:
+def _counts(most: int, growth: float) -> list[int]:
     found, count = [], 1.0
     while count < most:
         found.append(round(count))
-        count = max(count + 1, count * _GROWTH)
+        count = max(count + 1, count * growth)
     return [*found, most]

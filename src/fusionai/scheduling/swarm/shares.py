@@ -21,8 +21,10 @@ def shared_out(latency_s: Floats, period_s: Floats, microbatches: int) -> Indice
     low, high = 0.0, float(np.min(latency_s + (microbatches - 1) * period_s))
     for _ in range(64):
         middle = (low + high) / 2
-        if done(middle).sum() >= microbatches:
+        if (enough := int(done(middle).sum())) >= microbatches:
             high = middle
+            if enough == microbatches and high - low < 1e-9 * high:
+                break
         else:
             low = middle
     shares = done(high)

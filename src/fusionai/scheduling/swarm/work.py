@@ -104,6 +104,35 @@ class Work:
         return sum(forward_s(c, owner.device, precision) + backward_s(c, owner.device, precision) for c in costs)
 
     @cached_property
+    def owner_after_s(self) -> float:
+        """Return the seconds of one microbatch in the owner's last stage, if it has one after the others."""
+        owner, costs = self.task.owner, self.segments.outer[self.before :]
+        if owner is None:
+            return 0.0
+        precision = self.task.precision
+        return sum(forward_s(c, owner.device, precision) + backward_s(c, owner.device, precision) for c in costs)
+
+    @cached_property
+    def _until_NP(self) -> tuple[Floats, ...]:
+        """Return seconds of all segments before each position: forward, backward, their starts, and deferred."""
+        tables = self.forward_NS, self.backward_NS, self.forward_starts_NS, self.backward_starts_NS, self.deferred_NS
+        return tuple(np.concatenate([np.zeros((len(each), 1)), np.cumsum(each, axis=1)], axis=1) for each in tables)
+
+    def stage_s(self, machines: Indices, bounds: Indices) -> tuple[Floats, Floats]:
+        """Return, by stage, the seconds of both passes, and of the backward those after the gradients have left."""
+        start, stop = bounds[:-1], bounds[1:]
+        forward, backward, starts, back_starts, deferred = (
+            until[machines, stop] - until[machines, start] for until in self._until_NP
+        )
+        if self.additive_N[machines].any():
+            additive = self.additive_N[machines] > 0
+            forward = np.where(additive, forward + starts, np.maximum(forward, starts))
+            backward = np.where(additive, backward + back_starts, np.maximum(backward, back_starts))
+        else:
+            forward, backward = np.maximum(forward, starts), np.maximum(backward, back_starts)
+        return forward + backward, np.minimum(deferred, backward)
+
+    @cached_property
     def budget_bytes(self) -> Floats:
         """Return, by machine, what stages may take there by the estimate."""
         return np.asarray([each.device.memory_bytes for each in self.task.machines]) / MEMORY_MARGIN
@@ -164,17 +193,47 @@ class Work:
             forward[-1], forward[:, -1], gradient[-1], gradient[:, -1] = 0.0, 0.0, 0.0, 0.0
         return hop, np.maximum(forward, gradient)
 
-    def line(self, machines: Indices, microbatches: int, *, in_flight_limit: int, sharing: float = 1.0) -> Line:
-        """Return the partition solver's numbers for a chain's machines."""
+    @cached_property
+    def kind_N(self) -> Indices:
+        """Return a number by machine, the same for those that are as fast in everything."""
+        tables = self.forward_NS, self.backward_NS, self.forward_starts_NS, self.backward_starts_NS
+        rows = np.concatenate([*tables, self.additive_N[:, None]], axis=1)
+        return np.asarray(np.unique(rows, axis=0, return_inverse=True)[1].ravel(), dtype=np.int64)
+
+    @cached_property
+    def weights_P(self) -> Floats:
+        """Return the bytes of weights that train in all segments before each position, one used in several once."""
+        size_S = np.zeros(self.count)
+        for size, parts in self.weights:
+            if 0 <= (first := parts[0] - self.before) < self.count:
+                size_S[first] += size
+        return np.concatenate([[0.0], np.cumsum(size_S)])
+
+    def line(
+        self,
+        machines: Indices,
+        microbatches: int,
+        *,
+        sharing: float = 1.0,
+        sum_s_per_byte: float = 0.0,
+    ) -> Line:
+        """Return the partition solver's numbers for a chain's machines.
+
+        `sum_s_per_byte` are seconds of summing gradients at the end of the step for each byte that a machine holds;
+        a stage is charged for its part of them with every microbatch, so that weights are divided as work is.
+        """
         segments = self.segments
-        seconds = self.range_s(machines)
-        hidden = np.minimum(_ranges(self.deferred_NS[machines]), np.where(np.isfinite(seconds), seconds, 0.0))
+        summing_PP = sum_s_per_byte / microbatches * (self.weights_P[None] - self.weights_P[:, None])
+        kinds, kind_D = np.unique(self.kind_N[machines], return_inverse=True)
+        alike = np.asarray([machines[np.flatnonzero(kind_D == kind)[0]] for kind in range(len(kinds))])
+        seconds = self.range_s(alike)
+        hidden = np.minimum(_ranges(self.deferred_NS[alike]), np.where(np.isfinite(seconds), seconds, 0.0))
         if not self.before:
             hidden[:, 0] = 0.0  # nobody waits for the first stage's gradients
         hop, busy = self.hops(machines, (segments.forward_bytes_P, segments.gradient_bytes_P), sharing)
         return Line(
-            seconds_DPP=seconds,
-            delay_s_DPP=seconds - hidden,
+            seconds_DPP=(seconds + summing_PP)[kind_D],
+            delay_s_DPP=(seconds - hidden)[kind_D],
             fixed_bytes_PP=segments.fixed_bytes_PP,
             flight_bytes_PP=segments.flight_bytes_PP,
             heap_microbatches_D=self.heap_N[machines],
@@ -184,7 +243,6 @@ class Work:
             microbatches=microbatches,
             outer_s=self.owner_s * sharing,
             outer_stages_after=segments.outer_after,
-            in_flight_limit=in_flight_limit,
         )
 
 

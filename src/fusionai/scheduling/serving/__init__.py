@@ -1,0 +1,1 @@
+"""Placement for serving: which machine holds which layers while tokens are generated."""
