@@ -116,7 +116,7 @@ def main() -> None:
         calibration = calibrate(Path(folder))
         without = run(calibration, **terms, replan=False)
         with_it = run(calibration, **terms, replan=True)
-    answers = [each for each in with_it["replans"] if each["taken"] and each["step"] > options.after]
+    answers = [each for each in with_it["replans"] if each["taken"] and each["noticed_step"] > options.after]
     answer = answers[0] if answers else None
     losses = zip(without.pop("losses"), with_it.pop("losses"), strict=True)
     found = {

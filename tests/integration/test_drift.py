@@ -26,7 +26,7 @@ from fusionai.owner.replanning import ReplanEvent
 from fusionai.owner.training_run import Observer, StepEvent
 from fusionai.training.driver import Machine
 
-STEPS = 40
+STEPS = 60
 THROTTLED_AFTER = 6
 LAB = f"""
 [slowdown]
@@ -105,6 +105,7 @@ def test_a_throttled_compnode_gives_work_away_and_nothing_else_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, privacy: Any
 ) -> None:
     monkeypatch.setattr("fusionai.owner.replanning.LEAST_LEFT_S", 0.0)  # however fast the machine is
+    monkeypatch.setattr("fusionai.owner.replanning.PAUSE_STEPS", 3)
     torch.set_num_threads(1)
     alone = llama(tied=tied)
     batch = token_batch("llama", 2, 48)

@@ -18,7 +18,7 @@ from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.encoding import encode
 from fusionai.graph.model import OpDag
 from fusionai.owner.machines import machines_of
-from fusionai.scheduling.corrections import Corrections, StageTimes
+from fusionai.scheduling.corrections import Corrections, Drift, StageTimes
 from fusionai.scheduling.plan import Plan
 from fusionai.training.driver import Driver, Machine, RoundResult
 from fusionai.training.handing_over import hand_over
@@ -126,6 +126,8 @@ class Replanning:
         self._noticed = ""
         self._noticed_step = 0
         self._next_step = 0
+        self._again = False
+        """Whether the last attempt failed, so that the next is made without a further drift."""
         self._step_s = 0.0
 
     def fail(self, reason: str) -> None:
@@ -157,10 +159,10 @@ class Replanning:
                 prepared = asking.result()
             except FusionError as error:
                 log.warning("no new plan for the job: %s", error)
+                self._again = True
                 return self._event(done, self._noticed, str(error))
             if prepared.generation is None or prepared.plan is None:
                 log.info("the job keeps its plan (%s): %s", self._noticed, prepared.reason)
-                self._corrections.settle()
                 return None
             if not self._pays_still(prepared, done):
                 log.info("the job keeps its plan: too few steps are left for %s", prepared.reason)
@@ -169,16 +171,24 @@ class Replanning:
             return await self._take(prepared, prepared.generation, prepared.plan, done)
         left = self._terms.steps - done
         worth = self._terms.allowed and done >= self._next_step and left * self._step_s > LEAST_LEFT_S
-        if worth and (drifted := self._corrections.drifted()):
+        drifted = self._corrections.drifted()
+        if worth and (drifted or self._again):
+            self._again = False
             self._noticed_step = done
-            self._noticed = ", ".join(
-                f"{self.names.get(each.peer, each.peer[:12])} takes {each.factor:.2f} times as long as planned since "
-                f"step {each.since_step + 1}"
-                for each in drifted
-            )
+            # What the broker is told now is known; what changes while it works is a drift of its own.
+            self._corrections.settle()
+            if drifted:
+                self._noticed = self._words(drifted)
             log.info("looking for a new plan: %s", self._noticed)
             self._asking = asyncio.ensure_future(self._ask(left))
         return None
+
+    def _words(self, drifted: Sequence[Drift]) -> str:
+        return ", ".join(
+            f"{self.names.get(each.peer, each.peer[:12])} takes {each.factor:.2f} times as long as planned since "
+            f"step {each.since_step + 1}"
+            for each in drifted
+        )
 
     async def close(self) -> None:
         """Stop looking for a plan. The generations themselves are ended by their drivers and the broker."""
@@ -220,6 +230,7 @@ class Replanning:
             await self._forget(generation, str(error))
             await running.check()
             log.warning("the new plan could not be taken, the job goes on by the old one: %s", error)
+            self._again = True
             return self._event(done, f"{self._noticed}; {prepared.reason}", str(error))
         except BaseException:
             await new.close("the owner stopped")
