@@ -120,6 +120,7 @@ def measure(scenario: Scenario, calibration: Path, steps: int) -> dict[str, Any]
                 microbatches=scenario.microbatches,
                 privacy=scenario.privacy,
                 compnodes=scenario.compnodes,
+                replan=False,
                 owner=fusionai.OwnerOptions(token=pool.token, lab=read_lab(lab).network),
             )
         plan = json.loads((folder / "run/plan.json").read_text())

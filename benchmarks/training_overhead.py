@@ -118,6 +118,7 @@ def ours(compnodes: int, threads: int, options: argparse.Namespace) -> tuple[lis
             optimizer=OptimizerConfig(kind="adamw"),
             privacy="open",
             compnodes=compnodes,
+            replan=False,
             cuts=middle_cut if compnodes == 2 else (),
         )
 

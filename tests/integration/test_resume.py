@@ -36,9 +36,9 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def losses(run_folder: Path) -> list[tuple[int, float]]:
-    """Return step and loss of every record of a run, in the order in which they were made."""
+    """Return step and loss of every step's record of a run, in the order in which they were made."""
     lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [(record["step"], record["loss"]) for record in map(json.loads, lines)]
+    return [(record["step"], record["loss"]) for record in map(json.loads, lines) if "loss" in record]
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

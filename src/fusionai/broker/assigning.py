@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from types import MappingProxyType
 
 from msgspec.structs import replace
 
@@ -15,6 +16,9 @@ from fusionai.network.identity import PeerId
 from fusionai.scheduling.plan import Plan
 from fusionai.training.messages import Assignment, JobId, Neighbour
 
+_NOBODY: frozenset[PeerId] = frozenset()
+_NO_PAIRS: Mapping[PeerId, Set[PeerId]] = MappingProxyType({})
+
 
 def assignments(
     job: JobId,
@@ -24,10 +28,13 @@ def assignments(
     owner: PeerId,
     links: LinkBook,
     options: ProgramOptions,
+    handing: Mapping[PeerId, Set[PeerId]] = _NO_PAIRS,
 ) -> dict[PeerId, Assignment]:
     """Return the assignment of every machine of a plan, the owner included even when it holds no stage.
 
-    `members` are the records of all of them; `options` are the job's, whose device is the owner's.
+    `members` are the records of all of them; `options` are the job's, whose device is the owner's. `handing` tells the
+    pairs that exchange weights before the plan is run, where it follows another one; machines that only give weights
+    get an assignment without stages.
 
     Raises:
         PlacementError: two machines must exchange tensors, but neither can dial the other.
@@ -36,7 +43,7 @@ def assignments(
     tied = _tied(subdags, stage_peers)
     around = _neighbours(subdags, stage_peers, tied, owner)
     found = {}
-    for peer in dict.fromkeys([owner, *stage_peers]):
+    for peer in dict.fromkeys([owner, *stage_peers, *sorted(handing)]):
         record = members[peer]
         own = tuple(subdag for subdag in subdags if stage_peers[subdag.index] == peer)
         keys = {weight.key for subdag in own for weight in subdag.weights}
@@ -48,8 +55,12 @@ def assignments(
             stage_peers=tuple(stage_peers),
             tied={key: holders for key, holders in tied.items() if key in keys},
             options=_local(options, record, is_owner=peer == owner),
-            neighbours=tuple(_neighbour(record, members[other], links) for other in sorted(around[peer])),
+            neighbours=tuple(_neighbour(record, members[other], links) for other in sorted(around.get(peer, set()))),
             memory_bytes=sum(stage.predicted.memory_bytes for stage in plan.stages_of(peer)),
+            handing=tuple(
+                _neighbour(record, members[other], links)
+                for other in sorted(handing.get(peer, _NOBODY) - around.get(peer, set()))
+            ),
         )
     return found
 

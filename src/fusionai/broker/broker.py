@@ -15,6 +15,7 @@ from fusionai.broker.journal import Journal
 from fusionai.broker.launching import PROBES_TIMEOUT_S, Launcher
 from fusionai.broker.lifecycle import Lifecycle
 from fusionai.broker.messages import (
+    Forget,
     Heartbeat,
     JobEnded,
     JobProgress,
@@ -22,15 +23,18 @@ from fusionai.broker.messages import (
     Measure,
     Register,
     Registered,
+    Replan,
     Status,
     StatusQuery,
     Submit,
+    Switch,
 )
 from fusionai.broker.pool import PoolState
 from fusionai.broker.prober import Prober
 from fusionai.broker.records import PRESENT, MemberRecord
+from fusionai.broker.replanning import Replanner
 from fusionai.broker.store import SqliteStore
-from fusionai.broker.validation import check_heartbeat, check_progress, check_register, check_submit
+from fusionai.broker.validation import check_heartbeat, check_progress, check_register, check_replan, check_submit
 from fusionai.errors import AuthenticationError, ConfigError, NetworkError, ProtocolError, StorageError, TokenError
 from fusionai.network.address import split_address
 from fusionai.network.endpoint import Endpoint
@@ -97,6 +101,7 @@ class Broker:
             self._state, self._prober, grace_s=self._times.grace_s, recovery_s=self._times.recovery_s
         )
         self._launcher = Launcher(self._state, self._prober, self._lifecycle)
+        self._replanner = Replanner(self._state, self._prober, self._lifecycle, self._launcher)
         self._registered: dict[PeerId, tuple[Link, MemberRecord]] = {}
         self._closing = False
         self._status: asyncio.Task[bytes] | None = None
@@ -106,6 +111,9 @@ class Broker:
             kind_of(Measure): self._on_measure,
             kind_of(JobEnded): self._on_ended,
             kind_of(Leave): self._on_leave,
+            kind_of(Replan): self._on_replan,
+            kind_of(Switch): self._on_switch,
+            kind_of(Forget): self._on_forget,
         }
 
     # --- life -------------------------------------------------------------------------------------------------
@@ -302,6 +310,24 @@ class Broker:
     async def _on_ended(self, member: MemberRecord, payload: bytes) -> bytes:
         self._lifecycle.ended(member.peer, decode(JobEnded, payload))
         await self._journal.flush()
+        return b""
+
+    async def _on_replan(self, member: MemberRecord, payload: bytes) -> bytes:
+        message = decode(Replan, payload)
+        check_replan(message)
+        return encode(await self._replanner.prepare(member, message))
+
+    async def _on_switch(self, member: MemberRecord, payload: bytes) -> bytes:
+        message = decode(Switch, payload)
+        self._lifecycle.switch(self._lifecycle.owned(member.peer, message.job).job, message.generation)
+        await self._journal.flush()
+        return b""
+
+    async def _on_forget(self, member: MemberRecord, payload: bytes) -> bytes:
+        message = decode(Forget, payload)
+        record = self._lifecycle.owned(member.peer, message.job)
+        if record.preparing is not None and record.preparing.generation == message.generation:
+            self._lifecycle.forget(record.job, message.reason[:500], tell_owner=False)
         return b""
 
     async def _on_leave(self, member: MemberRecord, payload: bytes) -> bytes:

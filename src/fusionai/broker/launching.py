@@ -9,16 +9,15 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from fusionai.broker.assigning import assignments
-from fusionai.broker.codec import ASSIGNMENT
+from fusionai.broker.handing_out import hand_out
 from fusionai.broker.lifecycle import Lifecycle
-from fusionai.broker.messages import Assign, Connect, Launched, Release, Submit
-from fusionai.broker.parcels import ParcelInbox, pack
+from fusionai.broker.messages import Launched, Release, Submit
+from fusionai.broker.parcels import ParcelInbox
 from fusionai.broker.planning import plan_on_measured_links
 from fusionai.broker.pool import PoolState
 from fusionai.broker.prober import Prober
 from fusionai.broker.records import JobRecord, MemberRecord
-from fusionai.broker.tasks import all_of
-from fusionai.errors import FusionError, GraphError, JobError, NetworkError, PeerTimeout, PlacementError
+from fusionai.errors import GraphError, JobError, PlacementError
 from fusionai.graph.cuts import cut
 from fusionai.graph.encoding import content_hash, decode
 from fusionai.graph.model import OpDag
@@ -26,7 +25,7 @@ from fusionai.network.identity import PeerId
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.planner import plan_training
 from fusionai.scheduling.profile import Member
-from fusionai.training.messages import Assignment, JobId
+from fusionai.training.messages import JobId
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +33,6 @@ GRAPH_TIMEOUT_S = 120.0
 """How long after the request an OP-DAG may still be on its way."""
 PROBES_TIMEOUT_S = 10.0
 """How long a submission waits for link probes under way: a plan on unmeasured links may be a bad one."""
-ASSIGN_TIMEOUT_S = 120.0
-"""How long a machine may take to receive its sub-DAGs and make its program."""
-CONNECT_TIMEOUT_S = 60.0
 MOST_GRAPHS = 8
 """OP-DAGs waiting for their request, of all owners."""
 MOST_SUBMISSIONS = 8
@@ -51,7 +47,8 @@ class Launcher:
         self._state = state
         self._prober = prober
         self._lifecycle = lifecycle
-        self._planning = asyncio.Lock()
+        self.planning = asyncio.Lock()
+        """Held while machines are chosen, until they are leased."""
         self._submitting: set[PeerId] = set()
         self._in_work = 0
 
@@ -79,10 +76,10 @@ class Launcher:
             self._submitting.discard(owner.peer)
 
     async def _launch(self, owner: MemberRecord, message: Submit, data: bytes) -> Launched:
-        graph = await asyncio.to_thread(_decoded, data, message)
+        graph = await asyncio.to_thread(decoded, data, message.graph_hash, message.back)
         del data
         job = JobId(secrets.token_hex(6))
-        async with self._planning:
+        async with self.planning:
             plan, members = await self._plan(owner, message, graph)
             compnodes = {peer: record.name for peer, record in members.items() if peer != owner.peer}
             self._state.jobs.put(
@@ -146,7 +143,7 @@ class Launcher:
             microbatches=message.microbatches,
             optimizer_states=len(message.options.optimizer.states),
             precision=message.options.precision,
-            owner=_member(owner),
+            owner=candidate(owner),
             privacy=message.privacy,
             front=message.front,
             back=message.back,
@@ -155,7 +152,7 @@ class Launcher:
             in_order=bool(message.machines) and message.cuts is not None,
             split_backward=not message.options.compile,
         )
-        members = tuple(_member(each) for each in _named_ones(idle, message.machines))
+        members = tuple(candidate(each) for each in _named_ones(idle, message.machines))
         plan = await plan_on_measured_links(self._state, self._prober, members, owner.peer, make)
         chosen = {PeerId(stage.peer) for stage in plan.stages} | {owner.peer}
         lost = [records[peer].name for peer in chosen if self._state.endpoint.link(peer) is None]
@@ -174,30 +171,7 @@ class Launcher:
     ) -> None:
         subdags = await asyncio.to_thread(cut, graph, plan.cuts)
         shares = assignments(job, plan, subdags, members, owner, self._state.links, message.options)
-        async with self._prober.undisturbed(members):
-            await all_of(self._assign(members[peer], share) for peer, share in shares.items())
-            # Only now does every machine know whom to admit.
-            await all_of(self._connect(members[peer], job) for peer in shares)
-
-    async def _assign(self, member: MemberRecord, share: Assignment) -> None:
-        packed = await asyncio.to_thread(pack, share)
-        try:
-            async with asyncio.timeout(ASSIGN_TIMEOUT_S):
-                link = self._state.link(member.peer)
-                await link.send_bulk(ASSIGNMENT, share.job.encode(), packed)
-                await self._state.order(member.peer, Assign(share.job), timeout_s=ASSIGN_TIMEOUT_S)
-        except TimeoutError:
-            raise PeerTimeout(
-                f"{_who(member)} did not take its share of the job within {ASSIGN_TIMEOUT_S:.0f} s"
-            ) from None
-        except FusionError as error:
-            raise _named(error, f"{_who(member)} cannot take its share of the job") from error
-
-    async def _connect(self, member: MemberRecord, job: JobId) -> None:
-        try:
-            await self._state.order(member.peer, Connect(job), timeout_s=CONNECT_TIMEOUT_S)
-        except FusionError as error:
-            raise _named(error, f"{_who(member)} cannot link to its neighbours") from error
+        await hand_out(self._state, self._prober, shares, members)
 
     async def _run(self, job: JobId) -> None:
         record = self._state.jobs.get(job)
@@ -220,20 +194,22 @@ def _named_ones(idle: Sequence[MemberRecord], names: Sequence[str]) -> list[Memb
     return [known[name] for name in names]
 
 
-def _decoded(data: bytes, message: Submit) -> OpDag:
+def decoded(data: bytes, graph_hash: str, back: int) -> OpDag:
+    """Return the OP-DAG that an owner sent. Raises GraphError when it is not the one announced. Slow."""
     graph = decode(data)
     found = content_hash(graph)
-    if found != message.graph_hash:
+    if found != graph_hash:
         raise GraphError(
-            f"the OP-DAG that came has the content hash {found[:16]}, but {message.graph_hash[:16]} was announced; "
+            f"the OP-DAG that came has the content hash {found[:16]}, but {graph_hash[:16]} was announced; "
             "submit the graph that was hashed"
         )
-    if message.back > len(graph.nodes):
-        raise GraphError(f"back is {message.back}, but the OP-DAG has {len(graph.nodes)} operators")
+    if back > len(graph.nodes):
+        raise GraphError(f"back is {back}, but the OP-DAG has {len(graph.nodes)} operators")
     return graph
 
 
-def _member(record: MemberRecord) -> Member:
+def candidate(record: MemberRecord) -> Member:
+    """Return a member as the scheduler sees it."""
     assert record.device is not None
     return Member(
         peer=record.peer,
@@ -242,14 +218,3 @@ def _member(record: MemberRecord) -> Member:
         addresses=record.addresses,
         dialable=bool(record.addresses),
     )
-
-
-def _who(member: MemberRecord) -> str:
-    return f"{member.role} {member.name}"
-
-
-def _named(error: FusionError, what: str) -> FusionError:
-    """Return the error with a machine's name in front; a broken connection gets no class of its own."""
-    if isinstance(error, NetworkError) and not isinstance(error, PeerTimeout):
-        return JobError(f"{what}: {error}")
-    return type(error)(f"{what}: {error}")

@@ -14,9 +14,10 @@ import logging
 from fusionai.broker.messages import Heartbeat, JobEnded, JobLost, JobProgress, Release
 from fusionai.broker.pool import PoolState
 from fusionai.broker.prober import Prober
-from fusionai.broker.records import OVER, PRESENT, JobRecord, JobState
-from fusionai.errors import ProtocolError
+from fusionai.broker.records import OVER, PRESENT, JobRecord, JobState, Preparation
+from fusionai.errors import JobError, ProtocolError
 from fusionai.network.identity import PeerId
+from fusionai.training.generations import family
 from fusionai.training.messages import JobId
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class Lifecycle:
             if record.state == "launching":
                 self.finish(record.job, "failed", "the broker restarted while it launched the job")
                 continue
+            # A plan that was being prepared is given up; machines that hold shares of it are told at their heartbeat.
+            record = self._without_preparation(record)
             for peer in (record.owner, *record.compnodes):
                 if peer != record.owner:
                     self._state.registry.lease(peer, record.job)
@@ -83,7 +86,10 @@ class Lifecycle:
             self.finish(record.job, "failed", f"the owner {name} is lost: {why}")
         job = self._state.registry.job_of(peer)
         record_of_job = None if job is None else self._state.jobs.get(job)
-        if record_of_job is not None:
+        if record_of_job is not None and peer not in record_of_job.compnodes:
+            name = record_of_job.leased.get(peer, name)
+            self.forget(record_of_job.job, f"compnode {name} is lost: {why}", tell_owner=True)
+        elif record_of_job is not None:
             held = self._state.registry.activity(peer).holds.get(record_of_job.job, "")
             name = record_of_job.compnodes.get(peer, name)
             what = f"compnode {name} ({held})" if held else f"compnode {name}"
@@ -96,21 +102,24 @@ class Lifecycle:
         leased = self._state.registry.job_of(peer)
         unwanted = []
         for held in message.holds:
-            record = self._state.jobs.get(JobId(held))
+            record = self._state.jobs.get(family(JobId(held)))
             if record is None or record.state in OVER:
                 reason = "the broker does not know it" if record is None else f"it is {record.state}"
                 unwanted.append(Release(JobId(held), reason))
+            elif record.job != leased or held not in record.held_as:
+                unwanted.append(Release(JobId(held), "its job goes on by another plan"))
         if unwanted and peer not in self._releasing and (task := self._state.tell(peer, *unwanted)) is not None:
             self._releasing.add(peer)
             task.add_done_callback(lambda _: self._releasing.discard(peer))
         record = None if leased is None else self._state.jobs.get(leased)
-        if record is not None and record.state == "running" and record.job not in message.holds:
+        taking_part = record is not None and record.state == "running" and peer in record.compnodes
+        if record is not None and taking_part and not any(family(JobId(each)) == record.job for each in message.holds):
             # It dropped the job by itself: the owner is gone, or its part failed and the owner knows.
             self._free(peer, record.job)
 
     def progress(self, peer: PeerId, message: JobProgress) -> None:
         """Note how far a job is."""
-        record = self._owned(peer, message.job)
+        record = self.owned(peer, message.job)
         now_s = self._state.now_s()
         last = message.step >= message.steps
         too_soon = now_s - self._progress_s.get(record.job, 0.0) < _PROGRESS_EVERY_S
@@ -127,27 +136,82 @@ class Lifecycle:
 
     def ended(self, peer: PeerId, message: JobEnded) -> None:
         """The owner says that its job is over."""
-        record = self._owned(peer, message.job)
+        record = self.owned(peer, message.job)
         if record.state not in OVER:
             self.finish(record.job, message.state, message.reason[:2000], tell_owner=False)
 
-    def _owned(self, peer: PeerId, job: JobId) -> JobRecord:
+    def owned(self, peer: PeerId, job: JobId) -> JobRecord:
+        """Return an owner's job. Raises ProtocolError when it has none of that id."""
         record = self._state.jobs.get(job)
         if record is None or record.owner != peer:
             raise ProtocolError(f"{self._state.registry.name(peer)} owns no job {job[:40]!r}")
         return record
 
+    # --- a new plan ---------------------------------------------------------------------------------------------
+
+    def prepare(self, job: JobId, preparation: Preparation) -> None:
+        """Note a plan that is to follow the running one, and lease the machines that it takes in."""
+        record = self._state.jobs.get(job)
+        assert record is not None
+        for peer in preparation.compnodes:
+            self._state.registry.lease(peer, job)
+        self._state.jobs.change(
+            job,
+            preparing=preparation,
+            prepared=record.prepared + 1,
+            generations=(record.held_as[-1], preparation.generation),
+        )
+
+    def switch(self, job: JobId, generation: JobId) -> None:
+        """Make the prepared plan the running one, and free the machines that it does without.
+
+        Raises JobError when that plan is not prepared, or not any more.
+        """
+        record = self._state.jobs.get(job)
+        preparing = None if record is None else record.preparing
+        if record is None or preparing is None or preparing.generation != generation:
+            raise JobError(f"no plan {generation[:40]} is prepared for job {job[:40]}; go on with the running one")
+        self._state.jobs.change(job, compnodes=preparing.compnodes, plan=preparing.plan, preparing=None)
+        log.info("job %s (%s) goes on by a new plan", job, record.name)
+        for peer in record.compnodes.keys() - preparing.compnodes.keys():
+            self._state.tell(peer, *(Release(each, "its job goes on without it") for each in record.held_as))
+            self._free(peer, job)
+
+    def forget(self, job: JobId, reason: str, *, tell_owner: bool) -> None:
+        """Drop the plan that is prepared for a job, if there is one; the job goes on."""
+        record = self._state.jobs.get(job)
+        if record is None or record.preparing is None:
+            return
+        preparing = record.preparing
+        kept = self._without_preparation(record)
+        log.info("job %s (%s) keeps its plan: %s", job, record.name, reason)
+        if tell_owner:
+            self._state.tell(record.owner, JobLost(preparing.generation, reason))
+        for peer in (record.owner, *record.leased):
+            self._state.tell(peer, Release(preparing.generation, reason))
+        for peer in record.leased.keys() - kept.compnodes.keys():
+            self._free(peer, job)
+
+    def _without_preparation(self, record: JobRecord) -> JobRecord:
+        if record.preparing is None:
+            return record
+        held = tuple(each for each in record.held_as if each != record.preparing.generation)
+        return self._state.jobs.change(record.job, preparing=None, generations=held)
+
     # --- the end ----------------------------------------------------------------------------------------------
 
     def finish(self, job: JobId, state: JobState, reason: str, *, tell_owner: bool = True) -> None:
         """End a job: note it, free its compnodes, tell everybody who takes part."""
-        record = self._state.jobs.change(job, state=state, reason=reason)
+        before = self._state.jobs.change(job, state=state, reason=reason)
+        record = self._without_preparation(before)
         log.info("job %s (%s) is %s%s", job, record.name, state, f": {reason}" if reason else "")
         self._progress_s.pop(job, None)
         if tell_owner:
             self._state.tell(record.owner, JobLost(job, reason))
-        for peer in record.compnodes:
-            self._state.tell(peer, Release(job, reason or f"the job is {state}"))
+        if before.preparing is not None:
+            self._state.tell(record.owner, Release(before.preparing.generation, reason or f"the job is {state}"))
+        for peer in before.leased:
+            self._state.tell(peer, *(Release(each, reason or f"the job is {state}") for each in before.held_as))
             self._free(peer, job)
         if not self._state.jobs.of_owner(record.owner):
             self.returned(record.owner)

@@ -100,6 +100,59 @@ class Launched(msgspec.Struct, frozen=True, tag="broker.launched"):
     """Whether any machine of the plan emulates its speed or its links."""
 
 
+class Replan(msgspec.Struct, frozen=True, tag="broker.replan"):
+    """Request by the owner: look for a better plan for a running job. Answer: `Prepared`.
+
+    The OP-DAG comes as "broker.graph" bulk ahead of it, as for `Submit`: the broker keeps none. When it returns with
+    a plan, every machine of that plan holds its new share beside the old one, without weights, and is linked to those
+    with which it will exchange weights; the job goes on stepping meanwhile. The owner then answers with `Switch` or
+    `Forget`.
+    """
+
+    job: JobId
+    factors: dict[str, float]
+    """How many times longer than its profile says a machine's passes take now, by peer; others are as measured."""
+    steps_left: int
+    front: int
+    back: int
+    options: ProgramOptions
+    compnodes: int
+    """How many compnodes to use; 0: as many as serve the job best."""
+    machines: tuple[str, ...] = ()
+    """Names of the only compnodes to be used; empty: any."""
+
+
+class Prepared(msgspec.Struct, frozen=True, tag="broker.prepared"):
+    """The broker's answer to `Replan`."""
+
+    reason: str
+    """Why the plan is better, or why the running one is kept."""
+    generation: JobId | None = None
+    """Id under which the new shares are held; None: keep the running plan."""
+    plan: Plan | None = None
+    names: dict[str, str] = {}
+    """Names of the plan's peers, for people."""
+    lab: bool = False
+    gain_s: float = 0.0
+    """Predicted gain over the steps left, the move's own seconds taken off."""
+    move_s: float = 0.0
+
+
+class Switch(msgspec.Struct, frozen=True, tag="broker.switch"):
+    """Request by the owner: every machine of the new plan has its weights; the job goes on there."""
+
+    job: JobId
+    generation: JobId
+
+
+class Forget(msgspec.Struct, frozen=True, tag="broker.forget"):
+    """Request by the owner: the new plan is not taken; the job goes on with the running one."""
+
+    job: JobId
+    generation: JobId
+    reason: str
+
+
 class JobProgress(msgspec.Struct, frozen=True, tag="broker.progress"):
     """Notice by the owner, at most one a second."""
 
@@ -202,7 +255,8 @@ class Release(msgspec.Struct, frozen=True, tag="broker.release"):
 
 
 class JobLost(msgspec.Struct, frozen=True, tag="broker.job_lost"):
-    """Notice to the owner: the job cannot go on; `reason` names the compnode."""
+    """Notice to the owner: the job cannot go on; `reason` names the compnode. Of a generation that is prepared only:
+    that one cannot be taken."""
 
     job: JobId
     reason: str
@@ -239,6 +293,7 @@ __all__ = [
     "Assignment",
     "Connect",
     "Expect",
+    "Forget",
     "Heartbeat",
     "JobEnded",
     "JobLost",
@@ -249,12 +304,15 @@ __all__ = [
     "LinkStatus",
     "Measure",
     "MemberStatus",
+    "Prepared",
     "Probe",
     "Probed",
     "Register",
     "Registered",
     "Release",
+    "Replan",
     "Status",
     "StatusQuery",
     "Submit",
+    "Switch",
 ]

@@ -70,6 +70,7 @@ class _Packed(msgspec.Struct, frozen=True):
     options: ProgramOptions
     neighbours: tuple[Neighbour, ...]
     memory_bytes: int
+    handing: tuple[Neighbour, ...] = ()
 
 
 _decoder = msgspec.msgpack.Decoder(_Packed)
@@ -88,6 +89,7 @@ def pack(assignment: Assignment) -> bytes:
             assignment.options,
             assignment.neighbours,
             assignment.memory_bytes,
+            assignment.handing,
         )
     )
 
@@ -113,6 +115,7 @@ def unpack(data: bytes) -> Assignment:
         packed.options,
         packed.neighbours,
         packed.memory_bytes,
+        packed.handing,
     )
     _check(assignment)
     return assignment

@@ -48,7 +48,7 @@ async def plan_on_measured_links(
     from its estimate, the plan is made again with the measure: at most `MOST_PLANS_AGAIN` times. Errors are `make`'s.
     """
     peers = [*(PeerId(each.peer) for each in members), PeerId(owner)]
-    members = tuple(_with_history(state, each) for each in members)
+    members = tuple(with_history(state, each) for each in members)
     for again in range(MOST_PLANS_AGAIN + 1):
         estimates = await state.estimates.refresh(now=True)
         access: dict[str, AccessProfile] = {peer: estimates[peer] for peer in peers if peer in estimates}
@@ -66,7 +66,8 @@ async def plan_on_measured_links(
     raise AssertionError("the loop returns")
 
 
-def _with_history(state: PoolState, member: Member) -> Member:
+def with_history(state: PoolState, member: Member) -> Member:
+    """Return a member with its disk and its availability as the broker knows them."""
     peer = PeerId(member.peer)
     record = state.registry.get(peer)
     if record is None:

@@ -39,6 +39,15 @@ class MemberRecord(msgspec.Struct, frozen=True, kw_only=True):
     presence: Presence = Presence()
 
 
+class Preparation(msgspec.Struct, frozen=True, kw_only=True):
+    """A new plan for a running job whose machines hold their shares already, or are about to."""
+
+    generation: JobId
+    plan: Plan
+    compnodes: dict[PeerId, str]
+    """Names by peer of the machines that it uses, the owner apart."""
+
+
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A job, from its launch on."""
 
@@ -58,6 +67,21 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     plan: Plan | None = None
     submitted_s: float
     """Unix time."""
+    generations: tuple[JobId, ...] = ()
+    """Ids under which machines may hold shares of it, the running one's and older ones first; empty: only `job`."""
+    prepared: int = 0
+    """New plans prepared so far, taken or not."""
+    preparing: Preparation | None = None
+
+    @property
+    def held_as(self) -> tuple[JobId, ...]:
+        """Ids under which machines may hold shares of this job."""
+        return self.generations or (self.job,)
+
+    @property
+    def leased(self) -> dict[PeerId, str]:
+        """Names by peer of the machines that the broker gave to this job: for its plan, or one that is prepared."""
+        return {**self.compnodes, **(self.preparing.compnodes if self.preparing is not None else {})}
 
 
 class LinkRecord(msgspec.Struct, frozen=True, kw_only=True):

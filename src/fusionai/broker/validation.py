@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from fusionai.broker.messages import Heartbeat, JobProgress, Register, Submit
+from fusionai.broker.messages import Heartbeat, JobProgress, Register, Replan, Submit
 from fusionai.errors import ConfigError, ProtocolError
 from fusionai.network.address import split_address
 from fusionai.scheduling.profile import DeviceProfile, DiskProfile, LinkProfile
@@ -114,6 +114,19 @@ def check_submit(message: Submit) -> None:
         "a size is out of range",
     )
     _require(message.cuts is None or len(message.cuts) <= 10_000, "too many cuts")
+
+
+def check_replan(message: Replan) -> None:
+    """Raises ProtocolError."""
+    _require(len(message.factors) <= _MOST_ENTRIES, "a request for a new plan names too many machines")
+    _require(
+        all(len(peer) == 64 and _positive(factor) for peer, factor in message.factors.items()),
+        "a machine's factor is not above 0",
+    )
+    _require(0 <= message.steps_left < _MOST_SIZE, "the number of steps left is out of range")
+    _require(0 <= message.front <= message.back, "front and back are out of order")
+    _require(0 <= message.compnodes <= 10_000, "a job uses at most 10,000 compnodes")
+    _require(len(message.machines) <= 10_000, "a job uses at most 10,000 compnodes")
 
 
 def _positive(figure: float) -> bool:

@@ -79,6 +79,7 @@ async def _serve(arguments: argparse.Namespace, folder: Path) -> int:
             advertise=tuple(arguments.advertise),
             remeasure=arguments.remeasure,
             slowdown=slowdown,
+            throttle=lab.throttle.get(name) if lab else None,
             lab=lab.network if lab else None,
         ),
         _torch_plane,

@@ -9,6 +9,9 @@ seed = 1
 
 [slowdown]
 berta = 4.0                           # passes take four times as long
+
+[throttle]
+anna = { after_steps = 5, factor = 3.0 }   # from a job's sixth step on they take three times as long as before
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import msgspec
 
 from fusionai.errors import ConfigError
 from fusionai.network.lab import PROFILES, EmulatedLink, LabConfig
+from fusionai.training.slowdown import Throttle
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -27,6 +31,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     default: EmulatedLink | str | None = None
     seed: int = 0
     slowdown: dict[str, float] = {}
+    throttle: dict[str, Throttle] = {}
 
 
 class Lab(msgspec.Struct, frozen=True):
@@ -34,6 +39,7 @@ class Lab(msgspec.Struct, frozen=True):
 
     network: LabConfig
     slowdown: dict[str, float]
+    throttle: dict[str, Throttle] = {}
 
 
 def read_lab(path: Path) -> Lab:
@@ -64,7 +70,7 @@ def read_lab(path: Path) -> Lab:
         )
     except ConfigError as error:
         raise ConfigError(f"the lab file {path}: {error}") from error
-    return Lab(network, file.slowdown)
+    return Lab(network, file.slowdown, file.throttle)
 
 
 def _link(link: EmulatedLink | str) -> EmulatedLink:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fusionai.broker.messages import Launched
+from fusionai.owner.replanning import ReplanEvent
 from fusionai.owner.training_run import Observer, StepEvent
 from fusionai.training.describe import stage_line
 from fusionai.training.driver import Machine
@@ -85,6 +86,20 @@ class LiveProgress(Observer):
         if not self._console.is_terminal and due:
             self._printed = event.step * 20 // event.steps
             self._console.print(f"step {event.step}/{event.steps}  {note}")
+
+    def replanned(self, event: ReplanEvent) -> None:
+        """Say what became of a new plan, and show its machines from now on."""
+        if event.error is not None:
+            text = f"step {event.step}: no new plan ({event.reason}): {event.error}"
+            self._console.print(text, style="yellow", highlight=False, soft_wrap=True)
+            return
+        self._machines, self._names = event.machines, dict(event.names)
+        self._console.print(
+            f"step {event.step}: new plan: {event.reason}; {size_text(event.bytes_moved)} moved, "
+            f"{event.pause_s:.2f} s between two steps",
+            highlight=False,
+            soft_wrap=True,
+        )
 
     def saved(self, path: str) -> None:
         """Name a checkpoint."""

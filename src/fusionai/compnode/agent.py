@@ -16,6 +16,7 @@ from fusionai.execution.plane import Plane
 from fusionai.network.identity import Identity
 from fusionai.network.lab import LabConfig
 from fusionai.network.token import JoinToken
+from fusionai.training.slowdown import Throttle
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class AgentConfig:
     advertise: tuple[str, ...] = ()
     remeasure: bool = False
     slowdown: float = 1.0
+    throttle: Throttle | None = None
     lab: LabConfig | None = None
 
 
@@ -96,6 +98,7 @@ class Agent:
             advertise=config.advertise,
             lab=config.lab,
             slowdown=config.slowdown,
+            throttle=config.throttle,
         )
         await member.start()
         try:

@@ -13,7 +13,9 @@ from fusionai.broker.tasks import Tasks, all_of
 from fusionai.errors import JobError, NetworkError, PlacementError
 from fusionai.execution.plane import Plane
 from fusionai.network.identity import PeerId
+from fusionai.training.generations import family
 from fusionai.training.messages import Assignment, JobId, Neighbour
+from fusionai.training.slowdown import Slowdown
 from fusionai.training.stage_host import LINK_TIMEOUT_S, StageHost
 from fusionai.training.wire import JobWire
 
@@ -22,6 +24,9 @@ log = logging.getLogger(__name__)
 OWNER_TIMEOUT_S = 240.0
 """An assignment whose owner has no link with this machine by then is dropped: its launch broke off, and so did the
 connection with the broker that would have said so. Above all of a launch's own deadlines together."""
+
+_MOST_GENERATIONS = 2
+"""Of one job: the running one, and one that is prepared to follow it."""
 
 
 @dataclass
@@ -44,7 +49,7 @@ class Hosting:
         *,
         memory_bytes: int,
         most_jobs: int,
-        slowdown: float,
+        slowdown: Slowdown,
         changed: Callable[[], None],
     ) -> None:
         """`changed` is called when a job came or went."""
@@ -65,16 +70,21 @@ class Hosting:
         """Take a part in a job; returns when its program is made.
 
         Raises:
-            JobError: this machine has a job already.
-            PlacementError: it would need more memory than is offered.
+            JobError: this machine has a job already, or two generations of this one.
+            PlacementError: it would need more memory than is offered, beside the running generation's share.
             GraphError: the plane cannot run it.
         """
         job = assignment.job
-        if job in self._parts or len(self._parts) >= self._most_jobs:
+        relatives = [each for each in self._parts if family(each) == family(job)]
+        others = {family(each) for each in self._parts} - {family(job)}
+        if job in self._parts or len(relatives) >= _MOST_GENERATIONS or len(others) >= self._most_jobs:
             raise JobError(f"this machine works for job {next(iter(self._parts))} already")
-        if assignment.memory_bytes > self._memory_bytes:
+        held = sum(self._parts[each].assignment.memory_bytes for each in relatives)
+        if held + assignment.memory_bytes > self._memory_bytes:
+            beside = f" beside {held:,} of the running plan" if held else ""
             raise PlacementError(
-                f"the share needs {assignment.memory_bytes:,} bytes, but this machine offers {self._memory_bytes:,}"
+                f"the share needs {assignment.memory_bytes:,} bytes{beside}, but this machine offers "
+                f"{self._memory_bytes:,}"
             )
         part = self._parts[job] = _Part(assignment)
         try:
@@ -119,7 +129,7 @@ class Hosting:
         part = self._parts.get(job)
         if part is None:
             raise JobError(f"this machine has no part in job {job} any more")
-        await all_of(self._link(each) for each in part.assignment.neighbours)
+        await all_of(self._link(each) for each in _linked(part.assignment))
 
     async def _link(self, neighbour: Neighbour) -> None:
         endpoint, peer = self._wire.endpoint, PeerId(neighbour.peer)
@@ -161,7 +171,7 @@ class Hosting:
         """Close links that no job needs any more; the one side that dialled does so."""
         # The job's last words may still be on their way to this machine or to its neighbours.
         await asyncio.sleep(1.0)
-        for neighbour in assignment.neighbours:
+        for neighbour in _linked(assignment):
             peer = PeerId(neighbour.peer)
             link = self._wire.endpoint.link(peer)
             if link is not None and neighbour.dial and not self.admits(peer):
@@ -183,7 +193,7 @@ class Hosting:
 
     def admits(self, peer: PeerId) -> bool:
         """Whether an assignment names a peer."""
-        return any(peer == neighbour.peer for part in self._parts.values() for neighbour in part.assignment.neighbours)
+        return any(peer == each.peer for part in self._parts.values() for each in _linked(part.assignment))
 
     @property
     def holds(self) -> dict[str, str]:
@@ -214,6 +224,11 @@ class Hosting:
 
     def _hosts(self) -> list[StageHost]:
         return [part.host for part in self._parts.values() if part.host is not None]
+
+
+def _linked(assignment: Assignment) -> tuple[Neighbour, ...]:
+    """Return all machines that an assignment asks for links with."""
+    return (*assignment.neighbours, *assignment.handing)
 
 
 class BusyMeter:

@@ -44,6 +44,7 @@ from fusionai.network.probe import probe_link
 from fusionai.network.token import JoinToken
 from fusionai.scheduling.profile import DeviceProfile, DiskProfile, LinkProfile
 from fusionai.training.messages import JobId
+from fusionai.training.slowdown import Slowdown, Throttle
 from fusionai.training.stage_host import StageHost
 from fusionai.training.wire import PREFIX as JOB_PREFIX
 from fusionai.training.wire import JobWire
@@ -94,6 +95,7 @@ class Member:
         advertise: Sequence[str] = (),
         lab: LabConfig | None = None,
         slowdown: float = 1.0,
+        throttle: Throttle | None = None,
         limits: Limits | None = None,
     ) -> None:
         """Prepare; nothing is sent yet.
@@ -111,6 +113,7 @@ class Member:
             advertise: addresses to tell others of, where they differ from `listen`.
             lab: emulated links.
             slowdown: emulated speed: every pass is stretched by this factor.
+            throttle: emulated too: from some step of a job on it is slower still.
             limits: of the network.
 
         Raises:
@@ -138,7 +141,8 @@ class Member:
         self.wire = JobWire(self.endpoint)
         """Carries the messages of jobs."""
         self._asked_name = name
-        self._lab = lab is not None or slowdown != 1.0
+        emulated = Slowdown(slowdown, throttle)
+        self._lab = lab is not None or emulated.emulated
         self._listen = listen
         self._advertise = tuple(advertise)
         self._addresses: tuple[str, ...] = ()
@@ -163,7 +167,7 @@ class Member:
             memory_bytes=profile.memory_bytes if profile is not None else 0,
             # A compnode gives itself to one job at a time; an owner holds its own shares of its own jobs.
             most_jobs=1 if role == "compnode" else 8,
-            slowdown=slowdown,
+            slowdown=emulated,
             changed=self._session.beat_now,
         )
 
@@ -255,6 +259,10 @@ class Member:
     def host(self, job: JobId) -> StageHost | None:
         """Return this machine's own stages of a job, if it has any."""
         return self._hosting.host(job)
+
+    async def release(self, job: JobId, reason: str) -> None:
+        """Drop this machine's own part in a job, or in one generation of it."""
+        await self._hosting.release(job, reason)
 
     @property
     def holds(self) -> dict[str, str]:

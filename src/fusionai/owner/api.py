@@ -51,6 +51,7 @@ def train(
     compnodes: int = 0,
     cuts: Sequence[int] | Callable[[OpDag], int] | None = None,
     machines: Sequence[str] = (),
+    replan: bool = True,
     seed: int = 0,
     heldout: Sequence[TensorBatch] = (),
     evaluate_every: int = 0,
@@ -79,6 +80,7 @@ def train(
         compnodes: how many to use; 0: as many as serve best.
         cuts: cut positions, or a function from the OP-DAG to one, instead of the planner's.
         machines: names of the only compnodes to use; with `cuts` those of the shares, in their order.
+        replan: whether the job may go over to a better plan when a machine becomes slower or faster than planned.
         seed: of dropout.
         heldout: microbatches to evaluate on, every `evaluate_every` steps and at the end.
         checkpoint_every: steps between checkpoints; one is always made at the end.
@@ -133,6 +135,7 @@ def train(
             compnodes=compnodes,
             cuts=tuple(cuts) if cuts is not None else None,
             machines=tuple(machines),
+            replan=replan,
         ),
         first_step=reader.manifest.step if reader is not None else 0,
     )

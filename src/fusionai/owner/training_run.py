@@ -15,19 +15,21 @@ from fusionai.broker.messages import JobEnded, JobProgress, Launched, Submit
 from fusionai.compnode.member import Member
 from fusionai.errors import FusionError, JobError, NetworkError
 from fusionai.execution.plane import OptimizerConfig, ProgramOptions
-from fusionai.graph.cuts import cut
 from fusionai.graph.encoding import content_hash, encode
 from fusionai.graph.model import OpDag
 from fusionai.graph.privacy import arrange_private
-from fusionai.network.identity import PeerId
 from fusionai.owner.checkpointing import CheckpointFiles, save_checkpoint
+from fusionai.owner.machines import machines_of
+from fusionai.owner.replanning import ReplanEvent, Replanning, ReplanTerms
 from fusionai.owner.run_folder import RunFolder
+from fusionai.scheduling.plan import Plan
 from fusionai.training.checkpoint import latest, prune
 from fusionai.training.config import PlacementConfig, TrainingConfig
 from fusionai.training.data.batches import Batch, Batches
 from fusionai.training.driver import Driver, Machine, RoundResult, WeightSource, sizes_of
 from fusionai.training.learning_rate import ScheduleConfig, learning_rate
 from fusionai.training.loss_weights import loss_weights
+from fusionai.training.messages import JobId
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +91,8 @@ class TrainingResult(msgspec.Struct, frozen=True):
     job: str
     lab: bool
     """Whether speeds or links were emulated."""
+    replans: int = 0
+    """How often the job went over to a new plan while it ran."""
 
 
 class Observer:
@@ -103,6 +107,9 @@ class Observer:
     def stepped(self, event: StepEvent) -> None:
         """A step is committed."""
 
+    def replanned(self, event: ReplanEvent) -> None:
+        """The job went over to a new plan, or one could not be taken."""
+
     def saved(self, path: str) -> None:
         """A checkpoint is on disk."""
 
@@ -115,27 +122,33 @@ async def train(
     Raises JobError when a compnode is lost or the loss is not finite, PlacementError when no plan fits.
     """
     observer = observer or Observer()
-    launched, graph = await _submit(job, member)
+    launched, terms = await _submit(job, member)
     state, reason = "failed", "the owner stopped"
-    driver: Driver | None = None
+    replanning: Replanning | None = None
     try:
-        machines = _machines(graph, launched, member)
-        folder.write("plan.json", msgspec.json.format(msgspec.json.encode(launched.plan)).decode())
-        assert member.plane is not None, "an owner has a plane"
-        driver = Driver(
-            launched.job,
-            member.wire,
-            graph,
-            machines,
-            gradient_clip=job.training.gradient_clip,
-            clipping=member.plane.clipping,
-        )
-        member.on_job_lost(launched.job, driver.fail)
+        graph = terms.graph
+        machines = machines_of(graph, launched.plan, {member.identity.peer_id: member.name, **launched.names})
+        _write_plan(folder, launched.plan)
+
+        def make_driver(generation: JobId, machines: Sequence[Machine]) -> Driver:
+            assert member.plane is not None, "an owner has a plane"
+            return Driver(
+                generation,
+                member.wire,
+                graph,
+                machines,
+                gradient_clip=job.training.gradient_clip,
+                clipping=member.plane.clipping,
+            )
+
+        driver = make_driver(launched.job, machines)
+        replanning = Replanning(terms, member, launched, driver, make_driver)
+        member.on_job_lost(launched.job, replanning.fail)
         observer.launched(launched, machines)
         resumed = job.optimizer.states if job.first_step else ()
         await driver.prepare(job.weights, optimizer_states=resumed, optimizer_step=job.first_step)
         observer.ready()
-        result = await _Loop(job, graph, driver, member, folder, observer, launched).run()
+        result = await _Loop(job, graph, replanning, member, folder, observer, launched.job).run()
         state, reason = "finished", ""
         return result
     except asyncio.CancelledError:
@@ -145,10 +158,10 @@ async def train(
         reason = str(error)
         raise
     finally:
-        await asyncio.shield(_wind_up(driver, member, launched, state, reason))
+        await asyncio.shield(_wind_up(replanning, member, launched, state, reason))
 
 
-async def _submit(job: TrainingJob, member: Member) -> tuple[Launched, OpDag]:
+async def _submit(job: TrainingJob, member: Member) -> tuple[Launched, ReplanTerms]:
     graph, front, back = job.graph, 0, len(job.graph.nodes)
     if job.placement.privacy == "private":
         graph, front, back = await asyncio.to_thread(arrange_private, job.graph)
@@ -175,25 +188,28 @@ async def _submit(job: TrainingJob, member: Member) -> tuple[Launched, OpDag]:
     )
     await member.send_graph(submit.graph_hash, encoded)
     launched = await member.request(submit, Launched, timeout_s=SUBMIT_TIMEOUT_S)
-    return launched, graph
+    return launched, ReplanTerms(
+        graph=graph,
+        front=front,
+        back=back,
+        options=submit.options,
+        compnodes=submit.compnodes,
+        machines=submit.machines,
+        steps=job.training.steps,
+        microbatches=submit.microbatches,
+        # Cuts that the owner chose stay.
+        allowed=job.placement.replan and job.placement.cuts is None,
+    )
 
 
-def _machines(graph: OpDag, launched: Launched, member: Member) -> list[Machine]:
-    subdags = cut(graph, launched.plan.cuts)
-    peers = [stage.peer for stage in launched.plan.stages]
-    return [
-        Machine(
-            PeerId(peer),
-            launched.names.get(peer, member.name),
-            tuple(subdag for subdag, holder in zip(subdags, peers, strict=True) if holder == peer),
-        )
-        for peer in dict.fromkeys(peers)
-    ]
+def _write_plan(folder: RunFolder, plan: Plan) -> None:
+    folder.write("plan.json", msgspec.json.format(msgspec.json.encode(plan)).decode())
 
 
-async def _wind_up(driver: Driver | None, member: Member, launched: Launched, state: str, reason: str) -> None:
-    if driver is not None:
-        await driver.close(reason or state)
+async def _wind_up(replanning: Replanning | None, member: Member, launched: Launched, state: str, reason: str) -> None:
+    if replanning is not None:
+        await replanning.close()
+        await replanning.driver.close(reason or state)
     ended = msgspec.convert({"job": launched.job, "state": state, "reason": reason}, JobEnded)
     try:
         await member.request(ended, None, timeout_s=10.0)
@@ -208,14 +224,14 @@ class _Loop:
         self,
         job: TrainingJob,
         graph: OpDag,
-        driver: Driver,
+        replanning: Replanning,
         member: Member,
         folder: RunFolder,
         observer: Observer,
-        launched: Launched,
+        job_id: JobId,
     ) -> None:
-        self._job, self._graph, self._driver, self._member = job, graph, driver, member
-        self._folder, self._observer, self._launched = folder, observer, launched
+        self._job, self._graph, self._replanning, self._member = job, graph, replanning, member
+        self._folder, self._observer, self._job_id = folder, observer, job_id
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)
         self._bytes_sent = 0
         self._told_s = 0.0
@@ -247,6 +263,8 @@ class _Loop:
                 self._report(step + 1, result, rate, heldout)
                 if last or (training.checkpoint_every and (step + 1) % training.checkpoint_every == 0):
                     await self._save(step + 1)
+                if not last:
+                    await self._replan(step + 1)
         finally:
             upcoming.cancel()
         seconds = time.perf_counter() - self._started_s
@@ -257,12 +275,13 @@ class _Loop:
             heldout_loss=heldout,
             steps=len(losses),
             tokens_per_s=job.tokens_per_step * len(losses) / seconds,
-            compnodes=tuple(self._launched.names.get(each.peer, each.name) for each in self._driver.machines),
+            compnodes=tuple(each.name for each in self._replanning.driver.machines),
             bytes_sent=self._bytes_sent,
             checkpoint=self._saved,
             run=str(self._folder.path),
-            job=self._launched.job,
-            lab=self._launched.lab,
+            job=self._job_id,
+            lab=self._replanning.lab,
+            replans=self._replanning.taken,
         )
 
     async def _batch(self, step: int) -> list[Batch]:
@@ -272,13 +291,24 @@ class _Loop:
 
     async def _step(self, step: int, batch: list[Batch], rate: float) -> RoundResult:
         try:
-            result = await self._driver.train_step(step, batch, loss_weights(self._graph, batch), rate)
+            result = await self._replanning.driver.train_step(step, batch, loss_weights(self._graph, batch), rate)
         except JobError as error:
             kept = await asyncio.to_thread(latest, self._folder.path)
             where = f"the last good checkpoint is {kept}" if kept else "no checkpoint has been made yet"
             raise JobError(f"{error} (step {step + 1} of {self._job.training.steps}; {where})") from error
         self._bytes_sent += _bytes(result)
+        self._replanning.observe(step, result)
         return result
+
+    async def _replan(self, done: int) -> None:
+        """Go over to a new plan, where one stands."""
+        event = await self._replanning.between_steps(done)
+        if event is None:
+            return
+        if event.error is None:
+            await asyncio.to_thread(_write_plan, self._folder, event.plan)
+        self._folder.append_metrics(event.record())
+        self._observer.replanned(event)
 
     async def _evaluate(self, done: int, *, last: bool) -> float | None:
         every = self._job.training.evaluate_every
@@ -288,7 +318,7 @@ class _Loop:
         batches = list(batches)[: self._job.training.evaluation_batches]
         if not batches:
             return None
-        result = await self._driver.evaluate(batches, loss_weights(self._graph, batches))
+        result = await self._replanning.driver.evaluate(batches, loss_weights(self._graph, batches))
         self._bytes_sent += _bytes(result)
         return result.loss
 
@@ -296,7 +326,7 @@ class _Loop:
         job = self._job
         self._recent.append((result.seconds, job.tokens_per_step))
         tokens_per_s = sum(tokens for _, tokens in self._recent) / sum(seconds for seconds, _ in self._recent)
-        names = self._launched.names
+        names = self._replanning.names
         record = {
             "step": done,
             "loss": result.loss,
@@ -315,21 +345,21 @@ class _Loop:
                 }
                 for peer, report in result.reports.items()
             },
-            "lab": self._launched.lab,
+            "lab": self._replanning.lab,
         }
         self._folder.append_metrics(record)
         self._observer.stepped(StepEvent(done, job.training.steps, result.loss, tokens_per_s, result, rate, heldout))
         now_s = time.monotonic()
         if now_s - self._told_s >= 1.0 or done == job.training.steps:
             self._told_s = now_s
-            self._member.tell(JobProgress(self._launched.job, done, job.training.steps, result.loss, tokens_per_s))
+            self._member.tell(JobProgress(self._job_id, done, job.training.steps, result.loss, tokens_per_s))
 
     async def _save(self, done: int) -> None:
         path = self._folder.checkpoint(done)
         await save_checkpoint(
             path,
             self._graph,
-            self._driver,
+            self._replanning.driver,
             self._job.files,
             job=self._job.name,
             optimizer=self._job.optimizer,

@@ -21,6 +21,7 @@ from fusionai.execution.plane import MicrobatchKey, Program
 from fusionai.graph.model import Sizes, ValueName
 from fusionai.tensor import TensorData
 from fusionai.training.ledger import RoundLedger, Slot, Task
+from fusionai.training.slowdown import Slowdown
 
 log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -51,7 +52,7 @@ class Round:
 class ComputeThread:
     """Runs the passes of the current round, and other calls to the program between them.
 
-    `slowdown` stretches every call by that factor (lab mode): of the thread's own time `on_cpu`, else of the clock's.
+    `slowdown` stretches every call (lab mode): of the thread's own time `on_cpu`, else of the clock's.
     `on_pass(round, task, outputs)` and `on_complete(round)` are called on the event loop; `on_error(error)` too,
     after which the thread runs nothing more.
     """
@@ -60,13 +61,14 @@ class ComputeThread:
         self,
         *,
         name: str,
-        slowdown: float,
+        slowdown: Slowdown,
         on_cpu: bool,
         on_pass: Callable[[Round, Task, dict[ValueName, TensorData]], None],
         on_complete: Callable[[Round], None],
         on_error: Callable[[BaseException], None],
     ) -> None:
-        self._slowdown = slowdown
+        self._slowdowns = slowdown
+        self._slowdown = slowdown.factor
         precise = time.get_clock_info("thread_time").resolution < _PRECISE_S
         self._late_s = 0.0
         self._own_clock = time.thread_time if on_cpu and precise else time.perf_counter
@@ -106,6 +108,8 @@ class ComputeThread:
         """Start a round; tensors come through `deliver`."""
         with self._wake:
             self._round = work
+            if work.train:  # an evaluation has no step of its own
+                self._slowdown = self._slowdowns.at(work.step)
             self._wake.notify()
 
     def deliver(self, slot: Slot, tensor: TensorData, *, limit_bytes: int | None = None) -> None:

@@ -115,6 +115,8 @@ class PlacementConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """How many compnodes to use; 0: as many as serve the job best."""
     cuts: tuple[int, ...] | None = None
     """Cut positions in the OP-DAG instead of the planner's; for experiments."""
+    replan: bool = True
+    """Whether a running job may go over to a better plan when a machine becomes slower or faster than planned."""
     machines: tuple[str, ...] = ()
     """Names of the only compnodes to be used; with `cuts` those of the shares, in their order. Empty: any."""
 

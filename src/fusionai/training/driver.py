@@ -15,13 +15,15 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
+
 from fusionai.errors import DataError, JobError, NetworkError, PeerLost, ProtocolError
 from fusionai.execution.plane import Clipping
-from fusionai.graph.model import OpDag, Sizes, SubDag, WeightKey
-from fusionai.graph.sizes import concrete
+from fusionai.graph.model import OpDag, Sizes, WeightKey
 from fusionai.network.identity import PeerId
 from fusionai.tensor import TensorData
 from fusionai.training.data.batches import Batch
+from fusionai.training.machine import Machine, sizes_of
 from fusionai.training.messages import (
     Begin,
     Boundary,
@@ -30,6 +32,9 @@ from fusionai.training.messages import (
     Control,
     End,
     Failed,
+    HandedOver,
+    HandOver,
+    Inherit,
     JobId,
     Pull,
     Pulled,
@@ -39,6 +44,8 @@ from fusionai.training.messages import (
 )
 from fusionai.training.reports import flaw, printable, total
 from fusionai.training.wire import JobWire
+
+__all__ = ["Driver", "Machine", "RoundResult", "WeightSource", "sizes_of"]
 
 log = logging.getLogger(__name__)
 
@@ -58,20 +65,6 @@ class WeightSource(Protocol):
 
     def read(self, name: str) -> TensorData:
         """Return a weight by its key. Blocks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """One machine of the job as its driver sees it."""
-
-    peer: PeerId
-    name: str
-    subdags: tuple[SubDag, ...]
-
-    @property
-    def keys(self) -> tuple[WeightKey, ...]:
-        """Keys of the weights it holds, each once."""
-        return tuple(dict.fromkeys(weight.key for subdag in self.subdags for weight in subdag.weights))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +136,12 @@ class Driver:
                 others = {self._wire.me, *(each.peer for each in self.machines)}
                 problem = flaw(message, machine.subdags, self._microbatches, others)
                 if problem is not None:
-                    self.fail(f"compnode {machine.name} ({self._holding(machine)}) reports {problem}")
+                    self.fail(f"compnode {machine.name} ({machine.holding}) reports {problem}")
                     return b""
                 self._reports[peer] = message
                 self._reported.set()
         elif isinstance(message, Failed):
-            self.fail(f"compnode {machine.name} ({self._holding(machine)}) failed: {printable(message.text)}")
+            self.fail(f"compnode {machine.name} ({machine.holding}) failed: {printable(message.text)}")
         return b""
 
     async def on_tensor(self, peer: PeerId, header: Bulk, tensor: TensorData) -> None:
@@ -162,13 +155,23 @@ class Driver:
         """The loss of any machine of the job ends it."""
         for machine in self.machines:
             if machine.peer == peer:
-                self.fail(f"compnode {machine.name} ({self._holding(machine)}) is lost: {error}")
+                self.fail(f"compnode {machine.name} ({machine.holding}) is lost: {error}")
 
     def fail(self, reason: str) -> None:
         """End the job: whatever is awaited raises JobError with this reason. The first reason counts."""
         if not self._failure.done():
             self._failure.set_exception(JobError(reason))
             self._failure.exception()  # somebody awaits it, or nobody needs to
+
+    @property
+    def failed(self) -> bool:
+        """Whether the job cannot go on."""
+        return self._failure.done()
+
+    async def check(self) -> None:
+        """Raise what has ended the job, if anything has."""
+        if self._failure.done():
+            await self._failure
 
     # --- life cycle ---------------------------------------------------------------------------------------------
 
@@ -184,7 +187,7 @@ class Driver:
             count = await self._load(machine, weights, optimizer_states)
             await self._ask(machine, Ready(self.job, count, optimizer_step), timeout_s=READY_TIMEOUT_S)
 
-        await self._guard(asyncio.gather(*(load(each) for each in self.machines)))
+        await self.guard(asyncio.gather(*(load(each) for each in self.machines)))
 
     async def _load(self, machine: Machine, weights: WeightSource, states: Sequence[str]) -> int:
         """Send a machine its tensors; return how many."""
@@ -198,6 +201,45 @@ class Driver:
                 await self._wire.send(machine.peer, header, tensor)
                 count += 1
         return count
+
+    async def inherit(self, sources: Mapping[str, Mapping[WeightKey, str]]) -> None:
+        """Tell each machine whence its weights come, instead of sending them: see `handing_over`."""
+        await self.guard(
+            asyncio.gather(
+                *(
+                    self._ask(each, Inherit(self.job, dict(sources[each.peer])), timeout_s=READY_TIMEOUT_S)
+                    for each in self.machines
+                )
+            )
+        )
+
+    async def give(self, to: JobId, targets: Mapping[str, Mapping[WeightKey, tuple[str, ...]]]) -> int:
+        """Have each machine send its weights and states to those of the new generation `to`; return the bytes sent."""
+        total_bytes = 0
+
+        async def send(machine: Machine) -> None:
+            nonlocal total_bytes
+            message = HandOver(self.job, to, dict(targets[machine.peer]))
+            answer = await self._ask(machine, message, timeout_s=PULL_TIMEOUT_S)
+            try:
+                sent = msgspec.msgpack.decode(answer, type=HandedOver).bytes_sent
+            except msgspec.MsgspecError as error:
+                raise JobError(f"compnode {machine.name} tells nothing sensible of its hand-over: {error}") from error
+            total_bytes += sum(sent.values())
+
+        await self.guard(asyncio.gather(*(send(each) for each in self.machines if targets.get(each.peer))))
+        return total_bytes
+
+    async def settle(self, tensors: Mapping[str, int], *, optimizer_step: int) -> None:
+        """Wait until each machine has so many tensors by peer, and is linked to its neighbours."""
+        await self.guard(
+            asyncio.gather(
+                *(
+                    self._ask(each, Ready(self.job, tensors[each.peer], optimizer_step), timeout_s=READY_TIMEOUT_S)
+                    for each in self.machines
+                )
+            )
+        )
 
     async def train_step(
         self, step: int, batch: Sequence[Batch], weights: Sequence[float], learning_rate: float
@@ -245,8 +287,8 @@ class Driver:
         await self._tell(begin)
         feeding = asyncio.ensure_future(self._feed(batch))
         try:
-            await self._guard(feeding)
-            await self._guard(self._all_reported())
+            await self.guard(feeding)
+            await self.guard(self._all_reported())
         finally:
             feeding.cancel()
         self._round += 1
@@ -341,8 +383,8 @@ class Driver:
                             wanted.append((weight.key, None))
                             wanted += [(weight.key, state) for state in states if weight.trainable]
                 missing.update(wanted)
-                await self._guard(self._ask(machine, Pull(self.job, tuple(wanted)), timeout_s=PULL_TIMEOUT_S))
-                await self._guard(all_here())
+                await self.guard(self._ask(machine, Pull(self.job, tuple(wanted)), timeout_s=PULL_TIMEOUT_S))
+                await self.guard(all_here())
         finally:
             self._sink = None
 
@@ -363,17 +405,17 @@ class Driver:
             try:
                 await self._wire.notify(machine.peer, message)
             except PeerLost as error:
-                self.fail(f"compnode {machine.name} ({self._holding(machine)}) is lost: {error}")
+                self.fail(f"compnode {machine.name} ({machine.holding}) is lost: {error}")
         if self._failure.done():
             await self._failure
 
-    async def _ask(self, machine: Machine, message: Ready | Pull, *, timeout_s: float) -> None:
+    async def _ask(self, machine: Machine, message: Ready | Inherit | HandOver | Pull, *, timeout_s: float) -> bytes:
         try:
-            await self._wire.request(machine.peer, message, timeout_s=timeout_s)
+            return await self._wire.request(machine.peer, message, timeout_s=timeout_s)
         except NetworkError as error:
-            raise JobError(f"compnode {machine.name} ({self._holding(machine)}): {error}") from error
+            raise JobError(f"compnode {machine.name} ({machine.holding}): {error}") from error
 
-    async def _guard(self, work: Awaitable[object]) -> None:
+    async def guard(self, work: Awaitable[object]) -> None:
         """Await `work`, or raise what ended the job meanwhile."""
         task: asyncio.Future[object] = asyncio.ensure_future(work)
         waited: set[asyncio.Future[Any]] = {task, self._failure}
@@ -397,30 +439,3 @@ class Driver:
             if machine.peer == peer:
                 return machine
         raise ProtocolError(f"{peer[:12]} has no part in job {self.job!r}")
-
-    def _holding(self, machine: Machine) -> str:
-        return "stage " + ", ".join(str(subdag.index) for subdag in machine.subdags)
-
-
-def sizes_of(graph: OpDag, microbatch: Batch) -> Sizes:
-    """Return the numbers of a graph's symbols for a microbatch.
-
-    Raises DataError when it lacks an input, or one has another dtype or shape than the graph takes.
-    """
-    inputs = [item for item in graph.inputs if item.role != "positions"]
-    for item in inputs:
-        if item.name not in microbatch:
-            raise DataError(f"a microbatch lacks the input {item.name!r}; it has {sorted(microbatch)}")
-    sizes: Sizes = {
-        symbol: microbatch[name].shape[axis]
-        for symbol, (name, axis) in graph.symbols.items()
-        if name in microbatch and axis < len(microbatch[name].shape)
-    }
-    for item in inputs:
-        found = microbatch[item.name]
-        if found.dtype != item.type.dtype or found.shape != concrete(item.type, sizes):
-            raise DataError(
-                f"input {item.name!r} must be {item.type.dtype}{list(item.type.shape)} with {sizes}, "
-                f"but is {found.dtype}{list(found.shape)}"
-            )
-    return sizes

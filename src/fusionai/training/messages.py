@@ -49,6 +49,9 @@ class Assignment(msgspec.Struct, frozen=True):
     """Machines to hold links with: those that this one exchanges tensors with, and the owner."""
     memory_bytes: int
     """Memory that the plan reckons with on this machine."""
+    handing: tuple[Neighbour, ...] = ()
+    """Further machines to hold links with until weights are handed over (`HandOver`): by a new plan of a running job,
+    those that the weights of this machine come from or go to."""
 
 
 # --- driver to stages -------------------------------------------------------------------------------------
@@ -84,6 +87,31 @@ class Ready(msgspec.Struct, frozen=True, tag="train.ready"):
     """Tensors sent to load; bulk may arrive after this request."""
     optimizer_step: int
     """Updates that the loaded optimizer state has seen (0 when training starts)."""
+
+
+class Inherit(msgspec.Struct, frozen=True, tag="train.inherit"):
+    """Request to the new generation of a job: its weights come from machines of the running one, not the driver."""
+
+    job: JobId
+    sources: dict[WeightKey, str]
+    """Every weight held here, with the one peer that may send it and its optimizer states."""
+
+
+class HandOver(msgspec.Struct, frozen=True, tag="train.hand_over"):
+    """Request to the running generation, between two steps: send weights and their optimizer states to machines of
+    the new one as `Tensor` bulk. Answered with `HandedOver` when all are sent; nothing changes here."""
+
+    job: JobId
+    to: JobId
+    """The new generation."""
+    targets: dict[WeightKey, tuple[str, ...]]
+
+
+class HandedOver(msgspec.Struct, frozen=True):
+    """The answer to `HandOver`."""
+
+    bytes_sent: dict[str, int]
+    """Tensor bytes by receiving peer; what stays on the machine does not count."""
 
 
 class Pull(msgspec.Struct, frozen=True, tag="train.pull"):
@@ -163,7 +191,8 @@ class TiedGradient(msgspec.Struct, frozen=True, tag="train.tied"):
 
 
 class Tensor(msgspec.Struct, frozen=True, tag="train.tensor"):
-    """A weight, or with `state` its optimizer state, from the driver to a stage that is to load it."""
+    """A weight, or with `state` its optimizer state, to a stage that is to load it: from the driver, or by its order
+    from the machine that holds it."""
 
     job: JobId
     key: WeightKey
@@ -182,5 +211,5 @@ class Pulled(msgspec.Struct, frozen=True, tag="train.pulled"):
     shape: tuple[int, ...]
 
 
-Control = Begin | Commit | Ready | Pull | End | Report | Failed
+Control = Begin | Commit | Ready | Inherit | HandOver | Pull | End | Report | Failed
 Bulk = Boundary | TiedGradient | Tensor | Pulled

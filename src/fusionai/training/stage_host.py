@@ -16,13 +16,15 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
 
-from fusionai.errors import FusionError, JobError, NetworkError, PeerLost, ProtocolError
+import msgspec
+
+from fusionai.errors import FusionError, JobError, NetworkError, ProtocolError
 from fusionai.execution.plane import Plane, Program
-from fusionai.graph.model import SubDag, Transfer, ValueName, WeightKey
-from fusionai.graph.sizes import concrete
+from fusionai.graph.model import Transfer, ValueName, WeightKey
 from fusionai.network.identity import PeerId
-from fusionai.tensor import FLOATING, TensorData
+from fusionai.tensor import TensorData
 from fusionai.training.admission import check_round, check_weights
+from fusionai.training.boundaries import Outgoing, check_source, check_type
 from fusionai.training.compute import ComputeThread, Round
 from fusionai.training.describe import stage_line
 from fusionai.training.ledger import RoundLedger, Slot, Task
@@ -35,6 +37,9 @@ from fusionai.training.messages import (
     Control,
     End,
     Failed,
+    HandedOver,
+    HandOver,
+    Inherit,
     Neighbour,
     Pull,
     Pulled,
@@ -43,15 +48,15 @@ from fusionai.training.messages import (
     Tensor,
     TiedGradient,
 )
+from fusionai.training.slowdown import FULL_SPEED, Slowdown
+from fusionai.training.tied_gradients import TiedGradients
+from fusionai.training.weight_traffic import WeightTraffic
 from fusionai.training.wire import JobWire
 
 log = logging.getLogger(__name__)
 
 LINK_TIMEOUT_S = 30.0
 """How long a neighbour may take to be linked: dialling, and its own loading, on a busy machine."""
-
-LOAD_TIMEOUT_S = 100.0
-"""How long the last weights may be on their way once the driver has sent them; less than the driver waits."""
 
 NEIGHBOUR_GRACE_S = 5.0
 """How long the loss of a link to a neighbour is left to the driver, which knows better when a machine has died."""
@@ -71,7 +76,7 @@ class StageHost:
         assignment: Assignment,
         wire: JobWire,
         on_end: Callable[[str], Awaitable[None]],
-        slowdown: float,
+        slowdown: Slowdown,
         limit_bytes: int,
     ) -> None:
         self.assignment = assignment
@@ -96,7 +101,7 @@ class StageHost:
             for subdag in assignment.subdags
             for transfer in subdag.sends
         }
-        self._outgoing: dict[str, asyncio.Queue[tuple[Boundary, TensorData]]] = {}
+        self._outgoing = Outgoing(wire, limit_bytes, self._own)
         self._tasks: set[asyncio.Task[None]] = set()
         self._next_round = 0
         self._current: Round | None = None
@@ -104,17 +109,8 @@ class StageHost:
         self._begun = asyncio.Event()
         """Replaced at each round's begin; set for the one that has begun, and when this part is closed."""
         self._admitted: set[tuple[bool, tuple[tuple[str, int], ...]]] = set()
-        self._waiting_bytes = 0
-        self._pulling = asyncio.Lock()
-        self._tied: dict[tuple[WeightKey, str], TensorData] = {}
-        self._tied_types = {
-            weight.key: weight.type
-            for subdag in assignment.subdags
-            for weight in subdag.weights
-            if weight.key in assignment.tied
-        }
-        self._arrived = asyncio.Event()
-        self._loaded = 0
+        self._tied: TiedGradients
+        self._weights: WeightTraffic
         self._round_bytes: dict[str, int] = defaultdict(int)
         self._losses: dict[int, float] = {}
         self._closed = False
@@ -127,13 +123,13 @@ class StageHost:
         wire: JobWire,
         *,
         limit_bytes: int,
-        slowdown: float = 1.0,
+        slowdown: Slowdown = FULL_SPEED,
         on_end: Callable[[str], Awaitable[None]],
     ) -> StageHost:
         """Make the program of an assignment and take part in its job.
 
         `limit_bytes` is what this machine offers: for the program, and as much again for tensors that wait.
-        `slowdown` stretches every pass by that factor (lab mode). `on_end(reason)` is awaited once when the driver
+        `slowdown` stretches every pass (lab mode). `on_end(reason)` is awaited once when the driver
         ends the job, its machine is lost, or this part failed. Raises GraphError for operators that the plane
         cannot run, JobError for weights that exceed the limit.
         """
@@ -145,6 +141,8 @@ class StageHost:
             await host._compute.stop()
             raise
         host._compute.use(host._program)
+        host._tied = TiedGradients(assignment, wire, host._compute, host._program, host._count_sent)
+        host._weights = WeightTraffic(assignment, wire, host._compute, host._program, host._count_sent)
         wire.attach(assignment.job, host)
         return host
 
@@ -186,9 +184,16 @@ class StageHost:
             case Commit():
                 self._commit(message)
             case Ready():
-                await self._ready(message)
+                await self._weights.ready(message)
+                await self.connect()
+            case Inherit():
+                self._weights.inherit(message)
+            case HandOver():
+                if self._current is not None or self._committing is not None:
+                    raise ProtocolError("weights are handed over between two steps, and a round is in progress")
+                return msgspec.msgpack.encode(HandedOver(await self._weights.hand_over(message)))
             case Pull():
-                await self._pull(message)
+                await self._weights.pull(message)
             case End():
                 self._own(self._end(message.reason or "the driver ended the job"))
             case _:
@@ -199,20 +204,19 @@ class StageHost:
         """Take a boundary tensor, a tied gradient, or a weight to load."""
         match header:
             case Boundary():
-                self._check_source(peer, header)
+                check_source(self.assignment, peer, header)
                 current = await self._round_of(header.round)
                 if current is not None:
                     self._accept(
                         current, header, tensor, limit_bytes=self._limit_bytes if peer != self._wire.me else None
                     )
             case TiedGradient():
-                await self._keep_tied(peer, header, tensor)
+                self._tied.check(peer, header, tensor)
+                current = await self._round_of(header.round)
+                if current is not None and current.train:
+                    self._tied.keep(peer, header, tensor)
             case Tensor():
-                if peer != self.assignment.owner:
-                    raise ProtocolError(f"a weight came from {peer[:12]}, which is not the driver")
-                await self._compute.call(lambda: self._program.load(header.key, tensor, header.state))
-                self._loaded += 1
-                self._arrived.set()
+                await self._weights.take(peer, header, tensor)
 
     async def on_peer_closed(self, peer: PeerId, error: NetworkError) -> None:
         """The owner's loss ends this part. A neighbour's does when the driver, whom it concerns first, does nothing."""
@@ -278,36 +282,11 @@ class StageHost:
             await self._begun.wait()
         return self._current if self._current is not None and self._current.number == number else None
 
-    async def _keep_tied(self, peer: PeerId, header: TiedGradient, tensor: TensorData) -> None:
-        if peer not in self.assignment.tied.get(header.key, ()) or header.key not in self._tied_types:
-            raise ProtocolError(f"{peer[:12]} holds no tied weight {header.key[:80]!r}")
-        declared = self._tied_types[header.key]
-        if (tensor.dtype, tensor.shape) != (declared.dtype, declared.shape):
-            raise ProtocolError(
-                f"the gradient of {header.key!r} came as {tensor.dtype}{list(tensor.shape)}, but the weight is "
-                f"{declared.dtype}{list(declared.shape)}"
-            )
-        current = await self._round_of(header.round)
-        if current is not None and current.train:
-            self._tied.setdefault((header.key, peer), tensor)  # a repetition changes nothing
-            self._arrived.set()
-
-    def _check_source(self, peer: PeerId, header: Boundary) -> None:
-        peers = self.assignment.stage_peers
-        if header.source == -1:
-            expected = self.assignment.owner
-        elif 0 <= header.source < len(peers):
-            expected = peers[header.source]
-        else:
-            raise ProtocolError(f"stage {header.source} does not exist; the job has {len(peers)}")
-        if peer != expected:
-            raise ProtocolError(f"a tensor of stage {header.source} came from {peer[:12]}, which has other stages")
-
     def _accept(self, current: Round, header: Boundary, tensor: TensorData, *, limit_bytes: int | None = None) -> None:
         subdag = next((each for each in self.assignment.subdags if each.index == header.target), None)
         if subdag is None:
             raise ProtocolError(f"stage {header.target} is not on this machine")
-        _check_type(subdag, header, tensor, current)
+        check_type(subdag, header, tensor, current.sizes)
         slot = Slot(header.target, header.index, header.value, header.gradient, header.source)
         self._compute.deliver(slot, tensor, limit_bytes=limit_bytes)
 
@@ -336,22 +315,15 @@ class StageHost:
             self._post(self.assignment.stage_peers[target], header, tensor)
 
     def _post(self, peer: str, header: Boundary, tensor: TensorData) -> None:
-        """Queue a tensor for a peer; what waits is bounded by the microbatches in flight."""
         if peer == self._wire.me:
-            assert self._current is not None
             self._accept_locally(header, tensor)
             return
-        self.bytes_sent[peer] += tensor.nbytes
-        self._round_bytes[peer] += tensor.nbytes
-        if peer not in self._outgoing:
-            self._outgoing[peer] = asyncio.Queue()
-            self._own(self._send_all(PeerId(peer), self._outgoing[peer]))
-        self._outgoing[peer].put_nowait((header, tensor))
-        self._waiting_bytes += tensor.nbytes
-        if self._waiting_bytes > self._limit_bytes:
-            # Training is bounded by what is in flight; an evaluation only by those who take its tensors.
-            text = f"{self._waiting_bytes:,} bytes wait to be sent, and the next compnode takes them too slowly"
-            self._own(self._fail(JobError(text)))
+        self._count_sent(peer, tensor.nbytes)
+        self._outgoing.post(PeerId(peer), header, tensor)
+
+    def _count_sent(self, peer: str, nbytes: int) -> None:
+        self.bytes_sent[peer] += nbytes
+        self._round_bytes[peer] += nbytes
 
     def _accept_locally(self, header: Boundary, tensor: TensorData) -> None:
         assert self._current is not None
@@ -360,21 +332,10 @@ class StageHost:
         except FusionError as error:
             self._own(self._fail(error))
 
-    async def _send_all(self, peer: PeerId, queue: asyncio.Queue[tuple[Boundary, TensorData]]) -> None:
-        while True:
-            header, tensor = await queue.get()
-            try:
-                await self._wire.send(peer, header, tensor)
-                self._waiting_bytes -= tensor.nbytes
-            except PeerLost:
-                # The driver hears of the lost machine from the broker and from its own link, and names it.
-                log.info("job %s: %s is gone; a tensor for it is dropped", self.assignment.job, peer[:12])
-                return
-
     async def _round_done(self, current: Round) -> None:
         norms: dict[WeightKey, float] = {}
         if current.train:
-            await self._sum_tied(current)
+            await self._tied.sum(current.number)
             others = [key for key, holders in self.assignment.tied.items() if holders[0] != self._wire.me]
             norms = await self._compute.call(lambda: self._program.gradient_norms(others))
             self._committing = current
@@ -394,28 +355,6 @@ class StageHost:
         )
         await self._wire.notify(PeerId(self.assignment.owner), report)
 
-    async def _sum_tied(self, current: Round) -> None:
-        """Replace the gradient of each tied weight by the sum over its holders, last stage first as in one process."""
-        me = self._wire.me
-        mine: dict[WeightKey, TensorData] = {}
-        for key, holders in self.assignment.tied.items():
-            gradient = await self._compute.call(lambda key=key: self._program.read_gradient(key))  # type: ignore[misc]
-            mine[key] = gradient
-            header = TiedGradient(self.assignment.job, current.number, key, gradient.dtype, gradient.shape)
-            for holder in holders:
-                if holder != me:
-                    self.bytes_sent[holder] += gradient.nbytes
-                    self._round_bytes[holder] += gradient.nbytes
-                    await self._wire.send(PeerId(holder), header, gradient)
-        for key, holders in self.assignment.tied.items():
-            due = [(key, holder) for holder in holders if holder != me]
-            while not all(slot in self._tied for slot in due):
-                self._arrived.clear()
-                await self._arrived.wait()
-            parts = [mine[key] if holder == me else self._tied[key, holder] for holder in reversed(holders)]
-            await self._compute.call(lambda key=key, parts=parts: self._program.set_gradient(key, parts))  # type: ignore[misc]
-        self._tied.clear()
-
     def _commit(self, message: Commit) -> None:
         committing, self._committing = self._committing, None
         if committing is None or message.round != committing.number:
@@ -427,19 +366,7 @@ class StageHost:
             done = self._compute.submit(self._program.discard)
         self._own(_finished(done))
 
-    # --- weights ------------------------------------------------------------------------------------------------
-
-    async def _ready(self, message: Ready) -> None:
-        # Bulk and control are not ordered against each other: the last weights may still be on their way.
-        async with asyncio.timeout(LOAD_TIMEOUT_S):
-            while self._loaded < message.tensors:
-                self._arrived.clear()
-                await self._arrived.wait()
-        missing = self._program.missing()
-        if missing:
-            raise JobError(f"{len(missing)} weights were not sent, such as {missing[0]!r}")
-        await self._compute.call(lambda: self._program.set_optimizer_step(message.optimizer_step))
-        await self.connect()
+    # --- links ----------------------------------------------------------------------------------------------------
 
     async def connect(self) -> None:
         """Link to every neighbour. Raises PeerTimeout or PeerLost naming the neighbour."""
@@ -455,16 +382,6 @@ class StageHost:
                     await endpoint.wait_for_link(peer, LINK_TIMEOUT_S)
             except NetworkError as error:
                 raise type(error)(f"no link to compnode {neighbour.name}: {error}") from error
-
-    async def _pull(self, message: Pull) -> None:
-        async with self._pulling:  # one copy of one tensor at a time, however many requests there are
-            for key, state in message.tensors:
-                tensor = await self._compute.call(
-                    lambda key=key, state=state: self._program.read(key, state)  # type: ignore[misc]
-                )
-                header = Pulled(self.assignment.job, key, state, tensor.dtype, tensor.shape)
-                await self._wire.send(PeerId(self.assignment.owner), header, tensor)
-                del tensor
 
     # --- ending -------------------------------------------------------------------------------------------------
 
@@ -506,25 +423,6 @@ class StageHost:
 async def _finished(future: Future[None]) -> None:
     """Wait for a call to the program, raising what it raised."""
     await asyncio.wrap_future(future)
-
-
-def _check_type(subdag: SubDag, header: Boundary, tensor: TensorData, current: Round) -> None:
-    """Refuse a tensor whose shape or kind is not the declared one."""
-    if header.source == -1:
-        declared = next((item.type for item in subdag.inputs if item.name == header.value), None)
-    else:
-        transfers = subdag.sends if header.gradient else subdag.receives
-        declared = next((item.type for item in transfers if item.value == header.value), None)
-    if declared is None:
-        return  # the ledger names it: it is not due
-    shape = concrete(declared, current.sizes)
-    # Under autocast an activation may travel in another floating dtype than the graph declares.
-    same_kind = tensor.dtype == declared.dtype or (tensor.dtype in FLOATING and declared.dtype in FLOATING)
-    if tensor.shape != shape or not same_kind:
-        raise ProtocolError(
-            f"{header.value!r} came as {tensor.dtype}{list(tensor.shape)}, "
-            f"but the OP-DAG says {declared.dtype}{list(shape)}"
-        )
 
 
 def _scalar(tensor: TensorData) -> float:

@@ -1,0 +1,65 @@
+"""Shares of a plan to the machines that are to hold them, and links between these."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from fusionai.broker.codec import ASSIGNMENT
+from fusionai.broker.messages import Assign, Connect
+from fusionai.broker.parcels import pack
+from fusionai.broker.pool import PoolState
+from fusionai.broker.prober import Prober
+from fusionai.broker.records import MemberRecord
+from fusionai.broker.tasks import all_of
+from fusionai.errors import FusionError, JobError, NetworkError, PeerTimeout
+from fusionai.network.identity import PeerId
+from fusionai.training.messages import Assignment, JobId
+
+ASSIGN_TIMEOUT_S = 120.0
+"""How long a machine may take to receive its sub-DAGs and make its program."""
+CONNECT_TIMEOUT_S = 60.0
+
+
+async def hand_out(
+    state: PoolState, prober: Prober, shares: Mapping[PeerId, Assignment], members: Mapping[PeerId, MemberRecord]
+) -> None:
+    """Give every machine its share; when this returns, all have made their programs and are linked.
+
+    Raises FusionError: what a machine answered, with its name. The others may hold their shares then.
+    """
+    async with prober.undisturbed(members):
+        await all_of(_assign(state, members[peer], share) for peer, share in shares.items())
+        # Only now does every machine know whom to admit.
+        await all_of(_connect(state, members[peer], share.job) for peer, share in shares.items())
+
+
+async def _assign(state: PoolState, member: MemberRecord, share: Assignment) -> None:
+    packed = await asyncio.to_thread(pack, share)
+    try:
+        async with asyncio.timeout(ASSIGN_TIMEOUT_S):
+            link = state.link(member.peer)
+            await link.send_bulk(ASSIGNMENT, share.job.encode(), packed)
+            await state.order(member.peer, Assign(share.job), timeout_s=ASSIGN_TIMEOUT_S)
+    except TimeoutError:
+        raise PeerTimeout(f"{_who(member)} did not take its share of the job within {ASSIGN_TIMEOUT_S:.0f} s") from None
+    except FusionError as error:
+        raise _named(error, f"{_who(member)} cannot take its share of the job") from error
+
+
+async def _connect(state: PoolState, member: MemberRecord, job: JobId) -> None:
+    try:
+        await state.order(member.peer, Connect(job), timeout_s=CONNECT_TIMEOUT_S)
+    except FusionError as error:
+        raise _named(error, f"{_who(member)} cannot link to its neighbours") from error
+
+
+def _who(member: MemberRecord) -> str:
+    return f"{member.role} {member.name}"
+
+
+def _named(error: FusionError, what: str) -> FusionError:
+    """Return the error with a machine's name in front; a broken connection gets no class of its own."""
+    if isinstance(error, NetworkError) and not isinstance(error, PeerTimeout):
+        return JobError(f"{what}: {error}")
+    return type(error)(f"{what}: {error}")

@@ -1,0 +1,204 @@
+"""A running job gets a new plan: planned on what its machines are now, and handed out while the old one steps on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from msgspec.structs import replace
+
+from fusionai.broker.assigning import assignments
+from fusionai.broker.handing_out import hand_out
+from fusionai.broker.launching import GRAPH_TIMEOUT_S, Launcher, candidate, decoded
+from fusionai.broker.lifecycle import Lifecycle
+from fusionai.broker.messages import Prepared, Release, Replan
+from fusionai.broker.planning import with_history
+from fusionai.broker.pool import PoolState
+from fusionai.broker.prober import Prober
+from fusionai.broker.records import JobRecord, MemberRecord, Preparation
+from fusionai.errors import JobError
+from fusionai.graph.cuts import cut
+from fusionai.graph.model import OpDag
+from fusionai.network.identity import PeerId
+from fusionai.scheduling.corrections import corrected
+from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.profile import AccessProfile, Member, Pool
+from fusionai.scheduling.replanning import Replanned, replanned
+from fusionai.training.generations import generation
+from fusionai.training.messages import JobId
+from fusionai.training.weight_routes import keys_by_peer, routes
+
+log = logging.getLogger(__name__)
+
+
+class Replanner:
+    """Prepares new plans of running jobs, one at a time for each."""
+
+    def __init__(self, state: PoolState, prober: Prober, lifecycle: Lifecycle, launcher: Launcher) -> None:
+        self._state = state
+        self._prober = prober
+        self._lifecycle = lifecycle
+        self._launcher = launcher
+        self._working: set[JobId] = set()
+
+    async def prepare(self, owner: MemberRecord, message: Replan) -> Prepared:
+        """Look for a better plan; when this returns one, its machines hold their shares and are linked.
+
+        Raises:
+            JobError: the job is not running, or a plan is prepared for it already.
+            FusionError: what a machine answered. Nobody holds anything of the new plan then.
+        """
+        record = self._lifecycle.owned(owner.peer, message.job)
+        if record.state != "running" or record.plan is None:
+            raise JobError(f"the job is {record.state}: only a running one can go on by another plan")
+        if record.preparing is not None or record.job in self._working:
+            raise JobError("another plan is prepared for this job already")
+        self._working.add(record.job)
+        try:
+            graph_hash = record.plan.graph_hash
+            data = await self._launcher.graphs.take(owner.peer, graph_hash, timeout_s=GRAPH_TIMEOUT_S)
+            graph = await asyncio.to_thread(decoded, data, graph_hash, message.back)
+            del data
+            return await self._prepare(owner, record, record.plan, message, graph)
+        finally:
+            self._working.discard(record.job)
+
+    async def _prepare(
+        self, owner: MemberRecord, record: JobRecord, running: Plan, message: Replan, graph: OpDag
+    ) -> Prepared:
+        job = record.job
+        async with self._launcher.planning:
+            members = self._members(record, message.machines)
+            found = await self._plan(owner, members, running, message, graph)
+            if found is None:
+                return Prepared("no other plan is worth its move")
+            problem = self._problem(owner, members, running, found.plan)
+            if problem is not None:
+                return Prepared(problem)
+            peers = {PeerId(stage.peer) for stage in found.plan.stages} - {owner.peer}
+            preparation = Preparation(
+                generation=generation(job, record.prepared + 1),
+                plan=found.plan,
+                compnodes={peer: members[peer].name for peer in sorted(peers)},
+            )
+            self._lifecycle.prepare(job, preparation)
+        everybody = {owner.peer: owner, **members}
+        try:
+            await self._hand_out(everybody, owner.peer, running, preparation, graph, message)
+            current = self._state.jobs.get(job)
+            if current is None or current.preparing != preparation:
+                raise JobError("the new plan was given up while its machines took their shares")
+        except BaseException as error:
+            reason = str(error) or "the owner went"
+            self._lifecycle.forget(job, reason, tell_owner=False)
+            for peer in {owner.peer, *record.compnodes, *preparation.compnodes}:
+                # Even if it was forgotten before: what was under way to the machines then has arrived now.
+                self._state.tell(peer, Release(preparation.generation, reason))
+            raise
+        return Prepared(
+            found.reason,
+            preparation.generation,
+            found.plan,
+            {str(peer): name for peer, name in ((owner.peer, owner.name), *preparation.compnodes.items())},
+            any(everybody[peer].lab for peer in (owner.peer, *preparation.compnodes)),
+            found.gain_s,
+            found.move_s,
+        )
+
+    def _members(self, record: JobRecord, named: Sequence[str]) -> dict[PeerId, MemberRecord]:
+        """Return the compnodes that a new plan may use or take weights from: the job's own, and idle ones."""
+        registry = self._state.registry
+        own = [registry.get(peer) for peer in record.compnodes if registry.is_present(peer)]
+        idle = [each for each in registry.idle() if not named or each.name in named]
+        return {each.peer: each for each in (*own, *idle) if each is not None}
+
+    async def _plan(
+        self,
+        owner: MemberRecord,
+        members: Mapping[PeerId, MemberRecord],
+        running: Plan,
+        message: Replan,
+        graph: OpDag,
+    ) -> Replanned | None:
+        peers = [*members, owner.peer]
+        estimates = await self._state.estimates.refresh(now=True)
+        access: dict[str, AccessProfile] = {peer: estimates[peer] for peer in peers if peer in estimates}
+        offered = tuple(
+            _as_it_is(with_history(self._state, candidate(each)), message.factors) for each in members.values()
+        )
+        make = partial(
+            replanned,
+            graph,
+            running=running,
+            optimizer_states=len(message.options.optimizer.states),
+            precision=message.options.precision,
+            pool=Pool(members=offered, links=self._state.links.matrix(peers), access=access),
+            owner=_as_it_is(candidate(owner), message.factors),
+            front=message.front,
+            back=message.back,
+            steps_left=message.steps_left,
+            split_backward=not message.options.compile,
+            compnodes=message.compnodes,
+        )
+        return await asyncio.to_thread(make)
+
+    def _problem(
+        self,
+        owner: MemberRecord,
+        members: Mapping[PeerId, MemberRecord],
+        running: Plan,
+        plan: Plan,
+    ) -> str | None:
+        """Return why a plan cannot be taken, None if it can."""
+        records = {owner.peer: owner, **members}
+        before = {stage.peer for stage in running.stages} - {owner.peer}
+        gone = before - records.keys()
+        if gone:
+            return f"{', '.join(self._state.registry.name(PeerId(each)) for each in sorted(gone))} has left"
+        for peer in dict.fromkeys(stage.peer for stage in plan.stages):
+            record = records.get(PeerId(peer))
+            if record is None or self._state.endpoint.link(record.peer) is None:
+                return "a machine of the better plan went while it was made"
+            need = sum(stage.predicted.memory_bytes for each in (running, plan) for stage in each.stages_of(peer))
+            offer = record.device.memory_bytes if record.device is not None else 0
+            if need > offer:
+                return (
+                    f"{record.name} would need {need:,} bytes for its old and its new share beside each other, and "
+                    f"offers {offer:,}"
+                )
+        return None
+
+    async def _hand_out(
+        self,
+        members: Mapping[PeerId, MemberRecord],
+        owner: PeerId,
+        running: Plan,
+        preparation: Preparation,
+        graph: OpDag,
+        message: Replan,
+    ) -> None:
+        old, new = await asyncio.to_thread(lambda: (cut(graph, running.cuts), cut(graph, preparation.plan.cuts)))
+        ways = routes(
+            keys_by_peer(old, [stage.peer for stage in running.stages]),
+            keys_by_peer(new, [stage.peer for stage in preparation.plan.stages]),
+        )
+        handing = {PeerId(peer): {PeerId(each) for each in others} for peer, others in ways.pairs().items()}
+        shares = assignments(
+            preparation.generation,
+            preparation.plan,
+            new,
+            members,
+            owner,
+            self._state.links,
+            message.options,
+            handing,
+        )
+        await hand_out(self._state, self._prober, shares, {peer: members[peer] for peer in shares})
+
+
+def _as_it_is(member: Member, factors: Mapping[str, float]) -> Member:
+    """Return a member with the speed that it was last seen to have."""
+    factor = factors.get(member.peer)
+    return member if factor is None else replace(member, device=corrected(member.device, factor))

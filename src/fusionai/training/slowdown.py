@@ -1,0 +1,42 @@
+"""Lab mode's emulated speed of a machine: a factor by which its passes are stretched, which may change at a step."""
+
+from __future__ import annotations
+
+import msgspec
+
+from fusionai.errors import ConfigError
+
+
+class Throttle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A machine that becomes slower while it trains, as one that grows too hot does."""
+
+    after_steps: int
+    """Steps of the job, counted from its very first, that run at full speed."""
+    factor: float
+    """Passes take so many times as long from then on, on top of a slowdown."""
+
+    def __post_init__(self) -> None:
+        if self.after_steps < 0:
+            raise ConfigError(f"after_steps must be at least 0, got {self.after_steps}")
+        if not 1 <= self.factor < 1e6:
+            raise ConfigError(f"factor must be at least 1, got {self.factor}")
+
+
+class Slowdown(msgspec.Struct, frozen=True):
+    """How much slower than its hardware a machine is to be."""
+
+    factor: float = 1.0
+    throttle: Throttle | None = None
+
+    def at(self, step: int) -> float:
+        """Return the factor in a step, the job's first being 0."""
+        throttled = self.throttle is not None and step >= self.throttle.after_steps
+        return self.factor * (self.throttle.factor if throttled and self.throttle is not None else 1.0)
+
+    @property
+    def emulated(self) -> bool:
+        """Whether it changes anything."""
+        return self.factor != 1.0 or self.throttle is not None
+
+
+FULL_SPEED = Slowdown()
