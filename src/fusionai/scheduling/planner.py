@@ -132,8 +132,9 @@ def plan_training(
         if fitting:
             # Polishing ends in a local minimum: where it starts matters.
             fitting = sorted(fitting, key=lambda each: each.plan.predicted_step_s)[:_MOST_POLISHED]
-            polished = fitting if in_order else [polished(task, segments, each, limit) for each in fitting]
-            best = min(polished, key=lambda each: each.plan.predicted_step_s)
+            if not in_order:
+                fitting = [polished(task, segments, each, limit) for each in fitting]
+            best = min(fitting, key=lambda each: each.plan.predicted_step_s)
             return _explained(task, best.plan, members, chosen=bool(compnodes) or cuts is not None)
         owner_failure = too_large or owner_failure
     if owner_failure:
