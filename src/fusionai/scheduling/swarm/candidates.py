@@ -11,6 +11,7 @@ import numpy as np
 from fusionai.scheduling.links import Indices
 from fusionai.scheduling.swarm.chain import Chain, hops_of, measured, ordered, proportional, roomy, solved
 from fusionai.scheduling.swarm.grouping import Grouping
+from fusionai.scheduling.swarm.polish import polished
 from fusionai.scheduling.swarm.selection import Selection, selected
 from fusionai.scheduling.swarm.work import Work
 
@@ -79,6 +80,20 @@ class ChainSolver:
         place = {int(machine): index for index, machine in enumerate(machines)}
         self.known[key] = None if best is None else (tuple(place[each] for each in best.machines), best)
         return best
+
+    def polish(self, chain: Chain, microbatches: int, sum_s_per_byte: float) -> Chain:
+        """Return a chain polished; chains alike in machines, links and cuts are polished alike, and only once."""
+        machines = np.asarray(chain.machines)
+        # A few microbatches more or less make no other chain better.
+        rounds = max(1, round(microbatches, 1 - len(str(microbatches))))
+        key = (b"polished", *self._key(machines, rounds, sum_s_per_byte, *chain.bounds))
+        if key not in self.known:
+            better = polished(self.work, chain, rounds, sum_s_per_byte=sum_s_per_byte)
+            place = {int(machine): index for index, machine in enumerate(machines)}
+            self.known[key] = tuple(place[each] for each in better.machines), better
+        found = self._like(machines, self.known[key])
+        assert found is not None, "a polished chain is at least the chain itself"
+        return found
 
     def _held(
         self, machines: Indices, microbatches: int, sharing: float, ideal_s: float

@@ -111,8 +111,9 @@ def plan(task: SwarmTask) -> SwarmPlan:
         # A schedule is hardly ever faster than the ideal pipeline, and working it through takes time.
         if found and selection.step_s >= min(each.step_s for each in found):
             continue
-        if (made := worked_through(solver, selection)) is not None:
-            found.append(made)
+        for tried in (selection, _polished(solver, selection)):
+            if tried is not None and (made := worked_through(solver, tried)) is not None:
+                found.append(made)
     known_s = min((each.step_s for each in found), default=math.inf)
     small = (worked_through(solver, selection) for selection in best_small_chains(work, known_s))
     found += [each for each in small if each is not None]
@@ -149,6 +150,15 @@ def _selections(solver: ChainSolver) -> list[Selection]:
         rest = [pair for pair in guesses if pair not in chosen]
         found = [each for each in (refined(solver, way, guess) for guess, way in rest) if each is not None]
     return found
+
+
+def _polished(solver: ChainSolver, selection: Selection) -> Selection | None:
+    """Return a selection with its chains polished; None if nothing is gained."""
+    pairs = zip(selection.chains, selection.shares, strict=True)
+    chains = [solver.polish(chain, share, selection.sum_s_per_byte) for chain, share in pairs]
+    if chains == list(selection.chains):
+        return None
+    return selected(solver.work, chains)
 
 
 def worked_through(solver: ChainSolver, selection: Selection) -> Outcome | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from fusionai.scheduling.partition import Line, Split, best_of_order, frontier
 from fusionai.scheduling.swarm.chain import hops_of, measured, ordered
 from fusionai.scheduling.swarm.grouping import fenced
 from fusionai.scheduling.swarm.outcome import Outcome, outcome
+from fusionai.scheduling.swarm.polish import polished
 from fusionai.scheduling.swarm.running import run
 from fusionai.scheduling.swarm.work import Work
 
@@ -47,8 +48,9 @@ def everyone_in_one_chain(work: Work) -> Outcome | None:
             if found is None or found.bounds in tried:
                 continue
             tried.add(found.bounds)
+            chain = polished(work, measured(work, order, np.asarray(found.bounds), 1.0, rounds), rounds)
             for held in dict.fromkeys((rounds, min(rounds, limit))):
-                made = run(work, measured(work, order, np.asarray(found.bounds), 1.0, held), rounds)
+                made = run(work, replace(chain, in_flight_limit=held), rounds)
                 if made.possible:
                     whole = outcome(work, [made])
                     best = whole if best is None or whole.step_s < best.step_s else best
@@ -63,27 +65,29 @@ def _cuts(line: Line) -> Split | None:
 
 def _orders(work: Work, machines: Indices) -> Iterator[Indices]:
     """Yield orders: by hops alone, along the fence, and those with machines of most memory first in each cluster."""
-    fence = _least_crossing(work, fenced(work))
-    by_memory = [each[np.argsort(-work.budget_bytes[each], kind="stable")] for each in fence]
-    ways = [
-        ordered(work, machines),
-        np.concatenate(fence),
-        np.concatenate(fence)[::-1],
-        np.concatenate(by_memory),
-        np.concatenate(by_memory[::-1]),
-    ]
+    fences = [_least_crossing(work, fenced(work), closed) for closed in (False, True)]
+    ways = [ordered(work, machines)]
+    for fence in fences:
+        by_memory = [each[np.argsort(-work.budget_bytes[each], kind="stable")] for each in fence]
+        ways += [np.concatenate(each) for each in (fence, fence[::-1], by_memory, by_memory[::-1])]
     yield from {order.tobytes(): order for order in ways}.values()
 
 
-def _least_crossing(work: Work, fence: list[Indices]) -> list[Indices]:
-    """Return clusters in the order whose links hold a step up least: each delays once, the slowest every microbatch."""
-    if not 2 < len(fence) <= _MOST_CLUSTERS:
+def _least_crossing(work: Work, fence: list[Indices], closed: bool) -> list[Indices]:
+    """Return clusters in the order whose links hold a step up least: each delays once, the slowest every microbatch.
+
+    `closed`: the chain ends in the cluster where it begins, so that tied weights of both ends are summed within it.
+    """
+    if not 1 < len(fence) <= _MOST_CLUSTERS:
         return fence
     hop = hops_of(work, np.asarray([each[0] for each in fence]), 1.0)
     rounds = work.task.microbatches
 
     def held_up_s(order: tuple[int, ...]) -> float:
-        crossed = [max(hop[one, other], hop[other, one]) for one, other in zip(order, order[1:], strict=False)]
+        path = (*order, order[0]) if closed else order
+        crossed = [max(hop[one, other], hop[other, one]) for one, other in pairwise(path)]
         return float(sum(crossed) + (rounds - 1) * max(crossed))
 
-    return [fence[index] for index in min(permutations(range(len(fence))), key=held_up_s)]
+    ways = (way for way in permutations(range(len(fence))) if not closed or len(fence[way[0]]) > 1)
+    found = [fence[index] for index in min(ways, key=held_up_s, default=range(len(fence)))]
+    return [found[0][:-1], *found[1:], found[0][-1:]] if closed and len(found[0]) > 1 else found

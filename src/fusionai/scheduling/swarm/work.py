@@ -119,8 +119,11 @@ class Work:
         return tuple(np.concatenate([np.zeros((len(each), 1)), np.cumsum(each, axis=1)], axis=1) for each in tables)
 
     def stage_s(self, machines: Indices, bounds: Indices) -> tuple[Floats, Floats]:
-        """Return, by stage, the seconds of both passes, and of the backward those after the gradients have left."""
-        start, stop = bounds[:-1], bounds[1:]
+        """Return, by stage, the seconds of both passes, and of the backward those after the gradients have left.
+
+        Shapes (..., M) for machines and (..., M + 1) for bounds: many chains may be asked for at once.
+        """
+        start, stop = bounds[..., :-1], bounds[..., 1:]
         forward, backward, starts, back_starts, deferred = (
             until[machines, stop] - until[machines, start] for until in self._until_NP
         )
