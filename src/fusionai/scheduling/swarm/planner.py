@@ -32,7 +32,7 @@ from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.scheduling.swarm.work import Work, make_work
 from fusionai.scheduling.swarm_plan import SwarmPlan
 
-_REFINED = 8
+_REFINED = 14
 """Groupings whose chains are solved."""
 
 _MANY_CHAINS = 16
@@ -111,9 +111,8 @@ def plan(task: SwarmTask) -> SwarmPlan:
         # A schedule is hardly ever faster than the ideal pipeline, and working it through takes time.
         if found and selection.step_s >= min(each.step_s for each in found):
             continue
-        for tried in (selection, _polished(solver, selection)):
-            if tried is not None and (made := worked_through(solver, tried)) is not None:
-                found.append(made)
+        if (made := worked_through(solver, selection)) is not None:
+            found.append(made)
     known_s = min((each.step_s for each in found), default=math.inf)
     small = (worked_through(solver, selection) for selection in best_small_chains(work, known_s))
     found += [each for each in small if each is not None]
@@ -143,8 +142,9 @@ def _selections(solver: ChainSolver) -> list[Selection]:
         best_s = min((each.step_s for each in found), default=math.inf)
         if guess.step_s > best_s * (_HOPELESS_OF_MANY if len(way.groups) > _MANY_CHAINS else _HOPELESS):
             continue
-        if (made := refined(solver, way, guess)) is not None:
-            found.append(made)
+        made = refined(solver, way, guess)
+        starts = [guess] if made is None else [made, guess]
+        found += [each for each in (made, *(_polished(solver, start) for start in starts)) if each is not None]
     if not found:
         # Quick guesses do not look at memory within a group: whatever fits is welcome.
         rest = [pair for pair in guesses if pair not in chosen]

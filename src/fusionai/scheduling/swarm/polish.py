@@ -99,7 +99,7 @@ class _Scale:
         self.delay_s_MM = work.task.delays(machines[:, None], machines[None])
 
     def _tied_s(self, stop_WM: Indices, order_WM: Indices) -> Floats:
-        """Return, by way, the seconds of summing gradients of weights that two stages hold, as tied embeddings are."""
+        """Return, by way, the seconds in which one pipeline sums what two of its stages hold, as tied embeddings are."""
         ways = np.arange(len(stop_WM))
         total = np.zeros(len(stop_WM))
         for size, parts in self.work.weights:
@@ -134,8 +134,8 @@ class _Scale:
         with np.errstate(divide="ignore", invalid="ignore"):
             limited_s = (trips_s / held).max(axis=1)
         total = latency + (rounds - 1) * np.maximum(period, limited_s)
-        total = total + self._tied_s(stop, order_WM)
         if self.sum_s_per_byte:
-            weights = work.weights_P
-            total = total + self.sum_s_per_byte * (weights[stop] - weights[start]).max(axis=1)
+            total = total + self.sum_s_per_byte * work.stage_weight_bytes(bounds_WB).max(axis=1)
+        else:
+            total = total + self._tied_s(stop, order_WM)
         return np.where((held >= 1).all(axis=1), total, np.inf)

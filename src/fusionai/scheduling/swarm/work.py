@@ -212,6 +212,20 @@ class Work:
                 size_S[first] += size
         return np.concatenate([[0.0], np.cumsum(size_S)])
 
+    def stage_weight_bytes(self, bounds: Indices) -> Floats:
+        """Return, by stage, the bytes of weights that train, a tied one in each stage that uses it.
+
+        Shape (..., M) for bounds of shape (..., M + 1), as in `stage_s`.
+        """
+        start, stop = bounds[..., :-1], bounds[..., 1:]
+        found = self.weights_P[stop] - self.weights_P[start]
+        for size, parts in self.weights:
+            first, *others = (part - self.before for part in parts)
+            for part in others:
+                with_first = (start <= first) & (first < stop)
+                found = found + size * ((start <= part) & (part < stop) & ~with_first)
+        return np.asarray(found)
+
     def line(
         self,
         machines: Indices,
