@@ -59,7 +59,9 @@ def _workload(make: Callable[[], Any], sequences: int, tokens: int, precision: P
     if precision == "bf16":
         model = model.to(torch.bfloat16)
     graph = capture_transformers(model).graph
-    return Workload(graph, {symbol: (sequences, tokens)[axis] for symbol, (_, axis) in graph.symbols.items()}, precision)
+    return Workload(
+        graph, {symbol: (sequences, tokens)[axis] for symbol, (_, axis) in graph.symbols.items()}, precision
+    )
 
 
 def _llama_1b() -> LlamaForCausalLM:
@@ -132,9 +134,7 @@ def clustered_links(count: int, clusters: int, draw: random.Random) -> Clustered
 
 def equal_links(count: int, megabits: float) -> ClusteredLinks:
     """Return links that are all alike, half a millisecond there and back."""
-    return ClusteredLinks(
-        np.zeros(count, dtype=np.int64), np.full((1, 1), megabits * MEGABIT), np.full((1, 1), 5e-4)
-    )
+    return ClusteredLinks(np.zeros(count, dtype=np.int64), np.full((1, 1), megabits * MEGABIT), np.full((1, 1), 5e-4))
 
 
 def pool_of(seed: int) -> tuple[tuple[Member, ...], ClusteredLinks]:

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from planner_pools import WORKLOADS, Workload, clustered_links, equal_links, gpus, pool_of
 
 from fusionai.errors import PlacementError
 from fusionai.scheduling.baselines.genetic_order import genetic_order
@@ -48,6 +47,7 @@ from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.scheduling.swarm.whole_pool import everyone_in_one_chain
 from fusionai.scheduling.swarm.work import Work, make_work
 from fusionai.scheduling.swarm_plan import SwarmPlan
+from planner_pools import WORKLOADS, Workload, clustered_links, equal_links, gpus, pool_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "scheduling"))
 

@@ -29,9 +29,7 @@ def chains_of(work: Work, most_machines: int) -> Iterator[Chain]:
 def best_single_step_s(work: Work) -> float:
     """Return the step of the fastest single pipeline."""
     rounds = work.task.microbatches
-    return min(
-        outcome(work, [run(work, chain, rounds)]).step_s for chain in chains_of(work, len(work.task.candidates))
-    )
+    return min(outcome(work, [run(work, chain, rounds)]).step_s for chain in chains_of(work, len(work.task.candidates)))
 
 
 def best_step_of_several_s(work: Work, known_s: float) -> float:
@@ -90,6 +88,8 @@ def _shared_s(seconds: list[list[float]], rounds: int) -> float:
     """Return the least time in which pipelines with these seconds by count do all microbatches, each at least one."""
     counts = [1] * len(seconds)
     for _ in range(rounds - len(seconds)):
-        further = [each[count] if count < len(each) else float("inf") for each, count in zip(seconds, counts, strict=True)]
+        further = [
+            each[count] if count < len(each) else float("inf") for each, count in zip(seconds, counts, strict=True)
+        ]
         counts[int(np.argmin(further))] += 1
     return max(each[count - 1] for each, count in zip(seconds, counts, strict=True))

@@ -102,13 +102,12 @@ class _Scale:
         """Return, by way, the seconds in which one pipeline sums what two of its stages hold, as tied embeddings are."""
         ways = np.arange(len(stop_WM))
         total = np.zeros(len(stop_WM))
-        for size, parts in self.work.weights:
-            if len(parts) > 1:
-                first, last = (
-                    order_WM[ways, (stop_WM <= part - self.work.before).sum(axis=1)] for part in (parts[0], parts[-1])
-                )
-                apart_s = size * np.maximum(self.out_s_MM[first, last], self.out_s_MM[last, first])
-                total += np.where(first == last, 0.0, apart_s + 2 * self.delay_s_MM[first, last])
+        for size, parts in self.work.tied:
+            first, last = (
+                order_WM[ways, (stop_WM <= part - self.work.before).sum(axis=1)] for part in (parts[0], parts[-1])
+            )
+            apart_s = size * np.maximum(self.out_s_MM[first, last], self.out_s_MM[last, first])
+            total += np.where(first == last, 0.0, apart_s + 2 * self.delay_s_MM[first, last])
         return total
 
     def seconds(self, bounds_WB: Indices, order_WM: Indices) -> Floats:
