@@ -1,4 +1,4 @@
-"""Every plan of a few machines, gone through: the reference that the planner's plans of small pools are held against."""
+"""Every plan of a few machines, gone through: what the planner's plans of small pools are held against."""
 
 from __future__ import annotations
 

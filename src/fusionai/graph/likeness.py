@@ -33,6 +33,9 @@ def likeness(subdag: SubDag) -> Hashable:
     def number(name: str) -> int:
         return numbers.setdefault(name, len(numbers))
 
+    def number_of_key(key: str) -> int:
+        return keys.setdefault(key, len(keys))
+
     def plain(argument: Argument) -> Hashable:
         if isinstance(argument, tuple):
             return tuple(plain(each) for each in argument)
@@ -44,7 +47,7 @@ def likeness(subdag: SubDag) -> Hashable:
     weights = tuple(
         (
             number(each.name),
-            keys.setdefault(each.key, len(keys)),
+            number_of_key(each.key),
             each.type,
             each.kind,
             each.trainable,

@@ -2,9 +2,9 @@
 
 The solver of cuts bounds how much a stage holds in flight before it knows where a stage stands, and takes machines in
 one order. Where memory decides, that loses a lot: a stage that has room for h microbatches passes at most h in the time
-that one is on its way to the end and back (Little's law, as in `in_flight`). Nor does it know that the two holders of a tied
-weight sum its gradients over the link between them. Here cuts and machines of a whole chain are changed a little, all
-ways at once, and the best change is kept while there is one.
+that one is on its way to the end and back (Little's law, as in `in_flight`). Nor does the solver know that the two
+holders of a tied weight sum its gradients over the link between them. Here cuts and machines of a whole chain are
+changed a little, all ways at once, and the best change is kept while there is one.
 
 Array suffixes: W = ways that are compared, M = machines of the chain, B = M + 1 bounds.
 """
@@ -99,7 +99,7 @@ class _Scale:
         self.delay_s_MM = work.task.delays(machines[:, None], machines[None])
 
     def _tied_s(self, stop_WM: Indices, order_WM: Indices) -> Floats:
-        """Return, by way, the seconds in which one pipeline sums what two of its stages hold, as tied embeddings are."""
+        """Return, by way, the seconds in which one pipeline sums the gradients that two of its stages hold parts of."""
         ways = np.arange(len(stop_WM))
         total = np.zeros(len(stop_WM))
         for size, parts in self.work.tied:
