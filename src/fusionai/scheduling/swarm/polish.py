@@ -31,7 +31,8 @@ _LEAST_GAIN = 1e-4
 def polished(work: Work, chain: Chain, microbatches: int, *, sum_s_per_byte: float = 0.0, swaps: bool = True) -> Chain:
     """Return a chain that takes at most as long as an ideal pipeline, its machines the same.
 
-    Changes: segments move from one machine to any other, those between shifted along; two machines change places.
+    Changes: segments move from one machine to any other, those between shifted along; two machines change places, or a
+    stretch of them is turned around.
     For chains without stages of the owner's; others come back as they are.
     """
     if work.task.pinned or len(chain.machines) < 2:
@@ -71,12 +72,15 @@ def _moved(bounds: Indices) -> Indices:
 
 
 def _swapped(order: Indices) -> Indices:
-    """Return (W, M): the order with each pair changed."""
+    """Return (W, M): the order with each pair changed, and with each stretch the other way around."""
     first, second = np.triu_indices(len(order), k=1)
     found = np.repeat(order[None], len(first), axis=0)
     ways = np.arange(len(first))
     found[ways, first], found[ways, second] = order[second], order[first]
-    return found
+    place = np.arange(len(order))
+    inside = (place >= first[:, None]) & (place <= second[:, None])
+    turned = np.where(inside, (first + second)[:, None] - place, place)
+    return np.concatenate([found, order[turned]])
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from fusionai.scheduling.links import Indices
 from fusionai.scheduling.partition import Line, Split, best_of_order, frontier
-from fusionai.scheduling.swarm.chain import hops_of, measured, ordered
+from fusionai.scheduling.swarm.chain import hops_of, measured, ordered, proportional
 from fusionai.scheduling.swarm.grouping import fenced
 from fusionai.scheduling.swarm.outcome import Outcome, outcome
 from fusionai.scheduling.swarm.polish import polished
@@ -26,6 +26,9 @@ _TOLERANCE = 5e-3
 _LIMITS = (1 << 30, 8, 3, 1)
 """Microbatches in flight that cuts leave room for."""
 
+_HELD = (1 << 30, 8)
+"""Limits on microbatches in flight with which schedules are worked through."""
+
 _MOST_CLUSTERS = 7
 """Clusters up to which all their orders are compared."""
 
@@ -33,8 +36,8 @@ _MOST_CLUSTERS = 7
 def everyone_in_one_chain(work: Work) -> Outcome | None:
     """Return the fastest pipeline found that all candidates take part in; None if none fits. Needs no owner's stages.
 
-    A few orders along the fence are tried; cuts are the best ones for an ideal pipeline of each, and their schedules
-    are worked through.
+    A few orders along the fence are tried; cuts are the best ones for an ideal pipeline of each, and in
+    proportion to speed. All are polished and their schedules worked through.
     """
     machines, rounds = work.task.candidates, work.task.microbatches
     if len(machines) > work.count:
@@ -42,15 +45,13 @@ def everyone_in_one_chain(work: Work) -> Outcome | None:
     best: Outcome | None = None
     for order in _orders(work, machines):
         line = work.line(order, rounds)
-        tried: set[tuple[int, ...]] = set()
-        for limit in _LIMITS:
-            found = _cuts(replace(line, in_flight_limit=limit))
-            if found is None or found.bounds in tried:
-                continue
-            tried.add(found.bounds)
-            chain = polished(work, measured(work, order, np.asarray(found.bounds), 1.0, rounds), rounds)
-            for held in dict.fromkeys((rounds, min(rounds, limit))):
-                made = run(work, replace(chain, in_flight_limit=held), rounds)
+        quick = proportional(work, order, 1.0, rounds).bounds
+        solved = (_cuts(replace(line, in_flight_limit=limit)) for limit in _LIMITS)
+        starts = [quick, *(found.bounds for found in solved if found is not None)]
+        for start in dict.fromkeys(starts):
+            chain = polished(work, measured(work, order, np.asarray(start), 1.0, rounds), rounds)
+            for held in _HELD:
+                made = run(work, replace(chain, in_flight_limit=min(rounds, held)), rounds)
                 if made.possible:
                     whole = outcome(work, [made])
                     best = whole if best is None or whole.step_s < best.step_s else best
