@@ -40,6 +40,9 @@ _HOPELESS_OF_MANY = 1.3
 _HOPELESS = 2.5
 """Groupings of more chains than that, and of fewer, are not solved if the guess is so many times the best so far."""
 
+_WORTH_POLISHING = 1.5
+"""Chains are polished if they take at most so many times the best so far."""
+
 _WORKED_THROUGH = 3
 """Selections whose schedules are worked through."""
 
@@ -143,8 +146,11 @@ def _selections(solver: ChainSolver) -> list[Selection]:
         if guess.step_s > best_s * (_HOPELESS_OF_MANY if len(way.groups) > _MANY_CHAINS else _HOPELESS):
             continue
         made = refined(solver, way, guess)
-        starts = [guess] if made is None else [made, guess]
-        found += [each for each in (made, *(_polished(solver, start) for start in starts)) if each is not None]
+        solved_s = math.inf if made is None else made.step_s
+        found += [] if made is None else [made]
+        starts = [made] if made is not None and made.step_s < _WORTH_POLISHING * min(best_s, solved_s) else []
+        starts += [guess] if guess.step_s < _WORTH_POLISHING * min(best_s, solved_s) else []
+        found += [each for each in (_polished(solver, start) for start in starts) if each is not None]
     if not found:
         # Quick guesses do not look at memory within a group: whatever fits is welcome.
         rest = [pair for pair in guesses if pair not in chosen]
