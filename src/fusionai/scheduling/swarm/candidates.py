@@ -24,6 +24,9 @@ _MANY_CHAINS = 16
 _LOWER_LIMITS = (8, 3, 1)
 """Microbatches in flight for which cuts must leave room, tried where what 1F1B asks for leaves machines idle."""
 
+_LOWER_LIMITS_POLISHED = (3,)
+"""The same for chains that are polished afterwards, those without stages of the owner's."""
+
 _NOTICED = 1.15
 """Microbatches in flight for each stage to go from which on the time on links is reckoned with."""
 
@@ -105,7 +108,8 @@ class ChainSolver:
         if away > _NOTICED:
             yield microbatches, away
         yield microbatches, 1.0
-        yield from ((limit, 1.0) for limit in _LOWER_LIMITS if limit < min(microbatches, len(machines)))
+        limits = _LOWER_LIMITS if self.work.task.pinned else _LOWER_LIMITS_POLISHED
+        yield from ((limit, 1.0) for limit in limits if limit < min(microbatches, len(machines)))
 
     def _key(self, machines: Indices, *numbers: float) -> tuple[bytes, ...]:
         work, task = self.work, self.work.task
