@@ -24,7 +24,7 @@ _MANY_CHAINS = 16
 _LOWER_LIMITS = (8, 3, 1)
 """Microbatches in flight for which cuts must leave room, tried where what 1F1B asks for leaves machines idle."""
 
-_LOWER_LIMITS_POLISHED = (3,)
+_LOWER_LIMITS_POLISHED = (3, 1)
 """The same for chains that are polished afterwards, those without stages of the owner's."""
 
 _NOTICED = 1.15
