@@ -1,12 +1,20 @@
-"""The planner of swarms against simple splits, against every possible plan of small pools, and against the bound.
+"""The planner of swarms against simple splits, DT-FM's grid, every possible plan of small pools, and the bound.
 
-    python benchmarks/planners.py [--pools 20] [--small 200] [--json]
+    python benchmarks/planners.py [--parts pools small bound scale] [--pools 24] [--small 200] [--workload gpt2-xl]
+                                  [--json]
 
-Training GPT-2 XL (48 layers, 1,600 wide, one sequence of 1,024 tokens a microbatch, fp32, Adam) on random pools of 24
-and 48 GPUs, RTX 4090 and RTX 2080 of the catalogue, in clusters: 1 to 10 Gbit/s within one, 8 Mbit/s to 1 Gbit/s among
-them. Machines are given cluster by cluster, so baselines cross slow links no more often than they must. All plans are
-predictions of the same estimator. A ratio is the baseline's step over the planner's; a baseline that does
-not fit has none.
+Training on random pools of 24 and 48 GPUs, RTX 4090 and RTX 2080 of the catalogue, in clusters: 1 to 10 Gbit/s within
+one, 8 Mbit/s to 1 Gbit/s among them. All plans are predictions of the same estimator. A ratio is the baseline's step
+over ours; a baseline that does not fit has none. Each setting differs from the baselines in other things:
+
+* whole_pool: one pipeline of all machines on both sides, as FusionLLM compares. Order and cuts differ. The baselines
+  have the machines cluster by cluster, in random order, or the fastest first.
+* same_machines: our plan against simple cuts of its own pipelines, machines, order and microbatches. Only cuts differ.
+* best_number: our plan against simple cuts of the best number of the fastest machines, of the pool or of a cluster.
+* grid: our plan against DT-FM's grid of data-parallel pipelines over all machines, the best shape of it.
+* everyone: our plan against one pipeline of all machines in the given order. Most of this ratio is leaving out.
+
+`worst`, `median` and `best` are those of `over`, the setting whole_pool: it is the one that FusionLLM's figures are of.
 """
 
 from __future__ import annotations
@@ -18,206 +26,253 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from fusionai.errors import PlacementError
-from fusionai.graph.capture import capture_transformers
-from fusionai.graph.model import OpDag
 from fusionai.scheduling.baselines.genetic_order import genetic_order
-from fusionai.scheduling.baselines.proportional_splits import equal_compute, equal_layers, memory_proportional
-from fusionai.scheduling.links import LinkModel, PoolLinks
-from fusionai.scheduling.profile import LinkProfile, Member, Pool
-from fusionai.scheduling.swarm.chain import Chain
-from fusionai.scheduling.swarm.outcome import outcome
+from fusionai.scheduling.baselines.grid_search import best_grid
+from fusionai.scheduling.baselines.one_chain import chain_outcome
+from fusionai.scheduling.baselines.proportional_splits import RULES, cheapest_prefix, cut_again
+from fusionai.scheduling.links import Indices, PoolLinks
+from fusionai.scheduling.profile import LinkProfile, Pool
+from fusionai.scheduling.swarm.outcome import Outcome
 from fusionai.scheduling.swarm.planner import plan
-from fusionai.scheduling.swarm.running import run
 from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm.work import make_work
-from fusionai.simulation.hardware.catalogue import lookup
-from fusionai.simulation.hardware.efficiency import profile_of
+from fusionai.scheduling.swarm.whole_pool import everyone_in_one_chain
+from fusionai.scheduling.swarm.work import Work, make_work
+from fusionai.scheduling.swarm_plan import SwarmPlan
+from planner_pools import WORKLOADS, Workload, clustered_links, equal_links, gpus, pool_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "scheduling"))
 
 from decoder_graph import GB, SIZES, decoder, member
+from every_swarm_plan import best_single_step_s, best_step_of_several_s
 
-BASELINES = {
-    "equal_layers": equal_layers,
-    "equal_compute": equal_compute,
-    "memory_proportional": memory_proportional,
-    "genetic_order": genetic_order,
-}
-MEGABIT = 125_000.0
-GPUS = ("RTX 4090", "RTX 2080")
+PARTS = ("pools", "small", "bound", "scale")
+ROUNDS = 64
+"""Microbatches of a step on 24 and 48 GPUs; on more, for each machine."""
+
+OVER = "whole_pool"
 
 
-@dataclass(frozen=True)
-class ClusteredLinks:
-    """Equal links within each cluster, and between any two clusters."""
-
-    cluster: np.ndarray
-    between: np.ndarray
-    """Bytes per second by two clusters."""
-    rtt: np.ndarray
-
-    def bandwidths_bytes_per_s(self, sources: Any, targets: Any) -> Any:
-        return self.between[self.cluster[sources], self.cluster[targets]]
-
-    def rtts_s(self, sources: Any, targets: Any) -> Any:
-        return self.rtt[self.cluster[sources], self.cluster[targets]]
-
-
-def gpus(count: int, draw: random.Random) -> tuple[Member, ...]:
-    """Return GPUs of mixed speed, in no order."""
-    profiles = {name: profile_of(lookup(name)) for name in GPUS}
-    kinds = [draw.choice(GPUS) for _ in range(count)]
-    return tuple(Member(f"p{k}", f"{kind} {k}", profiles[kind], (), True) for k, kind in enumerate(kinds))
-
-
-def clustered_links(count: int, clusters: int, draw: random.Random) -> ClusteredLinks:
-    """Return links of 8 Mbit/s to 10 Gbit/s; machines of a cluster are next to each other in the given order."""
-    between = np.zeros((clusters, clusters))
-    rtt = np.zeros((clusters, clusters))
-    for one, other in itertools.combinations_with_replacement(range(clusters), 2):
-        low, high = (1000.0, 10_000.0) if one == other else (8.0, 1000.0)
-        between[one, other] = between[other, one] = MEGABIT * low * (high / low) ** draw.random()
-        rtt[one, other] = rtt[other, one] = 5e-4 if one == other else draw.uniform(0.01, 0.1)
-    return ClusteredLinks(np.asarray(sorted(draw.randrange(clusters) for _ in range(count))), between, rtt)
-
-
-def task_of(
-    graph: OpDag, sizes: dict[str, int], members: tuple[Member, ...], links: LinkModel, rounds: int
-) -> SwarmTask:
-    """Return an open job with Adam."""
-    return SwarmTask(
-        graph=graph,
-        graph_hash="benchmark",
-        sizes=sizes,
-        microbatches=rounds,
-        optimizer_states=2,
-        precision="fp32",
-        members=members,
-        owner=None,
-        links=links,
-        privacy="open",
-        front=0,
-        back=len(graph.nodes),
-    )
-
-
-def timed(make: Callable[[], Any]) -> tuple[Any, float]:
-    """Return what `make` makes and the seconds it took."""
-    start_s = time.perf_counter()
+def timed(make: Callable[[], Any]) -> tuple[Any, float, float]:
+    """Return what `make` makes, and the seconds it took by the clock and of a processor."""
+    start_s, cpu_start_s = time.perf_counter(), time.process_time()
     made = make()
-    return made, time.perf_counter() - start_s
+    return made, time.perf_counter() - start_s, time.process_time() - cpu_start_s
 
 
-def against_baselines(graph: OpDag, sizes: dict[str, int], pools: int) -> list[dict[str, Any]]:
-    """Return, by pool, the baselines' steps over the planner's."""
+def step_of(found: Outcome | None) -> float | None:
+    """Return the seconds of a step, if there is a plan."""
+    return None if found is None else found.step_s
+
+
+def orders_of(work: Work, seed: int) -> dict[str, Indices]:
+    """Return the orders in which baselines take machines."""
+    machines = work.task.candidates
+    return {
+        "by cluster": machines,
+        "random": np.random.default_rng(seed).permutation(machines),
+        "fastest first": machines[np.argsort(work.whole_s[machines], kind="stable")],
+    }
+
+
+def baselines(work: Work, made: SwarmPlan, seed: int) -> Iterator[tuple[str, str, float | None]]:
+    """Yield each baseline's setting, its name and its step in seconds."""
+    for name, rule in RULES.items():
+        for order, machines in orders_of(work, seed).items():
+            step_s = step_of(chain_outcome(work, machines, rule(work, machines)))
+            yield OVER, f"{name}, {order}", step_s
+            if order == "by cluster":
+                yield "everyone", name, step_s
+        yield "same_machines", name, step_of(cut_again(work, made, rule))
+        yield "best_number", name, step_of(cheapest_prefix(work, rule))
+    try:
+        step_s = genetic_order(work.task).predicted_step_s
+    except PlacementError:
+        step_s = None
+    yield OVER, "genetic_order", step_s
+    yield "grid", "DT-FM", step_of(best_grid(work))
+
+
+def against_baselines(workload: Workload, pools: int) -> list[dict[str, Any]]:
+    """Return, by pool, the baselines' steps over ours."""
     rows = []
     for seed in range(pools):
-        draw = random.Random(seed)
-        count = (24, 48)[seed % 2]
-        links = clustered_links(count, draw.randint(2, 6), draw)
-        task = task_of(graph, sizes, gpus(count, draw), links, 64)
-        made, seconds = timed(partial(plan, task))
-        ratios: dict[str, float | None] = {}
-        for name, baseline in BASELINES.items():
-            try:
-                ratios[name] = baseline(task).predicted_step_s / made.predicted_step_s
-            except PlacementError:
-                ratios[name] = None
+        members, links = pool_of(seed)
+        task = workload.task(members, links, ROUNDS)
+        made, _, cpu_s = timed(partial(plan, task))
+        work = make_work(task)
+        everyone = everyone_in_one_chain(work)
+        ratios: dict[str, dict[str, float | None]] = defaultdict(dict)
+        for setting, name, step_s in baselines(work, made, seed):
+            ours_s = step_of(everyone) if setting == OVER else made.predicted_step_s
+            ratios[setting][name] = None if step_s is None or ours_s is None else step_s / ours_s
         rows.append(
             {
                 "pool": seed,
-                "gpus": count,
+                "gpus": len(members),
+                "clusters": len(links.between),
                 "step_s": made.predicted_step_s,
+                "whole_pool_step_s": step_of(everyone),
                 "of_bound": made.bound_step_s / made.predicted_step_s,
                 "pipelines": [len(each.stages) for each in made.pipelines],
                 "ratios": ratios,
-                "plan_s": seconds,
+                "plan_cpu_s": cpu_s,
             }
         )
-        print(rows[-1], flush=True)
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 
-def optimal_small_pools(count: int) -> int:
-    """Return on how many random pools of 2 to 4 machines no single pipeline is faster than the plan."""
-    optimal = 0
-    for seed in range(count):
-        draw = random.Random(seed)
-        machines = draw.randint(2, 4)
-        members = tuple(member(f"m{k}", gflops=draw.uniform(20, 200), memory_bytes=GB) for k in range(machines))
-        links = {
-            f"{one.peer}>{other.peer}": LinkProfile(10 ** draw.uniform(-4, -2), 10 ** draw.uniform(6, 9.5))
-            for one, other in itertools.permutations(members, 2)
+def spread(ratios: list[float | None]) -> dict[str, Any]:
+    """Return the worst, median and best ratio, and how many baselines had a plan at all."""
+    known = [each for each in ratios if each is not None]
+    if not known:
+        return {"worst": None, "median": None, "best": None, "of": len(ratios), "do_not_fit": len(ratios)}
+    return {
+        "worst": min(known),
+        "median": statistics.median(known),
+        "best": max(known),
+        "of": len(ratios),
+        "do_not_fit": len(ratios) - len(known),
+    }
+
+
+def by_setting(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the spread of each setting over pools: of all its baselines, of the best of them in each pool, of each."""
+    found = {}
+    for setting in rows[0]["ratios"]:
+        by_pool = [row["ratios"][setting] for row in rows]
+        best = [min((each for each in ratios.values() if each is not None), default=None) for ratios in by_pool]
+        found[setting] = {
+            **spread([ratio for ratios in by_pool for ratio in ratios.values()]),
+            "best_baseline_of_each_pool": spread(best),
+            "by_baseline": {name: spread([ratios[name] for ratios in by_pool]) for name in by_pool[0]},
         }
-        pool_links = PoolLinks(Pool(members, links), [each.peer for each in members])
-        graph = decoder(draw.choice((1, 2, 3)), hidden=draw.choice((32, 64)))
-        rounds = draw.choice((1, 2, 4, 8))
-        task = task_of(graph, SIZES, members, pool_links, rounds)
+    return found
+
+
+def small_pool(seed: int) -> SwarmTask:
+    """Return a task on 2 to 4 machines with uneven links, by its number."""
+    draw = random.Random(seed)
+    machines = draw.randint(2, 4)
+    members = tuple(member(f"m{k}", gflops=draw.uniform(20, 200), memory_bytes=GB) for k in range(machines))
+    links = {
+        f"{one.peer}>{other.peer}": LinkProfile(10 ** draw.uniform(-4, -2), 10 ** draw.uniform(6, 9.5))
+        for one, other in itertools.permutations(members, 2)
+    }
+    pool_links = PoolLinks(Pool(members, links), [each.peer for each in members])
+    graph = decoder(draw.choice((1, 2, 3)), hidden=draw.choice((32, 64)))
+    return Workload(graph, SIZES, "fp32").task(members, pool_links, draw.choice((1, 2, 4, 8)))
+
+
+def small_pools(count: int) -> dict[str, Any]:
+    """Return on how many small pools no single pipeline is faster than the plan, and no plan of several pipelines."""
+    single = every = 0
+    worse: dict[int, float] = {}
+    for seed in range(count):
+        task = small_pool(seed)
+        made_s = plan(task).predicted_step_s * (1 - 1e-9)
         work = make_work(task)
-        best = min(
-            outcome(work, [run(work, Chain(order, (0, *inner, work.count), 0.0, 0.0, rounds), rounds)]).step_s
-            for stages in range(1, min(machines, work.count) + 1)
-            for order in itertools.permutations(range(machines), stages)
-            for inner in itertools.combinations(range(1, work.count), stages - 1)
-        )
-        optimal += plan(task).predicted_step_s <= best * (1 + 1e-9)
-    return optimal
+        single_s = best_single_step_s(work)
+        least_s = min(single_s, best_step_of_several_s(work, min(single_s, made_s)))
+        single += made_s <= single_s
+        every += made_s <= least_s
+        if made_s > least_s:
+            worse[seed] = made_s / least_s
+    return {
+        "optimal_small_pools": every,
+        "optimal_against_single_pipelines": single,
+        "small_pools": count,
+        "times_the_optimum": worse,
+    }
 
 
-def at_scale(graph: OpDag, sizes: dict[str, int], count: int, rounds: int) -> dict[str, Any]:
+def of_bound(made: SwarmPlan) -> dict[str, Any]:
+    """Return how far a plan is from its bound, and what takes the rest: shares of the step."""
+    step_s = made.predicted_step_s
+    slowest_s = max(each.predicted_s for each in made.pipelines)
+    busy_s = [
+        pipeline.microbatches * (stage.predicted.forward_s + stage.predicted.backward_s)
+        for pipeline in made.pipelines
+        for stage in pipeline.stages
+    ]
+    machines = len(busy_s) + len(made.left_out)
+    return {
+        "step_s": step_s,
+        "bound_s": made.bound_step_s,
+        "of_bound": made.bound_step_s / step_s,
+        "end_of_step": made.sync_s / step_s,
+        "machines_at_work": sum(busy_s) / step_s / machines,
+        "machines_left_out": len(made.left_out) / machines,
+        "waiting_in_pipelines": (slowest_s * len(busy_s) - sum(busy_s)) / step_s / machines,
+        "pipelines": len(made.pipelines),
+        "longest": max(len(each.stages) for each in made.pipelines),
+        "bottleneck": made.bottleneck,
+    }
+
+
+def against_bound(count: int) -> dict[str, Any]:
+    """Return, by workload and links, how far plans for `count` machines are from the bound."""
+    found: dict[str, Any] = {}
+    for name, make in WORKLOADS.items():
+        workload = make()
+        draw = random.Random(count)
+        members = gpus(count, draw)
+        clusters = clustered_links(count, count // 8, draw)
+        for kind, links in (
+            ("10 Gbit/s", equal_links(count, 10_000)),
+            ("1 Gbit/s", equal_links(count, 1000)),
+            ("clusters", clusters),
+        ):
+            made, wall_s, cpu_s = timed(partial(plan, workload.task(members, links, ROUNDS * count)))
+            found[f"{name}, {kind}"] = {**of_bound(made), "plan_s": wall_s, "plan_cpu_s": cpu_s}
+            print(name, kind, json.dumps(found[f"{name}, {kind}"]), file=sys.stderr, flush=True)
+    return found
+
+
+def at_scale(workload: Workload, count: int) -> dict[str, Any]:
     """Return the planner's time and distance from the bound with equal 10 Gbit/s links, and with clusters."""
     found: dict[str, Any] = {}
     draw = random.Random(count)
     members = gpus(count, draw)
-    fast = ClusteredLinks(np.zeros(count, dtype=np.int64), np.full((1, 1), 10_000 * MEGABIT), np.full((1, 1), 5e-4))
-    for name, links in (("fast", fast), ("clusters", clustered_links(count, max(2, min(24, count // 8)), draw))):
-        task = task_of(graph, sizes, members, links, rounds)
-        made, seconds = timed(partial(plan, task))
-        found[name] = {
-            "plan_s": seconds,
-            "of_bound": made.bound_step_s / made.predicted_step_s,
-            "pipelines": len(made.pipelines),
-            "left_out": len(made.left_out),
-            "bottleneck": made.bottleneck,
-        }
-        print(count, name, found[name], flush=True)
+    clusters = clustered_links(count, max(2, min(24, count // 8)), draw)
+    for name, links in (("fast", equal_links(count, 10_000)), ("clusters", clusters)):
+        made, wall_s, cpu_s = timed(partial(plan, workload.task(members, links, ROUNDS * count)))
+        found[name] = {"plan_s": wall_s, "plan_cpu_s": cpu_s, **of_bound(made)}
+        print(count, name, json.dumps(found[name]), file=sys.stderr, flush=True)
     return found
 
 
 def main() -> None:
-    """Measure and print; the last line is one JSON object with --json."""
+    """Measure and print one JSON object; progress goes to stderr."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--pools", type=int, default=20)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--pools", type=int, default=24)
     parser.add_argument("--small", type=int, default=200)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--workload", choices=tuple(WORKLOADS), default="gpt2-xl")
+    parser.add_argument("--json", action="store_true", help="print the object on one line")
     options = parser.parse_args()
-    with torch.device("meta"):
-        model = GPT2LMHeadModel(GPT2Config(n_embd=1600, n_layer=48, n_head=25))
-    graph = capture_transformers(model).graph
-    sizes = {symbol: (1, 1024)[axis] for symbol, (_, axis) in graph.symbols.items()}
-    rows = against_baselines(graph, sizes, options.pools)
-    ratios = [ratio for row in rows for ratio in row["ratios"].values() if ratio is not None]
-    scale = {str(count): at_scale(graph, sizes, count, 64 * count) for count in (100, 1000, 10_000)}
-    report = {
-        "pools": rows,
-        "worst": min(ratios),
-        "median": statistics.median(ratios),
-        "best": max(ratios),
-        "scale": scale,
-        "optimal_small_pools": optimal_small_pools(options.small),
-        "small_pools": options.small,
-    }
+    workload = WORKLOADS[options.workload]()
+    report: dict[str, Any] = {"workload": options.workload}
+    if "pools" in options.parts:
+        rows = against_baselines(workload, options.pools)
+        settings = by_setting(rows)
+        report |= {"pools": rows, "by_setting": settings, "over": OVER}
+        report |= {name: settings[OVER][name] for name in ("worst", "median", "best")}
+    if "small" in options.parts:
+        report |= small_pools(options.small)
+    if "bound" in options.parts:
+        report["bound_at_100"] = against_bound(100)
+    if "scale" in options.parts:
+        report["scale"] = {str(count): at_scale(workload, count) for count in (100, 1000, 10_000)}
     print(json.dumps(report) if options.json else json.dumps(report, indent=2))
 
 

@@ -12,8 +12,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from fusionai.graph.cost import StageCost, stage_cost
+from fusionai.graph.cost import StageCost
 from fusionai.graph.cuts import cut
+from fusionai.graph.likeness import stage_costs
 from fusionai.graph.model import OpDag, Sizes, SubDag
 from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.estimator import backward_s, deferred_s, delay_s, forward_s, heap_microbatches
@@ -48,7 +49,7 @@ def make_segments(graph: OpDag, sizes: Sizes, positions: Sequence[int], *, optim
     """Cost the graph between `positions`; what is before the first and after the last one is the owner's."""
     last = len(graph.nodes)
     subdags = cut(graph, [position for position in positions if 0 < position < last])
-    costs = [stage_cost(subdag, sizes) for subdag in subdags]
+    costs = stage_costs(subdags, sizes, {})
     before, after = int(positions[0] > 0), int(positions[-1] < last)
     stop = len(subdags) - after
     middle = subdags[before:stop]

@@ -1,4 +1,4 @@
-"""A single pipeline with given machines and cuts as a plan: what the simple baselines have in common."""
+"""A single pipeline with given machines and cuts: what the simple baselines have in common."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numpy as np
 from fusionai.errors import PlacementError
 from fusionai.scheduling.links import Floats, Indices
 from fusionai.scheduling.swarm.chain import measured
-from fusionai.scheduling.swarm.outcome import outcome, owner_need_bytes, swarm_plan
-from fusionai.scheduling.swarm.running import run
+from fusionai.scheduling.swarm.outcome import Outcome, outcome, owner_need_bytes, swarm_plan
+from fusionai.scheduling.swarm.running import Running, run
 from fusionai.scheduling.swarm.work import Work
 from fusionai.scheduling.swarm_plan import SwarmPlan
 
@@ -20,16 +20,32 @@ def chain_plan(work: Work, machines: Indices, bounds: Indices) -> SwarmPlan:
 
     Raises PlacementError when it does not fit, or neighbours cannot be linked.
     """
-    task = work.task
-    for limit in (task.microbatches, *_LIMITS):
-        found = run(work, measured(work, machines, bounds, 1.0, limit), task.microbatches)
-        fits = task.owner is None or owner_need_bytes(work, [found]) <= task.owner.device.memory_bytes
-        if found.possible and fits:
-            return swarm_plan(work, outcome(work, [found]))
+    if (found := chain_outcome(work, machines, bounds)) is not None:
+        return swarm_plan(work, found)
     raise PlacementError(
         f"this split over {len(machines)} machines in a fixed order does not fit: a stage is larger than its machine's "
         "memory, or two neighbours cannot be linked; use the planner, which looks at both"
     )
+
+
+def chain_outcome(work: Work, machines: Indices, bounds: Indices) -> Outcome | None:
+    """Return what one pipeline makes of a step; None when it does not fit, or neighbours cannot be linked."""
+    if (found := chain_run(work, machines, bounds, work.task.microbatches)) is None:
+        return None
+    owner = work.task.owner
+    fits = owner is None or owner_need_bytes(work, [found]) <= owner.device.memory_bytes
+    return outcome(work, [found]) if fits else None
+
+
+def chain_run(work: Work, machines: Indices, bounds: Indices, microbatches: int) -> Running | None:
+    """Return the schedule of a pipeline that takes some of a step's microbatches; None when it does not fit."""
+    owner = work.task.owner
+    for limit in (microbatches, *_LIMITS):
+        found = run(work, measured(work, machines, bounds, 1.0, limit), microbatches)
+        fits = owner is None or owner_need_bytes(work, [found]) <= owner.device.memory_bytes
+        if found.possible and fits:
+            return found
+    return None
 
 
 def shares_to_bounds(amount_S: Floats, shares_D: Floats) -> Indices:

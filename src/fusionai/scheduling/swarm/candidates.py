@@ -11,6 +11,7 @@ import numpy as np
 from fusionai.scheduling.links import Indices
 from fusionai.scheduling.swarm.chain import Chain, hops_of, measured, ordered, proportional, roomy, solved
 from fusionai.scheduling.swarm.grouping import Grouping
+from fusionai.scheduling.swarm.polish import polished
 from fusionai.scheduling.swarm.selection import Selection, selected
 from fusionai.scheduling.swarm.work import Work
 
@@ -22,6 +23,9 @@ _MANY_CHAINS = 16
 
 _LOWER_LIMITS = (8, 3, 1)
 """Microbatches in flight for which cuts must leave room, tried where what 1F1B asks for leaves machines idle."""
+
+_LOWER_LIMITS_POLISHED = (3, 1)
+"""The same for chains that are polished afterwards, those without stages of the owner's."""
 
 _NOTICED = 1.15
 """Microbatches in flight for each stage to go from which on the time on links is reckoned with."""
@@ -80,6 +84,20 @@ class ChainSolver:
         self.known[key] = None if best is None else (tuple(place[each] for each in best.machines), best)
         return best
 
+    def polish(self, chain: Chain, microbatches: int, sum_s_per_byte: float) -> Chain:
+        """Return a chain polished; chains alike in machines, links and cuts are polished alike, and only once."""
+        machines = np.asarray(chain.machines)
+        # A few microbatches more or less make no other chain better.
+        rounds = max(1, round(microbatches, 1 - len(str(microbatches))))
+        key = (b"polished", *self._key(machines, rounds, sum_s_per_byte, *chain.bounds))
+        if key not in self.known:
+            better = polished(self.work, chain, rounds, sum_s_per_byte=sum_s_per_byte)
+            place = {int(machine): index for index, machine in enumerate(machines)}
+            self.known[key] = tuple(place[each] for each in better.machines), better
+        found = self._like(machines, self.known[key])
+        assert found is not None, "a polished chain is at least the chain itself"
+        return found
+
     def _held(
         self, machines: Indices, microbatches: int, sharing: float, ideal_s: float
     ) -> Iterator[tuple[int, float]]:
@@ -90,7 +108,8 @@ class ChainSolver:
         if away > _NOTICED:
             yield microbatches, away
         yield microbatches, 1.0
-        yield from ((limit, 1.0) for limit in _LOWER_LIMITS if limit < min(microbatches, len(machines)))
+        limits = _LOWER_LIMITS if self.work.task.pinned else _LOWER_LIMITS_POLISHED
+        yield from ((limit, 1.0) for limit in limits if limit < min(microbatches, len(machines)))
 
     def _key(self, machines: Indices, *numbers: float) -> tuple[bytes, ...]:
         work, task = self.work, self.work.task

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fusionai.scheduling.estimator import update_bytes_per_s
 from fusionai.scheduling.links import Floats, Indices
 from fusionai.scheduling.swarm.chain import Chain
 from fusionai.scheduling.swarm.work import Work
@@ -37,11 +36,8 @@ def sum_s(work: Work, holders_RA: Indices) -> float:
     task = work.task
     bandwidth_A, delay_A, count_A = _rings(work, holders_RA)
     seconds_N, delay_N = np.zeros(len(task.machines)), np.zeros(len(task.machines))
-    single_A = np.zeros(holders_RA.shape[1])
-    for size, parts in work.weights:
-        if len(parts) == 1:
-            single_A[parts[0]] += size
-            continue
+    single_A = work.single_bytes
+    for size, parts in work.tied:
         ring = np.concatenate([holders_RA[:, part] for part in parts])
         ring = ring[np.sort(np.unique(ring, return_index=True)[1])]
         if (count := len(ring)) > 1:
@@ -84,18 +80,17 @@ def report_s(work: Work, holders_RA: Indices) -> float:
     """Return the seconds in which every machine reports to the driver, hears from it, and updates its weights."""
     task = work.task
     held = np.zeros(len(task.machines))
-    size_A = np.zeros(holders_RA.shape[1])
-    tied = [(size, parts) for size, parts in work.weights if len(parts) > 1]
-    for size, parts in work.weights:
+    size_A = work.single_bytes.copy()
+    for size, parts in work.tied:
         size_A[parts[0]] += size
     np.add.at(held, holders_RA, np.broadcast_to(size_A, holders_RA.shape))
-    for size, parts in tied:
+    for size, parts in work.tied:
         for part in parts[1:]:
             others = holders_RA[:, part]
             np.add.at(held, others[others != holders_RA[:, parts[0]]], size)
     machines = np.unique(holders_RA)
     passes = 2 + 2 * task.optimizer_states + 3
-    rates = np.asarray([update_bytes_per_s(task.machines[machine].device) for machine in machines])
+    rates = work.update_bytes_per_s[machines]
     # The owner's weights are the same in every pipeline.
     times = np.where(machines == (task.owner_index if task.pinned else -1), 1 / len(holders_RA), 1.0)
     seconds = passes * held[machines] * times / rates

@@ -32,13 +32,16 @@ from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.scheduling.swarm.work import Work, make_work
 from fusionai.scheduling.swarm_plan import SwarmPlan
 
-_REFINED = 8
+_REFINED = 14
 """Groupings whose chains are solved."""
 
 _MANY_CHAINS = 16
 _HOPELESS_OF_MANY = 1.3
 _HOPELESS = 2.5
 """Groupings of more chains than that, and of fewer, are not solved if the guess is so many times the best so far."""
+
+_WORTH_POLISHING = 1.5
+"""Chains are polished if they take at most so many times the best so far."""
 
 _WORKED_THROUGH = 3
 """Selections whose schedules are worked through."""
@@ -142,13 +145,26 @@ def _selections(solver: ChainSolver) -> list[Selection]:
         best_s = min((each.step_s for each in found), default=math.inf)
         if guess.step_s > best_s * (_HOPELESS_OF_MANY if len(way.groups) > _MANY_CHAINS else _HOPELESS):
             continue
-        if (made := refined(solver, way, guess)) is not None:
-            found.append(made)
+        made = refined(solver, way, guess)
+        solved_s = math.inf if made is None else made.step_s
+        found += [] if made is None else [made]
+        starts = [made] if made is not None and made.step_s < _WORTH_POLISHING * min(best_s, solved_s) else []
+        starts += [guess] if guess.step_s < _WORTH_POLISHING * min(best_s, solved_s) else []
+        found += [each for each in (_polished(solver, start) for start in starts) if each is not None]
     if not found:
         # Quick guesses do not look at memory within a group: whatever fits is welcome.
         rest = [pair for pair in guesses if pair not in chosen]
         found = [each for each in (refined(solver, way, guess) for guess, way in rest) if each is not None]
     return found
+
+
+def _polished(solver: ChainSolver, selection: Selection) -> Selection | None:
+    """Return a selection with its chains polished; None if nothing is gained."""
+    pairs = zip(selection.chains, selection.shares, strict=True)
+    chains = [solver.polish(chain, share, selection.sum_s_per_byte) for chain, share in pairs]
+    if chains == list(selection.chains):
+        return None
+    return selected(solver.work, chains)
 
 
 def worked_through(solver: ChainSolver, selection: Selection) -> Outcome | None:

@@ -57,7 +57,7 @@ def weighed(work: Work, chains: Sequence[Chain]) -> Selection | None:
     if np.isinf(summing_s):
         return None
     step_s = last_s + summing_s + report_s(work, table)
-    most_bytes = max(float(np.diff(work.weights_P[list(each.bounds)]).max()) for each in running)
+    most_bytes = max(float(work.stage_weight_bytes(np.asarray(each.bounds)).max()) for each in running)
     per_byte = summing_s / most_bytes if most_bytes else 0.0
     return Selection(tuple(running), tuple(int(share) for share in shares if share > 0), step_s, per_byte)
 

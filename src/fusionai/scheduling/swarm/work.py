@@ -6,17 +6,25 @@ E = D + 1 (a chain's machines, then the owner).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 
-from fusionai.graph.cost import StageCost, stage_cost
+from fusionai.graph.cost import StageCost
 from fusionai.graph.cuts import crossing_bytes, cut, cut_points
+from fusionai.graph.likeness import stage_costs
 from fusionai.graph.sizes import type_bytes
-from fusionai.scheduling.estimator import backward_s, deferred_s, flops_rate, forward_s, heap_microbatches
+from fusionai.scheduling.estimator import (
+    backward_s,
+    deferred_s,
+    flops_rate,
+    forward_s,
+    heap_microbatches,
+    update_bytes_per_s,
+)
 from fusionai.scheduling.links import Floats, Indices
 from fusionai.scheduling.partition import Line
 from fusionai.scheduling.pipeline import PipelineTimes
@@ -63,6 +71,7 @@ class Work:
     """1 where starting operators adds to computing, 0 where the larger of both counts (`estimator.pass_s`)."""
     stage_costs: dict[tuple[int, int], StageCost]
     """Costs of ranges of positions that were really cut, as they are asked for."""
+    costs_by_likeness: dict[Hashable, StageCost]
     schedules: dict[tuple[object, ...], PipelineTimes]
     """Schedules that were worked through: pipelines of like machines and links have the same."""
 
@@ -119,8 +128,11 @@ class Work:
         return tuple(np.concatenate([np.zeros((len(each), 1)), np.cumsum(each, axis=1)], axis=1) for each in tables)
 
     def stage_s(self, machines: Indices, bounds: Indices) -> tuple[Floats, Floats]:
-        """Return, by stage, the seconds of both passes, and of the backward those after the gradients have left."""
-        start, stop = bounds[:-1], bounds[1:]
+        """Return, by stage, the seconds of both passes, and of the backward those after the gradients have left.
+
+        Shapes (..., M) for machines and (..., M + 1) for bounds: many chains may be asked for at once.
+        """
+        start, stop = bounds[..., :-1], bounds[..., 1:]
         forward, backward, starts, back_starts, deferred = (
             until[machines, stop] - until[machines, start] for until in self._until_NP
         )
@@ -138,6 +150,11 @@ class Work:
         return np.asarray([each.device.memory_bytes for each in self.task.machines]) / MEMORY_MARGIN
 
     @cached_property
+    def update_bytes_per_s(self) -> Floats:
+        """Return, by machine, the bandwidth at which it updates weights."""
+        return np.asarray([update_bytes_per_s(each.device) for each in self.task.machines])
+
+    @cached_property
     def heap_N(self) -> Floats:
         """Return, by machine, the microbatches that its allocator holds besides those in flight."""
         return np.asarray([heap_microbatches(each.device) for each in self.task.machines], dtype=np.float64)
@@ -148,9 +165,10 @@ class Work:
         if missing := [each for each in ranges if each not in self.stage_costs]:
             places = {self.positions[bound] for bound in bounds}
             subdags = cut(self.task.graph, sorted(place for place in places if 0 < place < len(self.task.graph.nodes)))
-            for each in missing:
-                subdag = subdags[ranges.index(each) + self.before]
-                self.stage_costs[each] = stage_cost(subdag, self.task.sizes)
+            stages = [subdags[ranges.index(each) + self.before] for each in missing]
+            self.stage_costs.update(
+                zip(missing, stage_costs(stages, self.task.sizes, self.costs_by_likeness), strict=True)
+            )
         return tuple(self.stage_costs[each] for each in ranges)
 
     def range_s(self, machines: Indices) -> Floats:
@@ -201,6 +219,20 @@ class Work:
         return np.asarray(np.unique(rows, axis=0, return_inverse=True)[1].ravel(), dtype=np.int64)
 
     @cached_property
+    def tied(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Return those of `weights` that several segments use."""
+        return tuple((size, parts) for size, parts in self.weights if len(parts) > 1)
+
+    @cached_property
+    def single_bytes(self) -> Floats:
+        """Return, by segment (all of them counted), the bytes of weights that no other segment uses."""
+        found = np.zeros(len(self.all_costs))
+        for size, parts in self.weights:
+            if len(parts) == 1:
+                found[parts[0]] += size
+        return found
+
+    @cached_property
     def weights_P(self) -> Floats:
         """Return the bytes of weights that train in all segments before each position, one used in several once."""
         size_S = np.zeros(self.count)
@@ -208,6 +240,20 @@ class Work:
             if 0 <= (first := parts[0] - self.before) < self.count:
                 size_S[first] += size
         return np.concatenate([[0.0], np.cumsum(size_S)])
+
+    def stage_weight_bytes(self, bounds: Indices) -> Floats:
+        """Return, by stage, the bytes of weights that train, a tied one in each stage that uses it.
+
+        Shape (..., M) for bounds of shape (..., M + 1), as in `stage_s`.
+        """
+        start, stop = bounds[..., :-1], bounds[..., 1:]
+        found = self.weights_P[stop] - self.weights_P[start]
+        for size, parts in self.tied:
+            first, *others = (part - self.before for part in parts)
+            for part in others:
+                with_first = (start <= first) & (first < stop)
+                found = found + size * ((start <= part) & (part < stop) & ~with_first)
+        return np.asarray(found)
 
     def line(
         self,
@@ -285,6 +331,7 @@ def make_work(task: SwarmTask) -> Work:
         deferred_NS=tables[4],
         additive_N=np.asarray([float(each.device.device == "cpu") for each in task.machines]),
         stage_costs={},
+        costs_by_likeness={},
         schedules={},
     )
 

@@ -1,0 +1,144 @@
+"""A chain made better step by step, with memory reckoned as it is.
+
+The solver of cuts bounds how much a stage holds in flight before it knows where a stage stands, and takes machines in
+one order. Where memory decides, that loses a lot: a stage that has room for h microbatches passes at most h in the time
+that one is on its way to the end and back (Little's law, as in `in_flight`). Nor does the solver know that the two
+holders of a tied weight sum its gradients over the link between them. Here cuts and machines of a whole chain are
+changed a little, all ways at once, and the best change is kept while there is one.
+
+Array suffixes: W = ways that are compared, M = machines of the chain, B = M + 1 bounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusionai.scheduling.links import Floats, Indices
+from fusionai.scheduling.swarm.chain import Chain, measured
+from fusionai.scheduling.swarm.work import Work
+
+_SHIFTS = (1, 2, 5)
+"""Segments that a change of cuts moves."""
+
+_MOST_STEPS = 80
+
+_LEAST_GAIN = 1e-4
+"""Share of the time that a change must save."""
+
+
+def polished(work: Work, chain: Chain, microbatches: int, *, sum_s_per_byte: float = 0.0, swaps: bool = True) -> Chain:
+    """Return a chain that takes at most as long as an ideal pipeline, its machines the same.
+
+    Changes: segments move from one machine to any other, those between shifted along; two machines change places, or a
+    stretch of them is turned around.
+    For chains without stages of the owner's; others come back as they are.
+    """
+    if work.task.pinned or len(chain.machines) < 2:
+        return chain
+    scale = _Scale(work, np.asarray(chain.machines), microbatches, sum_s_per_byte)
+    bounds, order = np.asarray(chain.bounds), np.arange(len(chain.machines))
+    best_s = float(scale.seconds(bounds[None], order[None])[0])
+    for _ in range(_MOST_STEPS):
+        ways = [_moved(bounds)]
+        bounds_WB, order_WM = ways[0], np.broadcast_to(order, (len(ways[0]), len(order)))
+        if swaps:
+            swapped = _swapped(order)
+            bounds_WB = np.concatenate([bounds_WB, np.broadcast_to(bounds, (len(swapped), len(bounds)))])
+            order_WM = np.concatenate([order_WM, swapped])
+        seconds_W = scale.seconds(bounds_WB, order_WM)
+        way = int(np.argmin(seconds_W))
+        if not seconds_W[way] < best_s * (1 - _LEAST_GAIN):
+            break
+        best_s, bounds, order = float(seconds_W[way]), bounds_WB[way], order_WM[way]
+    return measured(work, scale.machines[order], bounds, 1.0, chain.in_flight_limit)
+
+
+def _moved(bounds: Indices) -> Indices:
+    """Return (W, B): bounds k to l - 1 shifted up or down, which moves segments between machines k and l."""
+    count = len(bounds) - 2
+    first, last = np.triu_indices(count)
+    place = np.arange(count)
+    inside = (place >= first[:, None]) & (place <= last[:, None])
+    found = []
+    for step in _SHIFTS:
+        for sign in (step, -step):
+            moved = np.repeat(bounds[None], len(first), axis=0)
+            moved[:, 1:-1] += sign * inside
+            found.append(moved)
+    ways = np.concatenate(found)
+    return np.asarray(ways[(np.diff(ways, axis=1) > 0).all(axis=1)])
+
+
+def _swapped(order: Indices) -> Indices:
+    """Return (W, M): the order with each pair changed, and with each stretch the other way around."""
+    first, second = np.triu_indices(len(order), k=1)
+    found = np.repeat(order[None], len(first), axis=0)
+    ways = np.arange(len(first))
+    found[ways, first], found[ways, second] = order[second], order[first]
+    place = np.arange(len(order))
+    inside = (place >= first[:, None]) & (place <= second[:, None])
+    turned = np.where(inside, (first + second)[:, None] - place, place)
+    return np.concatenate([found, order[turned]])
+
+
+@dataclass(slots=True)
+class _Scale:
+    """Weighs many ways to cut and order one chain's machines, as `chain.measured` weighs one."""
+
+    work: Work
+    machines: Indices
+    microbatches: int
+    sum_s_per_byte: float
+    out_s_MM: Floats
+    """Seconds of a byte from machine to machine."""
+    delay_s_MM: Floats
+
+    def __init__(self, work: Work, machines: Indices, microbatches: int, sum_s_per_byte: float) -> None:
+        self.work, self.machines = work, machines
+        self.microbatches, self.sum_s_per_byte = microbatches, sum_s_per_byte
+        with np.errstate(divide="ignore"):
+            self.out_s_MM = 1 / work.task.bandwidths(machines[:, None], machines[None])
+        self.delay_s_MM = work.task.delays(machines[:, None], machines[None])
+
+    def _tied_s(self, stop_WM: Indices, order_WM: Indices) -> Floats:
+        """Return, by way, the seconds in which one pipeline sums the gradients that two of its stages hold parts of."""
+        ways = np.arange(len(stop_WM))
+        total = np.zeros(len(stop_WM))
+        for size, parts in self.work.tied:
+            first, last = (
+                order_WM[ways, (stop_WM <= part - self.work.before).sum(axis=1)] for part in (parts[0], parts[-1])
+            )
+            apart_s = size * np.maximum(self.out_s_MM[first, last], self.out_s_MM[last, first])
+            total += np.where(first == last, 0.0, apart_s + 2 * self.delay_s_MM[first, last])
+        return total
+
+    def seconds(self, bounds_WB: Indices, order_WM: Indices) -> Floats:
+        """Return the seconds of an ideal pipeline, by way; infinite where a stage does not fit."""
+        work, segments, rounds = self.work, self.work.segments, self.microbatches
+        start, stop, machines = bounds_WB[:, :-1], bounds_WB[:, 1:], self.machines[order_WM]
+        stage_s, hidden_s = work.stage_s(machines, bounds_WB)
+        latency, period = stage_s.sum(axis=1), stage_s.max(axis=1)
+        onward_s = stage_s.copy()
+        onward_s[:, 1:] -= hidden_s[:, 1:]
+        here, there, places = order_WM[:, :-1], order_WM[:, 1:], bounds_WB[:, 1:-1]
+        forward = segments.forward_bytes_P[places] * self.out_s_MM[here, there]
+        gradient = segments.gradient_bytes_P[places] * self.out_s_MM[there, here]
+        hops_s = forward + gradient + 2 * self.delay_s_MM[here, there]
+        latency = latency + hops_s.sum(axis=1)
+        period = np.maximum(period, np.maximum(forward, gradient).max(axis=1))
+        onward_s[:, :-1] += hops_s
+        trips_s = np.cumsum(onward_s[:, ::-1], axis=1)[:, ::-1]
+        trips_s[:, 1:] += hidden_s[:, 1:]
+        flight = np.maximum(segments.flight_bytes_PP[start, stop], 1.0)
+        spare = work.budget_bytes[machines] - segments.fixed_bytes_PP[start, stop]
+        held = np.minimum(np.floor(spare / flight - work.heap_N[machines]), rounds)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            limited_s = (trips_s / held).max(axis=1)
+        total = latency + (rounds - 1) * np.maximum(period, limited_s)
+        if self.sum_s_per_byte:
+            total = total + self.sum_s_per_byte * work.stage_weight_bytes(bounds_WB).max(axis=1)
+        else:
+            total = total + self._tied_s(stop, order_WM)
+        return np.where((held >= 1).all(axis=1), total, np.inf)
