@@ -27,7 +27,12 @@ from fusionai.training.messages import JobId
 log = logging.getLogger(__name__)
 
 PAUSE_STEPS = 10
-"""Steps after a new plan was taken, refused or failed before the next is sought: its pace must be seen first."""
+"""Steps after a new plan was taken, refused or failed before the next is sought: its pace must be seen first.
+
+Twice as many after each: on a machine that others use too, what is noticed comes and goes, and plans must not follow.
+"""
+
+_MOST_PAUSE_STEPS = 640
 
 LEAST_LEFT_S = 10.0
 """A job that is over sooner, at its present pace, keeps its plan: to make and prepare another takes seconds itself."""
@@ -123,6 +128,8 @@ class Replanning:
         """Factors that the running plan reckons with already, by peer."""
         self._sent: dict[str, float] = {}
         self._asking: asyncio.Task[Prepared] | None = None
+        self._sought = 0
+        """Plans that were looked for."""
         self._noticed = ""
         self._noticed_step = 0
         self._next_step = 0
@@ -154,7 +161,8 @@ class Replanning:
             if not self._asking.done():
                 return None
             asking, self._asking = self._asking, None
-            self._next_step = done + PAUSE_STEPS
+            self._next_step = done + min(PAUSE_STEPS << self._sought, max(PAUSE_STEPS, _MOST_PAUSE_STEPS))
+            self._sought = min(self._sought + 1, 32)
             try:
                 prepared = asking.result()
             except FusionError as error:
