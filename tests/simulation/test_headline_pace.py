@@ -97,8 +97,10 @@ def test_the_period_against_executed_schedules() -> None:
         for bounds in found(line, stages)[:1]:
             at = pace(line, bounds)
             ratios.append(executed_s(line, bounds, at) / at.period_s)
-    # Links that are not shared spare the waiting for an uplink, and the busiest of them carries one way only.
-    assert max(ratios) < 1.01
+    # Links that are not shared spare the waiting for an uplink, and the busiest of them carries one way only. Stages
+    # that take a backward as soon as it is there may make later ones wait for a forward: seldom, then up to a third.
+    assert np.mean(np.asarray(ratios) < 1.01) > 0.9
+    assert max(ratios) < 1.4
     assert np.median(ratios) == pytest.approx(1, abs=0.01)
     assert min(ratios) > 0.5
 
