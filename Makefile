@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 endif
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types unit slow format clean
+.PHONY: demo test lint types unit slow fuzz format clean
 
 demo: $(STAMP)
 	$(BIN)/fusionai demo
@@ -34,6 +34,10 @@ unit: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Property tests with examples that no run had before; a failure prints what reproduces it.
+fuzz: $(STAMP)
+	$(BIN)/python -m pytest --hypothesis-profile random -k "$(shell grep -rl '@given' tests | xargs -n1 basename -s .py | paste -sd, | sed 's/,/ or /g')"
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from decoder_graph import GB, decoder, member
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from replicated_tasks import task
 from routed_jobs import one_each, routed
@@ -258,6 +258,16 @@ CHURNS = st.one_of(
 
 
 @settings(max_examples=150, deadline=None)
+@example(
+    churn=Poisson(seed=342, mean_up_s=400.0, mean_down_s=20.0),
+    extra=[1, 1, 1, 1],
+    boundary_bytes=0.5,
+    in_flight=1,
+    rules=SWARM,
+    ema=False,
+    swarm=False,
+    tied=False,
+)
 @given(
     churn=CHURNS,
     extra=st.lists(st.integers(0, 2), max_size=4),

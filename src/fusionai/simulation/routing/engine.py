@@ -31,6 +31,7 @@ class Engine:
         self.announced: list[dict[int, int]] = [{} for _ in range(job.stages)]
         """By stage: machines that senders may choose, and their generation when they announced themselves."""
         self.ledger = Ledger(job.stages, job.microbatches)
+        self.step = 0
         self.recomputed_s = 0.0
         self.on_pass: Callable[[Machine, Cell, bool], None] | None = None
         """Called when a pass has ended, where somebody wants to know."""
@@ -57,8 +58,9 @@ class Engine:
         self.ledger = Ledger(self.job.stages, self.job.microbatches)
         self._pending.clear()
 
-    def begin_step(self) -> None:
+    def begin_step(self, step: int) -> None:
         """Begin a step."""
+        self.step = step
         self.ledger = Ledger(self.job.stages, self.job.microbatches)
         self._pending = deque(range(self.job.microbatches))
         self._open = set()
@@ -252,7 +254,7 @@ class Engine:
             return
         cell, backward = found
         job, now_s, number = self.job, self.events.now_s, machine.number
-        machine.running, machine.running_since_s = True, now_s
+        machine.running, machine.running_since_s, machine.running_step = True, now_s, self.step
         table = job.backward_s if backward else job.forward_s
         seconds = float(table[cell.stage, number])
         if backward:

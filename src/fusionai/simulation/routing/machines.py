@@ -34,6 +34,8 @@ class Machine:
         """Whether it is about to look for its next pass."""
         self.busy_s = 0.0
         self.running_since_s = 0.0
+        self.running_step = 0
+        """The step whose pass it runs: a pass that nobody needs any more may outlast its step."""
         self._waiting = 0
         self._waiting_area = 0.0
         self._waiting_since_s = 0.0

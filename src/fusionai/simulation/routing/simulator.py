@@ -153,14 +153,12 @@ class _RoutedRun:
     def _begin(self) -> None:
         self._began_s = self._events.now_s
         self._sums.begin_step()
-        self._engine.begin_step()
+        self._engine.begin_step(self._steps)
 
     def _record(self, machine: Machine, cell: Cell, backward: bool) -> None:
-        if self._steps < self._scenario.record_steps:
-            start_s, end_s = machine.running_since_s, self._events.now_s
-            self._passes.append(
-                RoutedPass(self._steps, cell.stage, machine.peer, backward, cell.microbatch, start_s, end_s)
-            )
+        step, start_s, end_s = machine.running_step, machine.running_since_s, self._events.now_s
+        if step < self._scenario.record_steps:
+            self._passes.append(RoutedPass(step, cell.stage, machine.peer, backward, cell.microbatch, start_s, end_s))
 
     def _committed(self) -> None:
         now_s = self._events.now_s
