@@ -44,13 +44,14 @@ from fusionai.scheduling.routing.job import RoutedJob
 from fusionai.scheduling.routing.membership import BalancedMembership, SwarmMembership
 from fusionai.scheduling.routing.step_estimate import step_estimate
 from fusionai.scheduling.swarm.planner import plan
+from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.scheduling.swarm.work import make_work
 from fusionai.simulation.availability import Churn, Poisson, Scripted
 from fusionai.simulation.links import Links
 from fusionai.simulation.routing.report import RoutingReport
 from fusionai.simulation.routing.rules import AGORA, FUSION, SWARM, RecoveryRules
 from fusionai.simulation.routing.simulator import RoutingScenario, links_of_job, simulate_routing
-from planners import MEGABIT, clustered_links, gpus, task_of
+from planner_pools import MEGABIT, clustered_links, gpus
 
 MICROBATCHES = 256
 MEAN_DOWN_S = 120.0
@@ -141,7 +142,20 @@ def one_pool(
 ) -> dict[str, Any]:
     """Return what every variant takes at every churn rate on one pool."""
     count, draw, model = pool_of(seed)
-    task = task_of(graph, sizes, gpus(count, draw), model, MICROBATCHES)
+    task = SwarmTask(
+        graph=graph,
+        graph_hash="benchmark",
+        sizes=sizes,
+        microbatches=MICROBATCHES,
+        optimizer_states=2,
+        precision="fp32",
+        members=gpus(count, draw),
+        owner=None,
+        links=model,
+        privacy="open",
+        front=0,
+        back=len(graph.nodes),
+    )
     began_s = time.perf_counter()
     work = make_work(task)
     _, holders, job = best_stages(work)

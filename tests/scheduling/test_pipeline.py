@@ -54,12 +54,12 @@ def simulate(stages: list[StageTimes], edges: list[Edge], microbatches: int) -> 
         for machine in {stage.machine for stage in stages}:
             if machine_until.get(machine, 0) > now:
                 continue
-            for wanted in "BF":
-                started = False
-                for stage in reversed(range(len(stages))):
+            offers = {}  # The one pass that each stage would run now: its forward if there is room and it is here.
+            for stage in range(len(stages)):
+                for wanted in "FB":
                     index, held = done[stage][wanted], done[stage]["F"] - done[stage]["B"]
                     due = held > 0 if wanted == "B" else index < microbatches and held < stages[stage].in_flight
-                    if stages[stage].machine != machine or not due:
+                    if stages[stage].machine != machine or not due or stage in offers:
                         continue
                     needs = [
                         (wanted, number, index, stage)
@@ -68,13 +68,14 @@ def simulate(stages: list[StageTimes], edges: list[Edge], microbatches: int) -> 
                         or (wanted == "B" and edge.source == stage and edge.backward_s is not None)
                     ]
                     if all(arrived.get(need, 1e18) <= now for need in needs):
-                        done[stage][wanted] += 1
-                        seconds = stages[stage].forward_s if wanted == "F" else stages[stage].backward_s
-                        machine_until[machine] = now + seconds
-                        running.append((now + seconds, stage, wanted, index))
-                        started = True
-                        break
-                if started:
+                        offers[stage] = wanted
+            for wanted in "BF":
+                if taken := [stage for stage in offers if offers[stage] == wanted]:
+                    stage = max(taken)
+                    seconds = stages[stage].forward_s if wanted == "F" else stages[stage].backward_s
+                    machine_until[machine] = now + seconds
+                    running.append((now + seconds, stage, wanted, done[stage][wanted]))
+                    done[stage][wanted] += 1
                     break
         now += 1
         assert now < 100_000, "locked"

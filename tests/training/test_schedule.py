@@ -34,7 +34,7 @@ def taken_at_once(microbatches: int, in_flight: int, *, train: bool = True) -> l
     """Return the turns of a stage whose tensors are always there, forwards first as long as they may."""
     turns, taken = StageTurns(microbatches, in_flight, train=train), []
     while not turns.complete:
-        taken.append(turns.open()[-1])
+        taken.append(turns.open()[0])
         turns.done(taken[-1])
     return taken
 
@@ -45,10 +45,10 @@ def test_known_small_schedule() -> None:
     assert taken_at_once(3, 1, train=False) == [f(0), f(1), f(2)]
 
 
-def test_a_backward_is_more_urgent_and_does_not_wait_for_a_forward() -> None:
+def test_a_forward_goes_first_and_a_backward_does_not_wait_for_it() -> None:
     turns = StageTurns(4, 3)
     turns.done(Turn("forward", 0))
-    assert turns.open() == (Turn("backward", 0), Turn("forward", 1))
+    assert turns.open() == (Turn("forward", 1), Turn("backward", 0))
     turns.done(Turn("backward", 0))
     assert turns.open() == (Turn("forward", 1),)
 

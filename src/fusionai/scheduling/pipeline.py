@@ -4,8 +4,8 @@ Stages differ, links take time and carry one tensor after the other, and one mac
 owner of a private job holds the first and the last). No closed formula covers that, so the schedule itself is
 worked through: every pass starts when its machine is free and its tensors are there. Turns and priorities are those
 of the training runtime (`training.schedule`): a stage takes backwards in order as their gradients come, and forwards in
-order as long as fewer than `in_flight` microbatches are between the two; a machine with a choice runs a backward before
-a forward and a later stage before an earlier one.
+order as long as fewer than `in_flight` microbatches are between the two, the forward first if both could run; a machine
+with several stages that could run a pass takes a backward before a forward and a later stage before an earlier one.
 """
 
 from __future__ import annotations
@@ -111,6 +111,9 @@ class _Run:
             if start_s < free_s[machine]:
                 heapq.heappush(queue, (free_s[machine], is_forward, minus_stage))
                 continue
+            if not is_forward and self._forward_is_ready(-minus_stage, start_s):
+                self.queued[1][-minus_stage] = False  # Offered again once the forward has run.
+                continue
             end_s = max(end_s, self._pass(-minus_stage, start_s, not is_forward))
         if any(done < self.microbatches for done in self.done[1]):
             raise ValueError("the pipeline cannot finish: a stage waits for a later one, or may hold no microbatch")
@@ -130,6 +133,10 @@ class _Run:
         ):
             self.queued[0][stage] = True
             heapq.heappush(self.queue, (self.ready_s[0][stage][forwards], True, -stage))
+
+    def _forward_is_ready(self, stage: int, now_s: float) -> bool:
+        """Return whether a stage's forward, queued and so with room, has its tensors."""
+        return self.queued[0][stage] and self.ready_s[0][stage][self.done[0][stage]] <= now_s
 
     def _pass(self, stage: int, start_s: float, backward: bool) -> float:
         times = self.stages[stage]

@@ -1,9 +1,9 @@
 """The passes of one step, executed: every pass starts when its machine is free and its tensors are there.
 
 The order is the training runtime's and `fusionai.scheduling.pipeline`'s: each stage takes forwards and backwards in
-order, no more in flight than it may hold; a machine with a choice runs a backward before a forward and a later stage
-before an earlier one. Without faults, sharing and background uploads, one pipeline's times are those of
-`pipeline_times`, to the last bit.
+order, no more in flight than it may hold, the forward first if both could run; a machine with several stages that could
+run a pass takes a backward before a forward and a later stage before an earlier one. Without faults, sharing and
+background uploads, one pipeline's times are those of `pipeline_times`, to the last bit.
 
 Times are seconds since the step's start.
 """
@@ -97,6 +97,9 @@ class PassExecutor:
             if start_s < free_s[stage.machine]:
                 heapq.heappush(queue, (free_s[stage.machine], rank, minus_stage, number, epoch))
                 continue
+            if rank == 0 and self._forward_is_ready(stage, start_s):
+                stage.queued[1] = False  # Offered again once the forward has run.
+                continue
             self._pass(stage, start_s, backward=not rank)
         return self.left == 0
 
@@ -114,13 +117,23 @@ class PassExecutor:
             self._queue_pass(stage, 0, forwards)
 
     def _queue_pass(self, stage: Stage, backward: int, index: int) -> None:
+        ready_s = self._ready_s(stage, backward, index)
+        if ready_s < math.inf:
+            stage.queued[backward] = True
+            heapq.heappush(self._queue, (ready_s, 1 - backward, -stage.stage, stage.number, stage.epoch))
+
+    @staticmethod
+    def _ready_s(stage: Stage, backward: int, index: int) -> float:
+        """Return when everything that a pass needs is there; infinite while something has not been sent."""
         ready_s = stage.available_s
         for lane in stage.into[backward]:
             if lane.arrival_s[index] > ready_s:
                 ready_s = lane.arrival_s[index]
-        if ready_s < math.inf:
-            stage.queued[backward] = True
-            heapq.heappush(self._queue, (ready_s, 1 - backward, -stage.stage, stage.number, stage.epoch))
+        return ready_s
+
+    def _forward_is_ready(self, stage: Stage, now_s: float) -> bool:
+        """Return whether a stage's forward, queued and so with room, has its tensors."""
+        return stage.queued[0] and self._ready_s(stage, 0, stage.done[0]) <= now_s
 
     def _pass(self, stage: Stage, start_s: float, *, backward: bool) -> None:
         machine, index = stage.machine, stage.done[backward]

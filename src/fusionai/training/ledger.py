@@ -108,17 +108,16 @@ class RoundLedger:
     def take(self, within: Callable[[int], bool] = lambda stage: True) -> Task | None:
         """Return the most urgent pass whose tensors are all here, and count it as running; None if none is.
 
-        A backward goes before a forward, since it frees memory and its upstream waits; among equals the
-        later stage goes first.
+        Each stage offers the first of its open turns that can run. Of several stages one that offers a backward goes
+        first, since its upstream waits on another machine; among equals the later one.
         """
-        ready = [
-            (turn.direction == "backward", stage, turn)
-            for stage, turn in self._open_turns()
-            if stage not in self._running and within(stage) and self._has_all(stage, turn)
-        ]
-        if not ready:
+        offered: dict[int, Turn] = {}
+        for stage, turn in self._open_turns():
+            if stage not in offered and stage not in self._running and within(stage) and self._has_all(stage, turn):
+                offered[stage] = turn
+        if not offered:
             return None
-        _, stage, turn = max(ready, key=lambda each: each[:2])
+        stage, turn = max(offered.items(), key=lambda each: (each[1].direction == "backward", each[0]))
         self._running.add(stage)
         needs = self._needs[stage]
         if turn.direction == "forward":

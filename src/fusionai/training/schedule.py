@@ -2,8 +2,9 @@
 
 One-forward-one-backward (1F1B, PipeDream-Flush; Narayanan et al. 2021, section 2.2): a stage runs as many forwards as
 it may keep in flight, then one more for each backward, then drains. The order of the two is not fixed beforehand: a
-backward whose gradients are there does not wait for a forward whose tensors are not. Both directions take the
-microbatches in index order, so gradients add up in the same order as in a single process.
+backward whose gradients are there does not wait for a forward whose tensors are not, but a forward that could run goes
+first, so that the stages after it always have work (decision 14). Both directions take the microbatches in index order,
+so gradients add up in the same order as in a single process.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ class StageTurns:
     def open(self) -> tuple[Turn, ...]:
         """Return the passes that may run next if their tensors are here, the most urgent first: at most one each way.
 
-        A backward goes first, since it frees memory and the stage before waits for it.
+        A forward goes first: while there is room in memory, what the later stages wait for matters more.
         """
         turns = []
-        if self._train and self._backwards < self._forwards:
-            turns.append(Turn("backward", self._backwards))
         if self._forwards < self._microbatches and self._forwards - self._backwards < self._in_flight:
             turns.append(Turn("forward", self._forwards))
+        if self._train and self._backwards < self._forwards:
+            turns.append(Turn("backward", self._backwards))
         return tuple(turns)
 
     def done(self, turn: Turn) -> None:

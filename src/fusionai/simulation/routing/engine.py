@@ -1,8 +1,10 @@
 """Microbatches on their way through the stages and back, within one step.
 
 Every pass starts when its machine is free and its tensors are there. A machine runs a backward before a forward, and of
-several stages the later one; a forward waits while the stage holds as many microbatches as memory allows. Senders keep
-boundary tensors until the step ends, so what a machine loses can be computed again from what its neighbours kept.
+several stages the later one; a forward waits while the stage holds as many microbatches as memory allows. (A planned
+pipeline takes forwards first, because its plan says how many a stage may hold: decision 14. Here only memory does, and
+forwards first would fill it.) Senders keep boundary tensors until the step ends, so what a machine loses can be
+computed again from what its neighbours kept.
 """
 
 from __future__ import annotations
