@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from decoder_graph import GB, decoder, member
 from hypothesis import example, given, settings
@@ -57,7 +58,8 @@ def died(*deaths: tuple[str, float]) -> Scripted:
 def test_a_pipeline_takes_its_closed_form() -> None:
     # GPipe's and 1F1B's: (M + K - 1) (f + b), transfers none.
     for microbatches, stages in ((1, 1), (4, 3), (8, 4)):
-        job = routed(stages, stages, microbatches=microbatches, in_flight=stages)
+        held = np.broadcast_to(np.arange(stages, 0, -1)[:, None], (stages, stages))
+        job = replace(routed(stages, stages, microbatches=microbatches), in_flight=held.copy())
         report = run(job, [[each] for each in range(stages)])
         assert report.elapsed_s == pytest.approx((microbatches + stages - 1) * 3.0)
 
@@ -81,37 +83,25 @@ def in_order(case: tuple[list[StageTimes], list[Edge], int]) -> bool:
 
 
 def test_one_holder_each_takes_what_the_simulator_says() -> None:
-    """Exactly, where machines run their passes in the same order, and about as long where they do not.
-
-    A fixed 1F1B turn waits for its tensor, and runs a forward although a backward is ready; here machines do what is
-    ready, backwards first. Either may be ahead.
-    """
-    same = compared = equal = 0
+    compared = 0
     for seed in range(300):
         stages, edges, microbatches, workload, links = random_case(seed)
         if not in_order((stages, edges, microbatches)):
             continue
-        expected = pipeline_times(stages, edges, microbatches).makespan_s
         job = one_each(stages, edges, microbatches)
         report = run(job, [[each] for each in range(len(stages))], record_steps=1)
         compared += 1
-        equal += report.passes_s[0] == pytest.approx(expected, rel=1e-12)
-        assert report.passes_s[0] < 1.25 * expected
+        expected = pipeline_times(stages, edges, microbatches).makespan_s
+        assert report.passes_s[0] == pytest.approx(expected, rel=1e-12)
         theirs = simulate_workload(workload, links, Scenario(timeline_steps=1))
         place = {each.machine: f"m{number}" for number, each in enumerate(stages)}
-        order = [(place[each.peer], each.direction == "backward", each.microbatch) for each in theirs.timeline]
-        ours = [(each.peer, each.backward, each.microbatch) for each in report.passes]
-        if all([e for e in order if e[0] == m] == [e for e in ours if e[0] == m] for m in place.values()):
-            same += 1
-            assert report.passes_s[0] == pytest.approx(expected, rel=1e-12)
-            starts = {
-                (place[each.peer], each.direction == "backward", each.microbatch): each for each in theirs.timeline
-            }
-            for each in report.passes:
-                assert each.start_s == pytest.approx(starts[each.peer, each.backward, each.microbatch].start_s)
+        starts = {
+            (place[each.peer], each.direction == "backward", each.microbatch): each.start_s for each in theirs.timeline
+        }
+        assert len(report.passes) == len(starts)
+        for each in report.passes:
+            assert each.start_s == pytest.approx(starts[each.peer, each.backward, each.microbatch])
     assert compared > 100
-    assert same > 40
-    assert equal > compared / 2
 
 
 def test_sums_take_a_ring_all_reduce() -> None:

@@ -1,10 +1,9 @@
 """Microbatches on their way through the stages and back, within one step.
 
-Every pass starts when its machine is free and its tensors are there. A machine runs a backward before a forward, and of
-several stages the later one; a forward waits while the stage holds as many microbatches as memory allows. (A planned
-pipeline takes forwards first, because its plan says how many a stage may hold: decision 14. Here only memory does, and
-forwards first would fill it.) Senders keep boundary tensors until the step ends, so what a machine loses can be
-computed again from what its neighbours kept.
+Every pass starts when its machine is free and its tensors are there. A forward waits while the stage holds as many
+microbatches as memory allows; one that need not wait goes before the stage's backwards. Of several stages one with a
+backward to run goes first, and among equals the later one. Senders keep boundary tensors until the step ends, so what a
+machine loses can be computed again from what its neighbours kept.
 """
 
 from __future__ import annotations
@@ -276,19 +275,27 @@ class Engine:
         )
 
     def _next_pass(self, machine: Machine) -> tuple[Cell, bool] | None:
-        for queues, backward in ((machine.backwards, True), (machine.forwards, False)):
-            for stage in sorted(queues, reverse=True):
-                queue = queues[stage]
-                while queue:
-                    if queue[0][0].epoch == queue[0][1] and not backward:
-                        most = int(self.job.in_flight[stage, machine.number])
-                        if machine.held.get(stage, 0) >= most:
-                            break
-                    cell, epoch = queue.popleft()
-                    machine.note_waiting(self.events.now_s, -1)
-                    if cell.epoch == epoch:
-                        return cell, backward
-        return None
+        """Take the next pass. Each stage offers one; of those a backward goes first, then a later stage."""
+        offered: list[tuple[bool, int]] = []
+        for stage in {*machine.forwards, *machine.backwards}:
+            most = int(self.job.in_flight[stage, machine.number])
+            if machine.held.get(stage, 0) < most and self._has_valid(machine, machine.forwards.get(stage)):
+                offered.append((False, stage))
+            elif self._has_valid(machine, machine.backwards.get(stage)):
+                offered.append((True, stage))
+        if not offered:
+            return None
+        backward, stage = max(offered)
+        cell, _ = (machine.backwards if backward else machine.forwards)[stage].popleft()
+        machine.note_waiting(self.events.now_s, -1)
+        return cell, backward
+
+    def _has_valid(self, machine: Machine, queue: deque[tuple[Cell, int]] | None) -> bool:
+        """Return whether a pass waits in a queue, those that were withdrawn dropped."""
+        while queue and queue[0][0].epoch != queue[0][1]:
+            queue.popleft()
+            machine.note_waiting(self.events.now_s, -1)
+        return bool(queue)
 
     def _pass_ends(self, machine: Machine, generation: int, cell: Cell, epoch: int, backward: bool) -> None:
         if machine.generation != generation:
