@@ -16,7 +16,7 @@ from fusionai.scheduling.profile import DeviceProfile
 log = logging.getLogger(__name__)
 
 _CACHE = "calibration.json"
-_METHOD = "decoder"
+_METHOD = "decoders"
 """Of measuring: what another one measured is not taken for it."""
 
 _MOST_CACHED = 64

@@ -39,15 +39,18 @@ class StageSeconds:
 
 
 def time_stage(
-    plane: Plane, device: str, shape: Shape, precision: Literal["fp32", "bf16"], seconds: float
+    plane: Plane, device: str, shape: Shape, precision: Precision, seconds: float, pause_s: float = 0.0
 ) -> StageSeconds:
-    """Run training steps of the reference decoder for about `seconds`, at least one after a first to warm up."""
+    """Run training steps of the reference decoder for about `seconds`, at least one after a microbatch to warm up.
+
+    The device rests for `pause_s` seconds before each pass.
+    """
     stage = reference_stage(shape)
     program = plane.load([stage], ProgramOptions(device=device, precision=precision))
     try:
         for weight in stage.weights:
             program.load(weight.key, _start_of(weight))
-        forward_s, backward_s, update_s = _timed_steps(program, stage, shape, seconds)
+        forward_s, backward_s, update_s = _timed_steps(program, stage, shape, seconds, pause_s)
     finally:
         program.close()
     return StageSeconds(
@@ -59,7 +62,7 @@ def time_stage(
 
 
 def _timed_steps(
-    program: Program, stage: SubDag, shape: Shape, seconds: float
+    program: Program, stage: SubDag, shape: Shape, seconds: float, pause_s: float
 ) -> tuple[list[float], list[float], list[float]]:
     random = np.random.default_rng(0)
     values = {item.name: _tokens(random, concrete(item.type, shape.sizes), shape.vocabulary) for item in stage.inputs}
@@ -73,17 +76,19 @@ def _timed_steps(
     update_s: list[float] = []
     until_s = 0.0
     for step in range(1 + _MOST_STEPS):
-        for index in range(_MICROBATCHES):
+        for index in range(_MICROBATCHES if step else 1):
             key = MicrobatchKey(step, index)
+            time.sleep(pause_s)
             start_s = time.perf_counter()
             # The loss is handed out, so a device's queue is empty when this returns.
             program.forward(stage.index, key, shape.sizes, values, train=True)
-            middle_s = time.perf_counter()
+            forward_s.append(time.perf_counter() - start_s)
+            time.sleep(pause_s)
+            start_s = time.perf_counter()
             program.backward(stage.index, key, {}, 1 / _MICROBATCHES)
             program.finish_backward()
             program.read_gradient(smallest)
-            forward_s.append(middle_s - start_s)
-            backward_s.append(time.perf_counter() - middle_s)
+            backward_s.append(time.perf_counter() - start_s)
         start_s = time.perf_counter()
         program.gradient_norms()
         program.update(1e-6, _CLIPPED)
