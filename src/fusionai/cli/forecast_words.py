@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fusionai.scheduling.explain import seconds_text
+from fusionai.scheduling.explain import bytes_text, seconds_text
+from fusionai.simulation.duration import duration_text
 from fusionai.simulation.forecast.alone import Alone
-from fusionai.simulation.forecast.forecast import Assumed, Change, Forecast
+from fusionai.simulation.forecast.forecast import USD_PER_KWH, Assumed, Change, Forecast
+from fusionai.simulation.forecast.offload import BUS_BYTES_PER_S
+from fusionai.simulation.forecast.rented import Rented
+from fusionai.simulation.report_tables import usd_text
 
 _AS_FAST = 0.02
 """Of a speed: what differs by less is called as fast. Predictions are not that good."""
@@ -25,6 +29,7 @@ def sentences(found: Forecast) -> Iterator[str]:
         f"A step takes about {seconds_text(found.predicted_step_s)}: {_tokens(found.tokens_per_s)}. "
         f"What limits it: {found.bottleneck}."
     )
+    yield f"All {found.job_steps:,} steps of the job: about {duration_text(found.job_s)}, if nobody leaves."
     yield (
         f"No plan on these machines could take less than {seconds_text(found.bound_step_s)} (all their computing added "
         f"up, links for free); this one reaches {_percent(found.bound_share)} of that speed. "
@@ -45,6 +50,8 @@ def sentences(found: Forecast) -> Iterator[str]:
     yield from (f"{line[0].upper()}{line[1:]}." for line in found.plan.explanation if line.startswith("left out: "))
     if found.alone:
         yield _alone(found)
+        yield from _offloaded(found)
+    yield from _rented(found)
     yield from (_change(change) for change in found.what_if.values())
     yield ""
     yield from (assumed_line(each) for each in found.assumed)
@@ -96,6 +103,55 @@ def _alone(found: Forecast) -> str:
     if len(used) == 1 or (best.with_owner and len(used) == 2):
         return f"This plan uses one machine: train on {who}; the others of this pool would not make it faster."
     return f"Train on {who}: as fast as this pool ({_rate(best)})."
+
+
+def _offloaded(found: Forecast) -> Iterator[str]:
+    """Yield what the best machine that holds too little would reach with the state in main memory."""
+    best = next((each for each in found.alone if each.offload is not None), None)
+    if best is None or best.offload is None or any(each.speedup is not None for each in found.alone):
+        return
+    step_s = best.offload.step_s
+    ratio = step_s / found.predicted_step_s
+    than_it = (
+        f"the pool is {_times(ratio)} faster"
+        if ratio > 1 + _AS_FAST
+        else f"{_times(1 / ratio)} faster than this pool"
+        if ratio < 1 - _AS_FAST
+        else "as fast as this pool"
+    )
+    yield (
+        f"With its weights and optimizer states in main memory ({bytes_text(best.offload.main_memory_bytes)} of it), "
+        f"{_alone_name(best)} would reach about {_tokens(found.tokens_per_s / ratio)}, limited by "
+        f"{best.offload.limit}: {than_it}. (Assumed: {BUS_BYTES_PER_S / 1e9:.0f} GB/s to main memory each way. This "
+        "system does not offload; others do.)"
+    )
+
+
+def _rented(found: Forecast) -> Iterator[str]:
+    """Yield what the cheapest and the fastest rented card would do, and what the pool's electricity costs."""
+    if not found.rented:
+        return
+    cheapest, fastest = found.rented[0], max(found.rented, key=lambda each: each.tokens_per_s)
+    words = f"Rented instead, the cheapest by token is {_rented_card(cheapest)}"
+    if fastest is not cheapest:
+        words += f"; the fastest is {_rented_card(fastest)}"
+    yield f"{words}."
+    if found.electricity_usd_per_million_tokens is not None:
+        yield (
+            f"This pool's electricity: at most {usd_text(found.electricity_usd_per_million_tokens)} per million tokens "
+            f"({found.board_w:,.0f} W of boards, {USD_PER_KWH:g} USD a kWh assumed)."
+        )
+
+
+def _rented_card(each: Rented) -> str:
+    state = f", its state in main memory ({bytes_text(each.main_memory_bytes)})" if each.main_memory_bytes else ""
+    than_it = (
+        f"{_times(each.speedup)} the pool's speed" if each.speedup >= 0.1 else f"{_percent(each.speedup)} of the pool's"
+    )
+    return (
+        f"one {each.hardware} ({usd_text(each.usd_per_hour)} an hour in {each.priced[:7]}){state}: "
+        f"{_tokens(each.tokens_per_s)}, {than_it}, {usd_text(each.usd_per_million_tokens)} per million tokens"
+    )
 
 
 def _alone_name(best: Alone) -> str:

@@ -40,7 +40,7 @@ def forecast_job(job: JobConfig, what_if: WhatIfPool, *, what_ifs: bool = True) 
         PlacementError: no plan meets the constraints; the text says what is missing.
     """
     with_owner(what_if, job.placement.privacy)  # refused before seconds are spent on the capture
-    return forecast(request_of(job), what_if, what_ifs=what_ifs)
+    return forecast(request_of(job), what_if, job_steps=job.training.steps, what_ifs=what_ifs)
 
 
 def simulate_job(job: JobConfig, what_if: WhatIfPool, given: Circumstances, *, pipelines: bool = False) -> Trial:

@@ -12,6 +12,7 @@ from fusionai.scheduling.estimator import flops_rate, training_memory_bytes
 from fusionai.scheduling.explain import bytes_text
 from fusionai.scheduling.profile import DeviceProfile, Member
 from fusionai.scheduling.segments import MEMORY_MARGIN, reachable
+from fusionai.simulation.forecast.offload import Offload, offloaded
 from fusionai.simulation.forecast.request import Request, plan_at_home, plan_with
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 
@@ -34,6 +35,9 @@ class Alone(msgspec.Struct, frozen=True, kw_only=True):
     """Over the plan for the whole pool; above 1, the pool only slows the job down."""
     why_not: str = ""
     """Why it does not fit."""
+    offload: Offload | None = None
+    """What it could reach with the model's state in its main memory, where it does not fit otherwise and nothing need
+    stay elsewhere. `predicted_step_s` is None all the same: this system does not offload."""
 
 
 def each_alone(request: Request, what_if: WhatIfPool, full: WhatIfPool, pool_step_s: float) -> tuple[Alone, ...]:
@@ -46,7 +50,14 @@ def each_alone(request: Request, what_if: WhatIfPool, full: WhatIfPool, pool_ste
     found = [_with_member(request, full, group, pool_step_s) for group in _groups(request, full)]
     if what_if.owner is not None:
         found.insert(0, _at_home(request, what_if.owner, pool_step_s))
-    return tuple(sorted(found, key=lambda each: each.predicted_step_s or float("inf")))
+    return tuple(sorted(found, key=_order))
+
+
+def _order(each: Alone) -> tuple[bool, float]:
+    """Order by speed, those that would have to offload after those that need not."""
+    if each.predicted_step_s is not None:
+        return False, each.predicted_step_s
+    return True, float("inf") if each.offload is None else each.offload.step_s
 
 
 def _groups(request: Request, what_if: WhatIfPool) -> list[list[int]]:
@@ -67,26 +78,26 @@ def _groups(request: Request, what_if: WhatIfPool) -> list[list[int]]:
 
 def _with_member(request: Request, what_if: WhatIfPool, group: list[int], pool_step_s: float) -> Alone:
     member, with_owner = what_if.members[group[0]], request.privacy == "private"
-    if lacking := _lacking(request, request.shared_cost, member.device):
-        return _unfit(member, len(group), lacking, with_owner=with_owner)
+    if missing := lacking(request, request.shared_cost, member.device):
+        return _unfit(request, member, len(group), missing, with_owner=with_owner)
     try:
         step_s = plan_with(request, what_if, group[0]).predicted_step_s
     except PlacementError as error:
-        return _unfit(member, len(group), str(error), with_owner=with_owner)
+        return _unfit(request, member, len(group), str(error), with_owner=with_owner)
     return _fit(request, member, len(group), step_s, pool_step_s, with_owner=with_owner)
 
 
 def _at_home(request: Request, owner: Member, pool_step_s: float) -> Alone:
-    if lacking := _lacking(request, request.whole_cost, owner.device):
-        return _unfit(owner, 1, lacking, with_owner=False)
+    if missing := lacking(request, request.whole_cost, owner.device):
+        return _unfit(request, owner, 1, missing, with_owner=False)
     try:
         step_s = plan_at_home(request, owner).predicted_step_s
     except PlacementError as error:
-        return _unfit(owner, 1, str(error), with_owner=False)
+        return _unfit(request, owner, 1, str(error), with_owner=False)
     return _fit(request, owner, 1, step_s, pool_step_s, with_owner=False)
 
 
-def _lacking(request: Request, cost: StageCost, device: DeviceProfile) -> str:
+def lacking(request: Request, cost: StageCost, device: DeviceProfile) -> str:
     """Return why a stage cannot fit a device, "" if it may: whatever the schedule, so nothing need be planned."""
     need = training_memory_bytes(cost, device, 1, request.optimizer_states) * MEMORY_MARGIN
     if need <= device.memory_bytes:
@@ -106,7 +117,7 @@ def _fit(request: Request, member: Member, alike: int, step_s: float, pool_step_
     )
 
 
-def _unfit(member: Member, alike: int, why_not: str, *, with_owner: bool) -> Alone:
+def _unfit(request: Request, member: Member, alike: int, why_not: str, *, with_owner: bool) -> Alone:
     return Alone(
         machine=member.name,
         alike=alike,
@@ -115,4 +126,5 @@ def _unfit(member: Member, alike: int, why_not: str, *, with_owner: bool) -> Alo
         tokens_per_s=None,
         speedup=None,
         why_not=why_not,
+        offload=None if with_owner else offloaded(request, member.device),
     )

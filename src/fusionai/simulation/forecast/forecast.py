@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import Literal
 
@@ -18,6 +18,7 @@ from fusionai.scheduling.profile import Member
 from fusionai.scheduling.swarm_plan import SwarmPlan
 from fusionai.simulation.forecast.alone import Alone, each_alone
 from fusionai.simulation.forecast.changes import best_machine, link_doubled, links_busy_s, one_more, uplinks_doubled
+from fusionai.simulation.forecast.rented import Rented, each_rented
 from fusionai.simulation.forecast.request import (
     Request,
     Setting,
@@ -30,6 +31,9 @@ from fusionai.simulation.forecast.request import (
 from fusionai.simulation.hardware.efficiency import ASSUMED
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 from fusionai.simulation.workload_of_plan import pipelines_of
+
+USD_PER_KWH = 0.15
+"""Of electricity; assumed."""
 
 ChangeName = Literal["one_more_machine", "bottleneck_link_doubled", "uplinks_doubled"]
 
@@ -86,6 +90,9 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     stages: tuple[StageRow, ...]
     predicted_step_s: float
     tokens_per_s: float
+    job_steps: int
+    job_s: float
+    """What all steps of the job would take if nobody left."""
     bottleneck: str
     busiest_share: float
     """Share of a step for which that is busy. Well below 1, machines mostly wait for each other."""
@@ -107,6 +114,12 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     pipelines_bottleneck: str
     pipelines_planning_s: float
     alone: tuple[Alone, ...]
+    rented: tuple[Rented, ...]
+    """Single cards of clouds with the same job, the cheapest by token first."""
+    board_w: float | None
+    """Power of the boards of the plan's machines at full load; None where nobody publishes it for all of them."""
+    electricity_usd_per_million_tokens: float | None
+    """Of those boards, at `USD_PER_KWH`, working all the time: at most so much."""
     what_if: dict[ChangeName, Change]
     """Without a change that cannot be made: no link is doubled where nothing is sent."""
     assumed: tuple[Assumed, ...]
@@ -117,6 +130,7 @@ def forecast(
     request: Request,
     what_if: WhatIfPool,
     *,
+    job_steps: int = 1,
     what_ifs: bool = True,
     clock_s: Callable[[], float] = time.perf_counter,
 ) -> Forecast:
@@ -125,7 +139,8 @@ def forecast(
     Args:
         request: the job.
         what_if: the pool.
-        what_ifs: whether single machines and better pools are planned for, too, each anew as a broker would.
+        job_steps: of the whole job.
+        what_ifs: whether single and rented machines and better pools are planned for, too, each anew as a broker would.
         clock_s: times the planning.
 
     Raises:
@@ -142,13 +157,17 @@ def forecast(
     swarm_s = clock_s() - planned_s
     bound_step_s = _bound_s(request, full)
     (rows,) = rows_of(request, plan, setting.machines)
+    board_w = _board_w({stage.peer for stage in plan.stages}, full)
+    tokens_per_s = request.tokens_per_step / plan.predicted_step_s
     longest_link_s = max(links_busy_s(request, plan, setting).values(), default=0.0)
     return Forecast(
         plan=plan,
         stages=rows,
         busiest_share=max(longest_link_s / plan.predicted_step_s, *(each.busy for each in rows)),
         predicted_step_s=plan.predicted_step_s,
-        tokens_per_s=request.tokens_per_step / plan.predicted_step_s,
+        tokens_per_s=tokens_per_s,
+        job_steps=job_steps,
+        job_s=job_steps * plan.predicted_step_s,
         bottleneck=plan.bottleneck,
         bound_step_s=bound_step_s,
         bound_share=bound_step_s / plan.predicted_step_s,
@@ -161,9 +180,25 @@ def forecast(
         pipelines_bottleneck=swarm.bottleneck if swarm else "",
         pipelines_planning_s=swarm_s,
         alone=each_alone(request, what_if, full, plan.predicted_step_s) if what_ifs else (),
+        rented=each_rented(request, plan.predicted_step_s) if what_ifs else (),
+        board_w=board_w,
+        electricity_usd_per_million_tokens=(
+            None if board_w is None else board_w / 1000 * USD_PER_KWH * (1e6 / tokens_per_s) / 3600
+        ),
         what_if=_changes(request, part, setting, plan) if what_ifs else {},
         assumed=assumptions(what_if),
     )
+
+
+def _board_w(peers: Collection[str], what_if: WhatIfPool) -> float | None:
+    """Return what the boards of some machines draw together; None where a machine has no published figure."""
+    found = 0.0
+    for machine, hardware in zip(what_if.machines, what_if.hardware, strict=False):
+        if machine.peer in peers:
+            if hardware is None or hardware.power_w is None:
+                return None
+            found += hardware.power_w
+    return found
 
 
 def _bound_s(request: Request, what_if: WhatIfPool) -> float:
