@@ -3,204 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import re
-import struct
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from broker_pool import broker_at, graph, member_of, plane, states, status, submit, until
+from broker_pool import status, until
+from job_party import WEIGHT_BYTES, Party, noise, run, undisturbed
 
-from fusionai.broker.broker import Broker
-from fusionai.broker.messages import JobEnded, Launched, Prepared, Switch
-from fusionai.compnode.member import Member
+from fusionai.broker.messages import JobEnded, Switch
 from fusionai.errors import JobError, ProtocolError
-from fusionai.execution.plane import OptimizerConfig, ProgramOptions
-from fusionai.graph.model import OpDag, WeightKey
-from fusionai.owner.machines import machines_of
-from fusionai.owner.replanning import ReplanEvent, Replanning, ReplanTerms
-from fusionai.scheduling.corrections import Corrections, Drift
-from fusionai.scheduling.evaluation import Task, evaluate
-from fusionai.scheduling.plan import Plan
-from fusionai.scheduling.replanning import Replanned
+from fusionai.graph.model import WeightKey
 from fusionai.tensor import TensorData
-from fusionai.training.driver import Driver, Machine
-from fusionai.training.messages import HandOver, Inherit, JobId, Tensor
+from fusionai.training.messages import HandOver, Inherit, Tensor
 from fusionai.training.weight_traffic import WeightTraffic
-
-OPTIONS = ProgramOptions(optimizer=OptimizerConfig(kind="adamw", weight_decay=0.01))
-STATES = OPTIONS.optimizer.states
-WEIGHT_BYTES = 8 * 8 * 4
-
-
-def noise(key: str, rows: int) -> TensorData:
-    draw = random.Random(key)
-    numbers = [draw.gauss(0, 0.5) for _ in range(8 * rows)]
-    return TensorData("float32", (rows, 8), bytearray(struct.pack(f"{8 * rows}f", *numbers)))
-
-
-class Start:
-    """The weights that training starts from."""
-
-    def read(self, name: str) -> TensorData:
-        return noise(name, 8)
-
-
-def batch(step: int) -> list[dict[str, TensorData]]:
-    return [{"x": noise(f"x{step}{index}", 2), "y": noise(f"y{step}{index}", 2)} for index in range(2)]
-
-
-class Party:
-    """A broker, an owner, three compnodes, and a job on the first two."""
-
-    def __init__(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, machines: tuple[str, ...] = (), **options: Any
-    ) -> None:
-        self._machines = machines
-        self.offered: set[str] = set()
-        self._folder = folder
-        self._monkeypatch = monkeypatch
-        self._options = options
-        self._stack = AsyncExitStack()
-        self.dag: OpDag = graph()
-        self.broker: Broker
-        self.owner: Member
-        self.members: dict[str, Member] = {}
-        self.launched: Launched
-        self.replanning: Replanning
-        self.done = 0
-        self.losses: list[float] = []
-
-    async def __aenter__(self) -> Party:
-        enter = self._stack.enter_async_context
-        self._folder.mkdir(exist_ok=True)
-        self.broker = await enter(broker_at(self._folder))
-        token, torch = self.broker.token(), plane()
-        self.owner = await enter(member_of(token, "owner", "owner", with_plane=torch))
-        for name in "ab":
-            self.members[name] = await enter(member_of(token, name, with_plane=torch, **self._options))
-        self.launched = await submit(self.owner, self.dag, cuts=(2,), options=OPTIONS)
-        self.members["c"] = await enter(member_of(token, "c", with_plane=torch, **self._options))
-        machines = machines_of(self.dag, self.launched.plan, self.launched.names)
-        driver = self.make_driver(self.launched.job, machines)
-        terms = ReplanTerms(
-            graph=self.dag,
-            front=0,
-            back=len(self.dag.nodes),
-            options=OPTIONS,
-            compnodes=0,
-            machines=self._machines,
-            steps=100,
-            microbatches=2,
-            allowed=True,
-        )
-        self.replanning = Replanning(terms, self.owner, self.launched, driver, self.make_driver)
-        self.owner.on_job_lost(self.launched.job, self.replanning.fail)
-        self._monkeypatch.setattr("fusionai.owner.replanning.LEAST_LEFT_S", 0.0)
-        self._monkeypatch.setattr("fusionai.owner.replanning.PAUSE_STEPS", 0)
-        await self.driver.prepare(Start())
-        return self
-
-    async def __aexit__(self, *details: Any) -> None:
-        await self.replanning.close()
-        await self.driver.close("the test is over")
-        await self._stack.aclose()
-
-    def peer(self, name: str) -> str:
-        return self.owner.identity.peer_id if name == "owner" else self.members[name].identity.peer_id
-
-    @property
-    def first(self) -> str:
-        """Name of the compnode with the job's first stage."""
-        return next(name for name in "ab" if self.peer(name) == self.launched.plan.stages[0].peer)
-
-    @property
-    def second(self) -> str:
-        return "b" if self.first == "a" else "a"
-
-    @property
-    def driver(self) -> Driver:
-        return self.replanning.driver
-
-    def make_driver(self, job: JobId, machines: Sequence[Machine]) -> Driver:
-        assert self.owner.plane is not None
-        return Driver(job, self.owner.wire, self.dag, machines, gradient_clip=0.5, clipping=self.owner.plane.clipping)
-
-    async def steps(self, count: int) -> None:
-        for _ in range(count):
-            result = await self.driver.train_step(self.done, batch(self.done), [0.5, 0.5], 1e-2)
-            self.losses.append(result.loss)
-            self.replanning.observe(self.done, result)
-            self.done += 1
-
-    async def prepare(self, cuts: Sequence[int], names: Sequence[str]) -> Prepared:
-        """Have the broker prepare the plan that cuts there and runs on these."""
-
-        def choose(dag: OpDag, *, running: Plan, pool: Any, owner: Any, **other: Any) -> Replanned:
-            self.offered = {each.name for each in pool.members}
-            task = Task(
-                graph=dag,
-                graph_hash=running.graph_hash,
-                sizes=running.sizes,
-                microbatches=running.microbatches,
-                optimizer_states=other["optimizer_states"],
-                precision=other["precision"],
-                pool=pool,
-                owner=owner,
-                privacy=running.privacy,
-                front=other["front"],
-                back=other["back"],
-            )
-            plan = evaluate(task, cuts, [self.peer(name) for name in names], running.microbatches).plan
-            return Replanned(plan, (), 0.0, 1.0, "the test wants it")
-
-        self._monkeypatch.setattr("fusionai.broker.replanning.replanned", choose)
-        drifted = (Drift(self.launched.plan.stages[0].peer, 2.0, 0),)
-        with self._monkeypatch.context() as patch:
-            patch.setattr(Corrections, "drifted", lambda corrections: drifted)
-            assert await self.replanning.between_steps(self.done) is None
-        asking = self.replanning._asking
-        assert asking is not None
-        await asyncio.wait({asking})
-        return asking.result()
-
-    async def take(self) -> ReplanEvent:
-        """Have the owner do with the prepared plan what it does between two steps."""
-        event = await self.replanning.between_steps(self.done)
-        assert event is not None
-        return event
-
-    async def weights(self) -> dict[tuple[str, str | None], bytes]:
-        found: dict[tuple[str, str | None], bytes] = {}
-
-        async def sink(key: WeightKey, state: str | None, tensor: TensorData) -> None:
-            found[key, state] = bytes(tensor.data)
-
-        await self.driver.pull(STATES, sink)
-        return found
-
-    async def states(self) -> dict[str, str]:
-        return await states(self.owner)
-
-
-def run(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, course: Callable[[Party], Awaitable[None]], **options: Any
-) -> tuple[list[float], dict[tuple[str, str | None], bytes]]:
-    """Return the losses and the final weights and states of a course of events."""
-
-    async def main() -> tuple[list[float], dict[tuple[str, str | None], bytes]]:
-        async with Party(folder, monkeypatch, **options) as party:
-            await course(party)
-            return party.losses, await party.weights()
-
-    return asyncio.run(main())
-
-
-async def undisturbed(party: Party) -> None:
-    await party.steps(6)
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,24 @@ def test_a_replacement_takes_just_the_share_of_the_one_that_left() -> None:
     assert gone in made.reason
 
 
+def test_a_machine_that_is_leaving_hands_on_what_it_holds() -> None:
+    five = pool(*(member(name) for name in "abcde"), rtt_s=1e-4, bytes_per_s=1e8, owner=OWNER)
+    running = planned(GRAPH, without(five, "p-e"), 16, compnodes=4)
+    going = running.stages[2].peer
+    made = again(GRAPH, running, five, 20, leaving={going})
+    lost = again(GRAPH, running, without(five, going), 20)
+    assert made is not None
+    assert lost is not None
+    assert going not in {stage.peer for stage in made.plan.stages}
+    assert made.plan.stages == lost.plan.stages, "as if it had left"
+    assert {move.target for move in made.moves} == {"p-e"}
+    assert {move.source for move in made.moves} == {going}, "but from itself"
+    assert f"{going.removeprefix('p-')} leaves" in made.reason
+    assert made.gain_s == 0
+    with pytest.raises(PlacementError):
+        again(GRAPH, running, without(five, "p-e"), 20, leaving={going}, compnodes=4)
+
+
 def test_a_shared_weight_outlives_one_of_its_machines() -> None:
     """Tied embedding and head: the machine of the head still has what the machine of the embedding took along."""
     graph = decoder(6, tied=True)

@@ -15,6 +15,7 @@ from fusionai.broker.journal import Journal
 from fusionai.broker.launching import PROBES_TIMEOUT_S, Launcher
 from fusionai.broker.lifecycle import Lifecycle
 from fusionai.broker.messages import (
+    Decline,
     Forget,
     Heartbeat,
     JobEnded,
@@ -23,6 +24,7 @@ from fusionai.broker.messages import (
     Measure,
     Register,
     Registered,
+    Relieve,
     Replan,
     Status,
     StatusQuery,
@@ -30,6 +32,7 @@ from fusionai.broker.messages import (
     Switch,
 )
 from fusionai.broker.pool import PoolState
+from fusionai.broker.pool_changes import PoolChanges
 from fusionai.broker.prober import Prober
 from fusionai.broker.records import PRESENT, MemberRecord
 from fusionai.broker.replanning import Replanner
@@ -101,6 +104,7 @@ class Broker:
             self._state, self._prober, grace_s=self._times.grace_s, recovery_s=self._times.recovery_s
         )
         self._launcher = Launcher(self._state, self._prober, self._lifecycle)
+        self._changes = PoolChanges(self._state, self._prober)
         self._replanner = Replanner(self._state, self._prober, self._lifecycle, self._launcher)
         self._registered: dict[PeerId, tuple[Link, MemberRecord]] = {}
         self._closing = False
@@ -111,6 +115,7 @@ class Broker:
             kind_of(Measure): self._on_measure,
             kind_of(JobEnded): self._on_ended,
             kind_of(Leave): self._on_leave,
+            kind_of(Relieve): self._on_relieve,
             kind_of(Replan): self._on_replan,
             kind_of(Switch): self._on_switch,
             kind_of(Forget): self._on_forget,
@@ -234,6 +239,9 @@ class Broker:
             progress = decode(JobProgress, payload)
             check_progress(progress)
             self._lifecycle.progress(member.peer, progress)
+        elif kind == kind_of(Decline):
+            decline = decode(Decline, payload)
+            self._changes.decline(self._lifecycle.owned(member.peer, decline.job), decline)
         else:
             log.info("%s sent a notice %r that this version does not know", member.name, kind)
 
@@ -278,6 +286,7 @@ class Broker:
         if record.role != "observer":
             log.info("%s %s is here (%s)", record.role, record.name, link.peer[:12])
             self._prober.consider(link.peer)
+            self._changes.come(record)
         return encode(Registered(name=record.name, heartbeat_s=self._times.heartbeat_s))
 
     async def _on_submit(self, member: MemberRecord, payload: bytes) -> bytes:
@@ -337,6 +346,10 @@ class Broker:
             log.info("%s %s left: %s", record.role, record.name, reason)
         self._lifecycle.gone(member.peer, f"it left the pool ({reason})", for_good=True)
         self._prober.forget(member.peer)
+        return b""
+
+    async def _on_relieve(self, member: MemberRecord, payload: bytes) -> bytes:
+        self._changes.relieve(member, decode(Relieve, payload).reason[:500] or "it wants to leave")
         return b""
 
     # --- inside -----------------------------------------------------------------------------------------------

@@ -63,6 +63,15 @@ class Leave(msgspec.Struct, frozen=True, tag="broker.leave"):
     reason: str
 
 
+class Relieve(msgspec.Struct, frozen=True, tag="broker.relieve"):
+    """Request by a compnode: go, once others hold what it holds. It gets no further work from then on.
+
+    `Release` tells it that its part is over, `Unrelieved` that nobody takes it.
+    """
+
+    reason: str
+
+
 class Submit(msgspec.Struct, frozen=True, tag="broker.submit"):
     """Request: plan and launch a job whose OP-DAG came as "broker.graph" bulk. Answer: `Launched`.
 
@@ -150,6 +159,13 @@ class Forget(msgspec.Struct, frozen=True, tag="broker.forget"):
 
     job: JobId
     generation: JobId
+    reason: str
+
+
+class Decline(msgspec.Struct, frozen=True, tag="broker.decline"):
+    """Notice by the owner: its job cannot do without the machines that asked to be relieved."""
+
+    job: JobId
     reason: str
 
 
@@ -262,6 +278,22 @@ class JobLost(msgspec.Struct, frozen=True, tag="broker.job_lost"):
     reason: str
 
 
+class Reconsider(msgspec.Struct, frozen=True, tag="broker.reconsider"):
+    """Notice to the owner: the pool is another one than the running plan was made for."""
+
+    job: JobId
+    reason: str
+    """What happened, for people."""
+    leaving: bool
+    """Whether a machine of the job waits to be relieved; if not, there is a machine that the plan might use."""
+
+
+class Unrelieved(msgspec.Struct, frozen=True, tag="broker.unrelieved"):
+    """Notice to a compnode that asked to be relieved: nobody takes its part."""
+
+    reason: str
+
+
 class Connect(msgspec.Struct, frozen=True, tag="broker.connect"):
     """Request to a member that holds an assignment: link to its neighbours. Answered when all links are up."""
 
@@ -292,6 +324,7 @@ __all__ = [
     "Assign",
     "Assignment",
     "Connect",
+    "Decline",
     "Expect",
     "Forget",
     "Heartbeat",
@@ -307,12 +340,15 @@ __all__ = [
     "Prepared",
     "Probe",
     "Probed",
+    "Reconsider",
     "Register",
     "Registered",
     "Release",
+    "Relieve",
     "Replan",
     "Status",
     "StatusQuery",
     "Submit",
     "Switch",
+    "Unrelieved",
 ]

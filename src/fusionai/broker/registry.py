@@ -40,6 +40,7 @@ class Registry:
         self._names: dict[str, PeerId] = {}
         self._activity: dict[PeerId, Heartbeat] = {}
         self._leases: dict[PeerId, JobId] = {}
+        self._leaving: set[PeerId] = set()
 
     def restore(self, records: Iterable[MemberRecord], alive_s: float = 0.0) -> None:
         """Take members from before a restart: whoever was there is unreachable until it registers again.
@@ -81,6 +82,7 @@ class Registry:
             presence=arrived(Presence() if known is None else known.presence, now_s),
         )
         self._activity.pop(peer, None)
+        self._leaving.discard(peer)
         self._put(record)
         if record.role != "observer":
             self._keep(record)
@@ -92,6 +94,7 @@ class Registry:
         if record is None or record.state not in PRESENT:
             return record
         record = replace(record, state=state, seen_s=now_s, presence=departed(record.presence, state, now_s))
+        self._leaving.discard(peer)
         self._put(record)
         self._keep(record)
         return record
@@ -105,6 +108,7 @@ class Registry:
                 self._drop(peer)
         self._activity.pop(peer, None)
         self._leases.pop(peer, None)
+        self._leaving.discard(peer)
 
     def heartbeat(self, peer: PeerId, message: Heartbeat, now_s: float) -> None:
         """Note what a member does. Not written to the store: it would be old when read."""
@@ -112,6 +116,14 @@ class Registry:
         if record is not None:
             self._activity[peer] = message
             self._put(replace(record, seen_s=now_s))
+
+    def wants_to_leave(self, peer: PeerId) -> None:
+        """Note that a member gets no further work: it waits to be relieved. Until it registers anew, or goes."""
+        self._leaving.add(peer)
+
+    def is_leaving(self, peer: PeerId) -> bool:
+        """Whether a member waits to be relieved."""
+        return peer in self._leaving
 
     # --- leases ---------------------------------------------------------------------------------------------
 
@@ -158,8 +170,9 @@ class Registry:
         return record is not None and record.state in PRESENT
 
     def idle(self) -> list[MemberRecord]:
-        """Return the compnodes that no job has."""
-        return [each for each in self.present("compnode") if each.peer not in self._leases]
+        """Return the compnodes that no job has, and that do not wait to leave."""
+        taken = self._leases.keys() | self._leaving
+        return [each for each in self.present("compnode") if each.peer not in taken]
 
     def activity(self, peer: PeerId) -> Heartbeat:
         """Return a member's last heartbeat."""

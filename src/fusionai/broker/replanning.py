@@ -125,22 +125,25 @@ class Replanner:
         peers = [*members, owner.peer]
         estimates = await self._state.estimates.refresh(now=True)
         access: dict[str, AccessProfile] = {peer: estimates[peer] for peer in peers if peer in estimates}
-        offered = tuple(
-            _as_it_is(with_history(self._state, candidate(each)), message.factors) for each in members.values()
-        )
+        known = {
+            peer: _as_it_is(with_history(self._state, candidate(each)), message.factors)
+            for peer, each in members.items()
+        }
+        leaving = {peer for peer in known if self._state.registry.is_leaving(peer)}
         make = partial(
             replanned,
             graph,
             running=running,
             optimizer_states=len(message.options.optimizer.states),
             precision=message.options.precision,
-            pool=Pool(members=offered, links=self._state.links.matrix(peers), access=access),
+            pool=Pool(members=tuple(known.values()), links=self._state.links.matrix(peers), access=access),
             owner=_as_it_is(candidate(owner), message.factors),
             front=message.front,
             back=message.back,
             steps_left=message.steps_left,
             split_backward=not message.options.compile,
             compnodes=message.compnodes,
+            leaving=leaving,
         )
         return await asyncio.to_thread(make)
 

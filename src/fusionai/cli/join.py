@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--slowdown", type=float, metavar="FACTOR", help="emulate a device slower by this factor (lab mode)"
     )
     parser.add_argument("--lab", type=Path, metavar="FILE", help="emulate links and speeds (TOML; lab mode)")
+    parser.add_argument(
+        "--drain",
+        default="5min",
+        metavar="DURATION",
+        help="when stopped with a part in a job: how long others may take to take it over (default: 5min; 0: leave at "
+        "once, as a second Ctrl-C does)",
+    )
     parser.add_argument("--exit-with-parent", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run_command=run)
 
@@ -59,7 +67,9 @@ async def _serve(arguments: argparse.Namespace, folder: Path) -> int:
     from fusionai.cli.stopping import stop_event
     from fusionai.compnode.agent import Agent, AgentConfig
     from fusionai.scheduling.memory_amount import parse_memory
+    from fusionai.simulation.duration import parse_duration
 
+    drain_s = 0.0 if arguments.drain.strip() == "0" else parse_duration(arguments.drain, name="--drain")
     stop = stop_event()
     screen = console(arguments)
     name = arguments.name or _machine_name()
@@ -81,6 +91,7 @@ async def _serve(arguments: argparse.Namespace, folder: Path) -> int:
             slowdown=slowdown,
             throttle=lab.throttle.get(name) if lab else None,
             lab=lab.network if lab else None,
+            drain_s=drain_s,
         ),
         _torch_plane,
     )
@@ -110,7 +121,17 @@ async def _serve(arguments: argparse.Namespace, folder: Path) -> int:
             },
         )
 
-    await agent.run(stop, joined)
+    def draining(held: Mapping[str, str]) -> bool:
+        if stop.orphaned:
+            return False
+        screen.print(
+            f"leaving: others take {', '.join(held.values()) or 'its part'} over first; Ctrl-C again leaves at once",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return True
+
+    await agent.run(stop, joined, draining)
     screen.print("left the pool")
     return 0
 

@@ -14,13 +14,20 @@ from fusionai.cli.parent_watch import on_parent_gone
 _SECOND = 130
 
 
-def stop_event() -> asyncio.Event:
+class Stop(asyncio.Event):
+    """Set when the process is asked to end."""
+
+    orphaned = False
+    """Whether the watched parent has gone: nobody waits for this process, and what it works with goes, too."""
+
+
+def stop_event() -> Stop:
     """Return an event that is set when the process is asked to end. A second request ends it at once.
 
     Call it inside the event loop, in the main thread.
     """
     loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
+    stop = Stop()
 
     def request() -> None:
         if stop.is_set():
@@ -33,7 +40,12 @@ def stop_event() -> asyncio.Event:
         number = getattr(signal, name, None)
         if number is not None:
             _handle(loop, number, request)
-    on_parent_gone(lambda: _call(loop, stop.set))
+
+    def orphaned() -> None:
+        stop.orphaned = True
+        stop.set()
+
+    on_parent_gone(lambda: _call(loop, orphaned))
     return stop
 
 

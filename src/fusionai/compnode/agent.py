@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from fusionai.compnode.disk import measure_disk
 from fusionai.compnode.hardware import measure
 from fusionai.compnode.member import Member
+from fusionai.errors import ConfigError
 from fusionai.execution.plane import Plane
 from fusionai.network.identity import Identity
 from fusionai.network.lab import LabConfig
@@ -44,6 +45,12 @@ class AgentConfig:
     slowdown: float = 1.0
     throttle: Throttle | None = None
     lab: LabConfig | None = None
+    drain_s: float = 300.0
+    """When stopped with a part in a job: how long others may take to take it over; 0 leaves at once."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drain_s <= 86_400:
+            raise ConfigError(f"drain must be between 0 and 86400 seconds (a day), got {self.drain_s}")
 
 
 class Agent:
@@ -59,8 +66,17 @@ class Agent:
         self._load_plane = load_plane
         self._token = JoinToken.decode(config.token)
 
-    async def run(self, stop: asyncio.Event, on_joined: Callable[[Member], None]) -> None:
+    async def run(
+        self,
+        stop: asyncio.Event,
+        on_joined: Callable[[Member], None],
+        on_draining: Callable[[Mapping[str, str]], bool] = lambda held: True,
+    ) -> None:
         """Join, call `on_joined`, and serve until `stop` is set; then leave cleanly.
+
+        A machine with a part in a job waits until others have taken it over, no longer than `drain_s`, and leaves all
+        the same if nobody can. `on_draining` is called before that, with what is held (job to a line for people), and
+        returns whether to wait at all.
 
         Raises:
             TokenError, AuthenticationError: the pool does not admit this machine, now or later.
@@ -104,6 +120,10 @@ class Agent:
         try:
             on_joined(member)
             await _unless(stop, member.wait_ended())
+            if member.holds and config.drain_s and on_draining(member.holds):
+                held_still = await member.relieve("its provider stopped it", config.drain_s)
+                if held_still:
+                    log.warning("left with a part in a job: %s", held_still)
         finally:
             await member.close("its provider stopped it" if stop.is_set() else "it ended")
 

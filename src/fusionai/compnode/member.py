@@ -21,9 +21,12 @@ from fusionai.broker.messages import (
     JobLost,
     Probe,
     Probed,
+    Reconsider,
     Register,
     Registered,
     Release,
+    Relieve,
+    Unrelieved,
 )
 from fusionai.broker.parcels import MOST_BYTES as PARCEL_BYTES
 from fusionai.broker.parcels import ParcelInbox, unpack
@@ -31,6 +34,7 @@ from fusionai.broker.tasks import Tasks
 from fusionai.broker.validation import check_name
 from fusionai.compnode.disk import free_disk_bytes
 from fusionai.compnode.hosting import BusyMeter, Hosting
+from fusionai.compnode.relief import ASK_TIMEOUT_S, Relief
 from fusionai.compnode.session import BrokerSession
 from fusionai.errors import AuthenticationError, ConfigError, NetworkError, ProtocolError
 from fusionai.execution.plane import Plane
@@ -152,6 +156,7 @@ class Member:
         self._busy = BusyMeter()
         self._job_lost: dict[JobId, Callable[[str], None]] = {}
         self._lost: dict[JobId, str] = {}
+        self._pool_changed: dict[JobId, Callable[[Reconsider], None]] = {}
         self._session = BrokerSession(
             self.endpoint,
             self.token,
@@ -168,8 +173,9 @@ class Member:
             # A compnode gives itself to one job at a time; an owner holds its own shares of its own jobs.
             most_jobs=1 if role == "compnode" else 8,
             slowdown=emulated,
-            changed=self._session.beat_now,
+            changed=self._changed,
         )
+        self._relief = Relief(lambda: self._hosting.holds)
 
     @property
     def device(self) -> str:
@@ -204,6 +210,17 @@ class Member:
     async def wait_ended(self) -> None:
         """Wait until the broker refuses this machine for good, and raise its error. Cancel it to stop waiting."""
         await asyncio.shield(self._session.ended)
+
+    async def relieve(self, reason: str, within_s: float) -> str:
+        """Have others take what this machine holds, which may be waited for so long; get no further work.
+
+        Returns why something is held still; "" once nothing is, and leaving costs nobody anything.
+        """
+
+        async def ask(message: Relieve) -> None:
+            await self.request(message, None, timeout_s=ASK_TIMEOUT_S)
+
+        return await self._relief.wait(ask, reason, within_s)
 
     async def close(self, reason: str = "it stopped") -> None:
         """Leave the pool: drop all jobs, say good-bye, close everything. May be called again."""
@@ -255,6 +272,13 @@ class Member:
             callback(reason)
         else:
             self._job_lost[job] = callback
+
+    def on_pool_changed(self, job: JobId, callback: Callable[[Reconsider], None] | None) -> None:
+        """Have a callback called whenever the broker says that the pool has changed for an own job; None: no more."""
+        if callback is None:
+            self._pool_changed.pop(job, None)
+        else:
+            self._pool_changed[job] = callback
 
     def host(self, job: JobId) -> StageHost | None:
         """Return this machine's own stages of a job, if it has any."""
@@ -323,6 +347,12 @@ class Member:
         elif kind == kind_of(JobLost):
             lost = decode(JobLost, payload)
             self._lose(lost.job, lost.reason)
+        elif kind == kind_of(Reconsider):
+            reconsider = decode(Reconsider, payload)
+            if (changed := self._pool_changed.get(reconsider.job)) is not None:
+                changed(reconsider)
+        elif kind == kind_of(Unrelieved):
+            self._relief.refused(decode(Unrelieved, payload))
         else:
             log.info("the broker sent a notice %r that this version does not know", kind)
 
@@ -342,6 +372,7 @@ class Member:
         self._session.broken(link, error)
         if link.peer == self.token.broker:
             self._parcels.drop(link.peer)
+            self._relief.cut_off(str(error))
         else:
             await self.wire.on_close(link.peer, error)
 
@@ -354,6 +385,11 @@ class Member:
             raise ProtocolError("the broker takes no part in jobs")
 
     # --- inside -----------------------------------------------------------------------------------------------
+
+    def _changed(self) -> None:
+        """A job came or went."""
+        self._session.beat_now()
+        self._relief.changed()
 
     def _register(self) -> Register:
         return Register(

@@ -1,4 +1,4 @@
-"""A running job keeps its pace: drifting machines are noticed, a new plan is made beside the old one, and taken.
+"""A running job is planned anew when machines drift, come, or want to go: beside the running plan, and then taken.
 
 Nothing here changes what is computed: a plan is taken between two steps, and every weight and optimizer state with it.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusionai.broker.messages import Forget, Launched, Prepared, Replan, Switch
+from fusionai.broker.messages import Decline, Forget, Launched, Prepared, Reconsider, Replan, Switch
 from fusionai.compnode.member import Member
 from fusionai.errors import FusionError
 from fusionai.execution.plane import ProgramOptions
@@ -50,7 +50,7 @@ class ReplanEvent:
     step: int
     """Steps done before."""
     noticed_step: int
-    """Steps done when the drift was noticed, and a new plan asked for."""
+    """Steps done when the reason was noticed, and a new plan asked for."""
     reason: str
     """What was noticed, and why the new plan is better."""
     error: str | None
@@ -133,9 +133,30 @@ class Replanning:
         self._noticed = ""
         self._noticed_step = 0
         self._next_step = 0
+        self._for_leaving = False
+        """Whether the plan that is sought is to relieve a machine."""
         self._again = False
         """Whether the last attempt failed, so that the next is made without a further drift."""
         self._step_s = 0.0
+        self._come = ""
+        """Who joined since the last plan was sought."""
+        self._leaving = ""
+        """Who waits to be relieved."""
+
+    def reconsider(self, message: Reconsider) -> None:
+        """Hear that the pool has changed; `between_steps` looks for a plan then."""
+        if not message.leaving:
+            self._come = message.reason[:500]
+        elif self._terms.allowed:
+            self._leaving = message.reason[:500]
+        else:
+            self._decline("its plan may not be changed (placement.replan, placement.cuts)")
+
+    def _decline(self, reason: str) -> None:
+        """Tell the machines that wait to be relieved that nobody can take their parts."""
+        self._leaving = ""
+        log.warning("a machine that wants to leave cannot be relieved: %s", reason)
+        self._member.tell(Decline(self._job, reason[:500]))
 
     def fail(self, reason: str) -> None:
         """End the job, whichever generation runs."""
@@ -152,7 +173,10 @@ class Replanning:
         self._step_s = result.seconds
 
     async def between_steps(self, done: int) -> ReplanEvent | None:
-        """Take a plan that stands by now, or look for one if a machine has drifted; `done` steps are committed.
+        """Take a plan that stands by now, or look for one if there is a reason to; `done` steps are committed.
+
+        A machine that waits to be relieved is reason enough. One that has drifted or joined is, once the last plan's
+        pace has been seen and while the job takes `LEAST_LEFT_S` longer.
 
         Returns what became of a new plan, None while there is none. Raises JobError when the running generation is
         lost meanwhile.
@@ -167,26 +191,34 @@ class Replanning:
                 prepared = asking.result()
             except FusionError as error:
                 log.warning("no new plan for the job: %s", error)
-                self._again = True
+                if self._for_leaving:
+                    self._decline(str(error))
+                else:
+                    self._again = True
                 return self._event(done, self._noticed, str(error))
             if prepared.generation is None or prepared.plan is None:
                 log.info("the job keeps its plan (%s): %s", self._noticed, prepared.reason)
+                if self._for_leaving:
+                    self._decline(prepared.reason)
                 return None
-            if not self._pays_still(prepared, done):
+            if not self._for_leaving and not self._pays_still(prepared, done):
                 log.info("the job keeps its plan: too few steps are left for %s", prepared.reason)
                 await self._forget(prepared.generation, "too few steps are left")
                 return None
             return await self._take(prepared, prepared.generation, prepared.plan, done)
         left = self._terms.steps - done
-        worth = self._terms.allowed and done >= self._next_step and left * self._step_s > LEAST_LEFT_S
+        # A job that is over soon relieves everybody by itself.
+        worth = self._terms.allowed and left * self._step_s > LEAST_LEFT_S
+        seen = done >= self._next_step
         drifted = self._corrections.drifted()
-        if worth and (drifted or self._again):
-            self._again = False
+        if worth and (self._leaving or (seen and (drifted or self._come or self._again))):
             self._noticed_step = done
             # What the broker is told now is known; what changes while it works is a drift of its own.
             self._corrections.settle()
-            if drifted:
-                self._noticed = self._words(drifted)
+            news = [each for each in (self._leaving, self._come, self._words(drifted)) if each]
+            self._noticed = "; ".join(news) or self._noticed
+            self._for_leaving = bool(self._leaving)
+            self._leaving, self._come, self._again = "", "", False
             log.info("looking for a new plan: %s", self._noticed)
             self._asking = asyncio.ensure_future(self._ask(left))
         return None
@@ -238,7 +270,10 @@ class Replanning:
             await self._forget(generation, str(error))
             await running.check()
             log.warning("the new plan could not be taken, the job goes on by the old one: %s", error)
-            self._again = True
+            if self._for_leaving:
+                self._decline(str(error))
+            else:
+                self._again = True
             return self._event(done, f"{self._noticed}; {prepared.reason}", str(error))
         except BaseException:
             await new.close("the owner stopped")

@@ -144,6 +144,7 @@ async def train(
         driver = make_driver(launched.job, machines)
         replanning = Replanning(terms, member, launched, driver, make_driver)
         member.on_job_lost(launched.job, replanning.fail)
+        member.on_pool_changed(launched.job, replanning.reconsider)
         observer.launched(launched, machines)
         resumed = job.optimizer.states if job.first_step else ()
         await driver.prepare(job.weights, optimizer_states=resumed, optimizer_step=job.first_step)
@@ -207,6 +208,7 @@ def _write_plan(folder: RunFolder, plan: Plan) -> None:
 
 
 async def _wind_up(replanning: Replanning | None, member: Member, launched: Launched, state: str, reason: str) -> None:
+    member.on_pool_changed(launched.job, None)
     if replanning is not None:
         await replanning.close()
         await replanning.driver.close(reason or state)

@@ -7,6 +7,7 @@ Why, and what was measured: docs/decisions/0012-sticky-replanning.md.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 import msgspec
@@ -17,7 +18,7 @@ from fusionai.scheduling.evaluation import Task
 from fusionai.scheduling.explain import bytes_text, seconds_text
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.profile import Member, Pool
-from fusionai.scheduling.sticky.moves import Move
+from fusionai.scheduling.sticky.moves import Haulage, Move
 from fusionai.scheduling.sticky.search import Option, Search
 
 __all__ = ["LEAST_GAIN", "Move", "Replanned", "replanned"]
@@ -55,6 +56,7 @@ def replanned(
     steps_left: int,
     split_backward: bool = True,
     compnodes: int = 0,
+    leaving: Collection[str] = (),
 ) -> Replanned | None:
     """Return the plan to go on with, or None to keep the running one. Blocks for seconds: call it in a thread.
 
@@ -70,9 +72,10 @@ def replanned(
         steps_left: steps that will run after the switch.
         split_backward: see `evaluation.Task`.
         compnodes: how many machines besides the owner's the job asks for, 0 for as many as serve best.
+        leaving: machines of `pool` that get no stage: they are there only to hand on what they hold.
 
     Raises:
-        PlacementError: a machine has left, and no plan meets the constraints without it.
+        PlacementError: a machine has left or is leaving, and no plan meets the constraints without it.
     """
     if steps_left <= 0:
         return None
@@ -83,17 +86,17 @@ def replanned(
         microbatches=running.microbatches,
         optimizer_states=optimizer_states,
         precision=precision,
-        pool=pool,
+        pool=msgspec.structs.replace(pool, members=tuple(each for each in pool.members if each.peer not in leaving)),
         owner=owner,
         privacy=running.privacy,
         front=front,
         back=back,
         split_backward=split_backward,
     )
-    search = Search(task, running, steps_left, compnodes)
+    search = Search(task, running, steps_left, compnodes, Haulage(pool, owner))
     kept = search.kept()
     if kept is None:
-        return _result(search.best(), 0.0, f"{_gone(running, pool, owner)} left")
+        return _result(search.best(), 0.0, _without(running, pool, owner, leaving))
     try:
         best = search.best()
     except PlacementError:
@@ -110,10 +113,13 @@ def replanned(
     )
 
 
-def _gone(running: Plan, pool: Pool, owner: Member) -> str:
-    """Name the machines of a plan that are not there any more."""
-    there = {owner.peer, *(each.peer for each in pool.members)}
-    return ", ".join(dict.fromkeys(stage.peer for stage in running.stages if stage.peer not in there))
+def _without(running: Plan, pool: Pool, owner: Member, leaving: Collection[str]) -> str:
+    """Say which machines of a plan are not there any more, or want to go."""
+    names = {owner.peer: owner.name, **{each.peer: each.name for each in pool.members}}
+    used = dict.fromkeys(stage.peer for stage in running.stages)
+    gone = ", ".join(peer for peer in used if peer not in names)
+    going = ", ".join(names[peer] for peer in used if peer in names and peer in leaving)
+    return " and ".join([*([f"{gone} left"] if gone else []), *([f"{going} leaves"] if going else [])])
 
 
 def _result(option: Option, gain_s: float, reason: str) -> Replanned:

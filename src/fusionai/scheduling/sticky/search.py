@@ -64,11 +64,14 @@ class Option:
 
 
 class Search:
-    """One search; `running` is the plan that runs, its machines those of `task` as far as they are still there."""
+    """One search; `running` is the plan that runs, its machines those of `task` as far as they stay.
 
-    def __init__(self, task: Task, running: Plan, steps_left: int, compnodes: int) -> None:
+    `haulage` knows all that can hand something on, also machines that `task` may not use any more.
+    """
+
+    def __init__(self, task: Task, running: Plan, steps_left: int, compnodes: int, haulage: Haulage) -> None:
         self._task, self._running, self._steps_left, self._compnodes = task, running, steps_left, compnodes
-        self._haulage = Haulage(task.pool, task.owner)
+        self._haulage = haulage
         self._nbytes = state_bytes(task.graph, task.sizes, task.optimizer_states)
         holds: dict[str, set[WeightKey]] = {}
         for subdag, stage in zip(cut(task.graph, running.cuts), running.stages, strict=True):
@@ -91,7 +94,7 @@ class Search:
     # --- options ----------------------------------------------------------------------------------------------------
 
     def kept(self) -> Option | None:
-        """Return the running plan as an option; None when a machine of it has left."""
+        """Return the running plan as an option; None when a machine of it has left, or is to go."""
         there = {self._task.owner.peer, *(each.peer for each in self._task.pool.members)}
         if any(stage.peer not in there for stage in self._running.stages):
             return None

@@ -1,0 +1,162 @@
+"""Machines that come while a job runs, and machines that want to go: real broker, members and sockets, one process."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from broker_pool import member_of, plane, submit, until
+from job_party import OPTIONS, STATES, WEIGHT_BYTES, Party, run, undisturbed
+
+from fusionai.broker.messages import Decline, Relieve
+from fusionai.errors import PlacementError, ProtocolError
+
+
+def test_what_a_leaving_machine_holds_goes_to_others_and_nothing_else_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def course(party: Party) -> None:
+        await party.steps(2)
+        going = party.members[party.first]
+        relieved = asyncio.create_task(going.relieve("the test wants it", 20))
+        event = await party.until_planned(steps=4)
+        assert event.error is None
+        assert f"{party.first} wants to leave" in event.reason
+        assert f"{party.first} leaves" in event.reason
+        assert going.identity.peer_id not in {stage.peer for stage in event.plan.stages}
+        assert event.bytes_moved >= 2 * (1 + len(STATES)) * WEIGHT_BYTES, "the two layers that it held, with states"
+        assert await relieved == ""
+        assert not going.holds
+        idle = {each.name for each in party.broker._state.registry.idle()}
+        assert party.first not in idle, "it gets no further work"
+        await going.close("it was relieved")
+        assert (await party.states())[party.first] == "left"
+        await party.steps(6 - party.done)
+
+    losses, weights = run(tmp_path / "one", monkeypatch, course)
+    expected_losses, expected_weights = run(tmp_path / "other", monkeypatch, undisturbed)
+    assert losses == expected_losses
+    assert weights == expected_weights
+
+
+def test_whom_nobody_can_replace_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def course(party: Party) -> None:
+        await party.steps(1)
+        relieved = asyncio.create_task(party.members["a"].relieve("the test wants it", 20))
+        event = await party.until_planned()
+        assert event.error is not None
+        why = await relieved
+        assert "cannot go on without it" in why
+        assert event.error[:100] in why
+        assert party.members["a"].holds
+        await party.steps(2)
+
+    run(tmp_path, monkeypatch, course, machines=("a", "b"), compnodes=2)
+
+
+def test_a_job_whose_plan_may_not_change_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def course(party: Party) -> None:
+        await party.steps(1)
+        why = await party.members["b"].relieve("the test wants it", 20)
+        assert "its plan may not be changed (placement.replan, placement.cuts)" in why
+        assert await party.replanning.between_steps(party.done) is None
+
+    run(tmp_path, monkeypatch, course, allowed=False)
+
+
+def test_a_machine_waits_no_longer_than_it_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def course(party: Party) -> None:
+        party.owner.on_pool_changed(party.launched.job, None)
+        assert await party.members["a"].relieve("the test wants it", 0.3) == "nobody took it within 0.3 s"
+        assert await party.members["a"].relieve("the test wants it", 0.0) == ""
+        assert await party.members["c"].relieve("it holds nothing", 5) == ""
+        waiting = asyncio.create_task(party.members["b"].relieve("the test wants it", 20))
+        await asyncio.sleep(0.2)
+        await party.broker.close()
+        assert "the broker is lost" in await waiting
+
+    run(tmp_path, monkeypatch, course)
+
+
+def test_the_end_of_a_job_relieves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that is over before another plan would pay is not planned again."""
+
+    async def course(party: Party) -> None:
+        monkeypatch.setattr("fusionai.owner.replanning.LEAST_LEFT_S", 1e9)
+        await party.steps(1)
+        waiting = asyncio.create_task(party.members["a"].relieve("the test wants it", 20))
+        await asyncio.sleep(0.2)
+        assert await party.replanning.between_steps(party.done) is None
+        assert party.replanning._asking is None
+        await party.members["a"].release(party.launched.job, "over")
+        assert await waiting == ""
+
+    async def main() -> None:
+        async with Party(tmp_path, monkeypatch) as party:
+            await course(party)
+
+    asyncio.run(main())
+
+
+def test_owners_hear_of_newcomers_and_weigh_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusionai.broker.pool_changes.GATHER_S", 0.5)
+    together = ("d, e joined", "e joined")  # the latter on a machine so busy that half a second parts them
+
+    async def course(party: Party) -> None:
+        await party.steps(1)
+        # The third compnode came after the launch: the first thing that an owner hears.
+        await until(lambda: party.replanning._come == "c joined")
+        async with (
+            member_of(party.broker.token(), "d", with_plane=plane()),
+            member_of(party.broker.token(), "e", with_plane=plane()),
+        ):
+            await until(lambda: party.replanning._come in together)
+            assert await party.replanning.between_steps(party.done) is None
+            assert party.replanning._noticed in together
+            assert party.replanning._come == ""
+            asking = party.replanning._asking
+            assert asking is not None
+            await asyncio.wait({asking})
+            # Alike machines bring a job of four products nothing, or a little: whichever the probes say.
+            event = await party.replanning.between_steps(party.done)
+            assert (event is None) == (asking.result().generation is None)
+
+    run(tmp_path, monkeypatch, course)
+
+
+def test_newcomers_that_go_again_are_not_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusionai.broker.pool_changes.GATHER_S", 0.5)
+
+    async def course(party: Party) -> None:
+        async with member_of(party.broker.token(), "d", with_plane=plane()):
+            pass
+        await until(lambda: party.replanning._come != "")
+        assert party.replanning._come == "c joined"
+
+    run(tmp_path, monkeypatch, course)
+
+
+def test_a_leaving_machine_is_no_candidate_for_a_new_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def course(party: Party) -> None:
+        registry = party.broker._state.registry
+        registry.wants_to_leave(party.members["c"].identity.peer_id)
+        async with member_of(party.broker.token(), "other", "owner", with_plane=plane()) as other:
+            with pytest.raises(PlacementError):
+                await submit(other, party.dag, options=OPTIONS)
+
+    run(tmp_path, monkeypatch, course)
+
+
+def test_only_compnodes_are_relieved_and_only_owners_decline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def course(party: Party) -> None:
+        with pytest.raises(ProtocolError, match="only compnodes hold what others could take"):
+            await party.owner.request(Relieve("x"), None, timeout_s=5)
+        party.members["c"].tell(Decline(party.launched.job, "it is not its job"))
+        waiting = asyncio.create_task(party.members["a"].relieve("the test wants it", 1.0))
+        await asyncio.sleep(0.3)
+        assert not waiting.done()
+        party.owner.on_pool_changed(party.launched.job, None)
+        await waiting
+
+    run(tmp_path, monkeypatch, course)
