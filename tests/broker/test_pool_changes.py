@@ -122,7 +122,11 @@ def test_owners_hear_of_newcomers_and_weigh_them(tmp_path: Path, monkeypatch: py
             event = await party.replanning.between_steps(party.done)
             assert (event is None) == (asking.result().generation is None)
 
-    run(tmp_path, monkeypatch, course)
+    async def main() -> None:
+        async with Party(tmp_path, monkeypatch) as party:
+            await course(party)
+
+    asyncio.run(main())
 
 
 def test_newcomers_that_go_again_are_not_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
