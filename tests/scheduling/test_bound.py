@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from itertools import product
+import random
+from dataclasses import replace
+from itertools import permutations, product
 
+import msgspec
 import pytest
-from decoder_graph import SIZES, decoder, member, pool
+from decoder_graph import GB, SIZES, decoder, member, pool
+from every_swarm_plan import best_single_step_s, best_step_of_several_s
 
 from fusionai.graph.cost import stage_cost
-from fusionai.graph.cuts import cut
+from fusionai.graph.cuts import cut, cut_points
 from fusionai.scheduling.bound import least_step_of_pipelines_s, least_step_s, most_microbatches_per_s
 from fusionai.scheduling.estimator import backward_s, forward_s, update_s
+from fusionai.scheduling.links import PoolLinks
 from fusionai.scheduling.planner import plan_training
-from fusionai.scheduling.profile import DeviceProfile, Member
+from fusionai.scheduling.profile import DeviceProfile, LinkProfile, Member, Pool
+from fusionai.scheduling.swarm.least import least_s
+from fusionai.scheduling.swarm.task import SwarmTask
+from fusionai.scheduling.swarm.work import make_work
 
 GRAPH = decoder(6)
 (WHOLE,) = cut(GRAPH, [])
 COST = stage_cost(WHOLE, SIZES)
+PARTS = [stage_cost(part, SIZES) for part in cut(GRAPH, cut_points(GRAPH, SIZES))]
 
 
 def bound(*members: Member, microbatches: int = 4) -> float:
     devices = [each.device for each in members]
-    return least_step_s(COST, devices, microbatches=microbatches, precision="fp32", optimizer_states=2)
+    return least_step_s(PARTS, devices, microbatches=microbatches, precision="fp32", optimizer_states=2)
 
 
 def alone_s(device: DeviceProfile, microbatches: int = 4) -> float:
@@ -39,7 +48,7 @@ def test_alike_machines_share_the_work() -> None:
     assert bound(one, one, one) == pytest.approx(alone_s(one.device) / 3)
 
 
-def test_the_better_at_each_kind_of_work_does_it() -> None:
+def test_the_better_at_each_part_does_it() -> None:
     """Total work over the sum of speeds would be no bound here: each machine is good at something else."""
     products, memory = member("a"), member("b")
     fast = {name: 100 * rate for name, rate in products.device.flops_per_s.items()}
@@ -47,13 +56,31 @@ def test_the_better_at_each_kind_of_work_does_it() -> None:
     b = DeviceProfile(
         **{**fields(memory), "memory_bytes_per_s": 100 * memory.device.memory_bytes_per_s, "overhead_s": 0.0}
     )
-    least_s = least_step_s(COST, [a, b], microbatches=4, precision="fp32", optimizer_states=2)
+    nothing = dict.fromkeys(COST.forward_flops, 0)
+    computed = replace(COST, forward_bytes=0, backward_bytes=0, trainable_bytes=0)
+    moved = replace(COST, forward_flops=nothing, backward_flops=nothing)
+    found_s = least_step_s([computed, moved], [a, b], microbatches=4, precision="fp32", optimizer_states=2)
     divided_s = max(
         4 * sum((COST.forward_flops[k] + COST.backward_flops[k]) / fast[k] for k in COST.forward_flops),
         4 * (COST.forward_bytes + COST.backward_bytes) / b.memory_bytes_per_s + update_s(COST, b, 2),
     )
-    assert 0 < least_s <= divided_s
+    assert 0 < found_s <= divided_s
     assert divided_s < 1 / (1 / alone_s(a) + 1 / alone_s(b))
+
+
+def test_a_part_is_done_by_one_machine_with_all_that_is_in_it() -> None:
+    """Products on one machine and the moving of bytes on another would be faster, but no plan can part them."""
+    products, memory = member("a"), member("b")
+    a = msgspec.structs.replace(products.device, overhead_s=0.0, memory_bytes_per_s=1e8)
+    slow = {name: rate / 100 for name, rate in memory.device.flops_per_s.items()}
+    b = msgspec.structs.replace(memory.device, overhead_s=0.0, flops_per_s=slow, memory_bytes_per_s=1e12)
+    whole_s = least_step_s([COST], [a, b], microbatches=4, precision="fp32", optimizer_states=2)
+    halves = cut(GRAPH, [len(GRAPH.nodes) // 2])
+    halves_s = least_step_s(
+        [stage_cost(each, SIZES) for each in halves], [a, b], microbatches=4, precision="fp32", optimizer_states=2
+    )
+    assert whole_s >= halves_s * (1 - 1e-9), "finer parts leave more freedom"
+    assert halves_s > 0.3 / (1 / alone_s(a) + 1 / alone_s(b))
 
 
 def fields(member: Member) -> dict[str, object]:
@@ -113,6 +140,42 @@ class TestManyPipelines:
     def test_the_fastest_machine_adds_what_it_does_alone_and_others_at_least_that(self) -> None:
         devices = [member("a", gflops=50).device, member("b", gflops=100).device]
         options = {"microbatches": 4, "precision": "fp32", "optimizer_states": 2}
-        slow, fast = most_microbatches_per_s(COST, devices, **options)  # type: ignore[arg-type]
+        slow, fast = most_microbatches_per_s([COST], devices, **options)  # type: ignore[arg-type]
         assert fast == pytest.approx(4 / alone_s(devices[1]))
         assert slow >= 4 / alone_s(devices[0])
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_no_plan_of_any_number_of_pipelines_is_faster(seed: int) -> None:
+    """Against the best of all plans of small pools, whose machines are good at different kinds of work."""
+    draw = random.Random(seed)
+    machines = draw.randint(2, 3)
+    members = []
+    for number in range(machines):
+        one = member(f"m{number}", gflops=draw.uniform(20, 200), memory_bytes=GB, device=draw.choice(["cpu", "cuda:0"]))
+        moved = one.device.memory_bytes_per_s * 10 ** draw.uniform(-1.5, 0.5)
+        device = msgspec.structs.replace(one.device, memory_bytes_per_s=moved, overhead_s=draw.choice([0.0, 1e-5]))
+        members.append(msgspec.structs.replace(one, device=device))
+    links = {
+        f"{one.peer}>{other.peer}": LinkProfile(1e-5, 10 ** draw.uniform(7, 10))
+        for one, other in permutations(members, 2)
+    }
+    graph = decoder(draw.choice((1, 2, 3)), hidden=draw.choice((32, 64)))
+    task = SwarmTask(
+        graph=graph,
+        graph_hash="",
+        sizes=SIZES,
+        microbatches=draw.choice((1, 2, 4)),
+        optimizer_states=2,
+        precision="fp32",
+        members=tuple(members),
+        owner=None,
+        links=PoolLinks(Pool(tuple(members), links), [each.peer for each in members]),
+        privacy="open",
+        front=0,
+        back=len(graph.nodes),
+    )
+    work = make_work(task)
+    best_s = best_single_step_s(work)
+    best_s = min(best_s, best_step_of_several_s(work, best_s))
+    assert 0 < least_s(work) <= best_s * (1 + 1e-9)

@@ -1,23 +1,29 @@
 """The least time that a step can take on given machines, whatever the plan.
 
-Links are free, the work is divided without loss, and no machine waits. What remains is a linear programme: each kind of
-work (matrix products, attention, bytes moved, ...) is divided over machines that differ in what they are good at. Any
-prices of the machines' time that add up to 1 give a bound below its optimum, so a few sensible ones are tried and the
-best is kept. For machines that are alike but for a factor it is the optimum: total work over the sum of speeds.
+Links are free, the work is divided without loss, and no machine waits. What remains is a linear programme: each part of
+the work (the passes of a segment between two possible cuts, and its update) is divided over machines that differ in
+what they are good at. A machine that does a segment does all kinds of work in it, so products cannot go to one machine
+and the moving of bytes to another. Any prices of the machines' time that add up to 1 give a bound below its optimum, so
+a few sensible ones are tried and the best is kept. For machines that are alike but for a factor it is the optimum:
+total work over the sum of speeds.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from fusionai.graph.cost import StageCost
 from fusionai.scheduling.estimator import flops_rate, update_s
+from fusionai.scheduling.links import Floats
 from fusionai.scheduling.profile import DeviceProfile
 
 
 def least_step_s(
-    cost: StageCost,
+    costs: Sequence[StageCost],
     devices: Sequence[DeviceProfile],
     *,
     microbatches: int,
@@ -27,20 +33,18 @@ def least_step_s(
     """Return seconds below which no plan on `devices` can bring a step, as the estimator counts.
 
     Args:
-        cost: of the whole graph as one stage.
+        costs: of the parts of the graph that no plan divides: what lies between two places where it may be cut.
         devices: of all machines that may compute, the owner's among them if it does; at least one.
         microbatches: of a step.
         precision: of the job.
         optimizer_states: tensors that the optimizer keeps for each weight.
     """
-    work = [_work_s(cost, device, microbatches, precision, optimizer_states) for device in devices]
-    overheads = [microbatches * (cost.operators + cost.backward_operators) * device.overhead_s for device in devices]
-    # A GPU's operators are queued ahead: of its work and its overhead the larger counts, so each gives a bound.
-    return max(_divided_s(work), _divided_s([[each] for each in overheads]))
+    work = _work(costs, devices, microbatches, precision, optimizer_states)
+    return max(_divided_s(work.seconds_DK), _divided_s(work.starts_D[:, None]))
 
 
 def most_microbatches_per_s(
-    cost: StageCost,
+    costs: Sequence[StageCost],
     devices: Sequence[DeviceProfile],
     *,
     microbatches: int,
@@ -49,18 +53,16 @@ def most_microbatches_per_s(
 ) -> list[float]:
     """Return, by device, what it adds at most to the microbatches per second of a step, as parts of the work go.
 
-    Let w[n, k] be the seconds of all work of kind k of a step on device n, and p a price of each kind, p >= 0; prices
-    add up to 1. A device that does the parts f[n, k] in T seconds has sum_k f[n, k] w[n, k] <= T, and does work worth
+    Let w[n, k] be the seconds of part k of a step on device n, and p a price of each part, p >= 0; prices add up to 1.
+    A device that does the shares f[n, k] in T seconds has sum_k f[n, k] w[n, k] <= T, and does work worth
     sum_k p[k] f[n, k] <= T max_k p[k] / w[n, k]. All devices together do work worth at least 1, whatever subset takes
-    part. The price of a kind is its part of the time on the fastest device. Arguments are those of `least_step_s`.
+    part. The price of a part is its share of the time on the fastest device. Arguments are those of `least_step_s`.
     """
-    work_DK = [_work_s(cost, device, microbatches, precision, optimizer_states) for device in devices]
-    fastest = min(work_DK, key=sum)
-    prices = [seconds / sum(fastest) for seconds in fastest]
-    return [
-        microbatches * max(price / seconds for price, seconds in zip(prices, work, strict=True) if price)
-        for work in work_DK
-    ]
+    seconds_DK = _work(costs, devices, microbatches, precision, optimizer_states).seconds_DK
+    fastest_K = seconds_DK[seconds_DK.sum(1).argmin()]
+    used = fastest_K > 0
+    prices_K = fastest_K[used] / fastest_K.sum()
+    return [float(each) for each in microbatches * (prices_K / seconds_DK[:, used]).max(1)]
 
 
 def least_step_of_pipelines_s(
@@ -117,35 +119,68 @@ def least_step_of_pipelines_s(
     return least_s
 
 
-def _work_s(
-    cost: StageCost, device: DeviceProfile, microbatches: int, precision: str, optimizer_states: int
-) -> list[float]:
-    """Return the seconds of all work of a step on one device, by kind."""
-    seconds = [
-        microbatches * (cost.forward_flops[name] + cost.backward_flops[name]) / flops_rate(device, name, precision)
-        for name in sorted(cost.forward_flops)
-    ]
-    moved = microbatches * (cost.forward_bytes + cost.backward_bytes)
-    overheads = microbatches * (cost.operators + cost.backward_operators) * device.overhead_s
-    return [
-        *seconds,
-        moved / device.memory_bytes_per_s + update_s(cost, device, optimizer_states),
-        overheads if device.device == "cpu" else 0.0,
-    ]
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Seconds of a step. Suffixes: D = devices, K = parts of the work."""
+
+    seconds_DK: Floats
+    starts_D: Floats
+    """Of starting operators on devices that do so while they compute: of that and the work the larger counts."""
 
 
-def _divided_s(work_DK: Sequence[Sequence[float]]) -> float:
-    """Return a bound on the time of work of K kinds divided over D devices, from each one's seconds for all of it."""
-    candidates = [[sum(kinds) for kinds in work_DK], *([kinds[k] for kinds in work_DK] for k in range(len(work_DK[0])))]
-    return max(_priced_s(work_DK, seconds) for seconds in candidates)
+def _work(
+    costs: Sequence[StageCost],
+    devices: Sequence[DeviceProfile],
+    microbatches: int,
+    precision: str,
+    optimizer_states: int,
+) -> _Work:
+    """Return the seconds of all parts on each device. Parts that are alike are one; machines alike are costed once."""
+    alike: list[tuple[StageCost, int]] = []
+    for cost in costs:
+        place = next((k for k, (known, _) in enumerate(alike) if known is cost or known == cost), None)
+        if place is None:
+            alike.append((cost, 1))
+        else:
+            alike[place] = alike[place][0], alike[place][1] + 1
+    known: dict[tuple[object, ...], tuple[list[float], float]] = {}
+    rows: list[tuple[list[float], float]] = []
+    for device in devices:
+        rates = device.memory_bytes_per_s, device.update_bytes_per_s, device.overhead_s, device.device
+        key = *sorted(device.flops_per_s.items()), *rates
+        if key not in known:
+            parts, starts_s = [], 0.0
+            for cost, count in alike:
+                starting_s = microbatches * (cost.operators + cost.backward_operators) * device.overhead_s
+                adds = device.device == "cpu"
+                passes_s = microbatches * _computing_s(cost, device, precision) + (starting_s if adds else 0.0)
+                parts += [count * passes_s, count * update_s(cost, device, optimizer_states)]
+                starts_s += 0.0 if adds else count * starting_s
+            known[key] = parts, starts_s
+        rows.append(known[key])
+    return _Work(np.asarray([parts for parts, _ in rows]), np.asarray([starts for _, starts in rows]))
 
 
-def _priced_s(work_DK: Sequence[Sequence[float]], seconds_D: Sequence[float]) -> float:
-    """Return the bound when a device's time is as dear as it is fast: one over `seconds_D`."""
-    if not all(0 < seconds < math.inf for seconds in seconds_D):
-        return 0.0
-    total = sum(1 / seconds for seconds in seconds_D)
-    prices_D = [1 / seconds / total for seconds in seconds_D]
-    kinds = range(len(work_DK[0]))
-    # Each kind is done where it costs least.
-    return sum(min(price * work[k] for price, work in zip(prices_D, work_DK, strict=True)) for k in kinds)
+def _computing_s(cost: StageCost, device: DeviceProfile, precision: str) -> float:
+    """Return the seconds of a microbatch's two passes, the starting of operators apart."""
+    flops_s = sum(
+        (cost.forward_flops[name] + cost.backward_flops[name]) / flops_rate(device, name, precision)
+        for name in cost.forward_flops
+    )
+    return flops_s + (cost.forward_bytes + cost.backward_bytes) / device.memory_bytes_per_s
+
+
+def _divided_s(seconds_DK: Floats) -> float:
+    """Return a bound on the time of work of K parts divided over D devices, from each one's seconds for all of it.
+
+    A device's time is as dear as it is fast: at all of the work, or at one part of it.
+    """
+    dear_CD = [seconds_DK.sum(1), *seconds_DK.T]
+    found = 0.0
+    for seconds_D in dear_CD:
+        if not ((seconds_D > 0) & np.isfinite(seconds_D)).all():
+            continue
+        prices_D = 1 / seconds_D / (1 / seconds_D).sum()
+        # Each part is done where it costs least.
+        found = max(found, float((prices_D[:, None] * seconds_DK).min(0).sum()))
+    return found

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from fusionai.graph.cost import StageCost, stage_cost
+from fusionai.graph.cost import stage_cost
 from fusionai.graph.cuts import cut
 from fusionai.scheduling.bound import least_step_of_pipelines_s, least_step_s, most_microbatches_per_s
 from fusionai.scheduling.swarm.work import Work
@@ -22,7 +22,7 @@ def least_s(work: Work) -> float:
     """
     task, segments, members = work.task, work.segments, work.task.candidates
     whole = stage_cost(cut(task.graph, [])[0], task.sizes)
-    computing_s = _computing_s(work, whole)
+    computing_s = _computing_s(work)
     if task.pinned or len(members) > _MOST_LOOKED_AT:
         return computing_s
     last = work.count
@@ -33,7 +33,7 @@ def least_s(work: Work) -> float:
     return least_step_of_pipelines_s(
         computing_s,
         most_microbatches_per_s(
-            whole,
+            work.all_costs,
             [task.members[member].device for member in members],
             microbatches=task.microbatches,
             precision=task.precision,
@@ -50,12 +50,12 @@ def least_s(work: Work) -> float:
     )
 
 
-def _computing_s(work: Work, whole: StageCost) -> float:
+def _computing_s(work: Work) -> float:
     """Return what no plan goes below: all computing freely divided, and the owner's stages on its machine."""
     task = work.task
     computing = task.machines if task.pinned else task.members
     divided_s = least_step_s(
-        whole,
+        work.all_costs,
         [each.device for each in computing],
         microbatches=task.microbatches,
         precision=task.precision,

@@ -204,7 +204,7 @@ def _board_w(peers: Collection[str], what_if: WhatIfPool) -> float | None:
 def _bound_s(request: Request, what_if: WhatIfPool) -> float:
     computing = what_if.machines if request.privacy == "private" else what_if.members
     return least_step_s(
-        request.whole_cost,
+        request.part_costs,
         [each.device for each in computing],
         microbatches=request.microbatches,
         precision=request.precision,

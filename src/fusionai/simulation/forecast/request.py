@@ -12,7 +12,8 @@ import numpy as np
 
 from fusionai.errors import ConfigError
 from fusionai.graph.cost import StageCost, stage_cost
-from fusionai.graph.cuts import cut
+from fusionai.graph.cuts import cut, cut_points
+from fusionai.graph.likeness import stage_costs
 from fusionai.graph.model import OpDag, Sizes
 from fusionai.scheduling.estimator import flops_rate
 from fusionai.scheduling.plan import Plan
@@ -56,6 +57,16 @@ class Request:
         """Cost of the whole graph as one stage."""
         (whole,) = cut(self.graph, [])
         return stage_cost(whole, self.sizes)
+
+    @cached_property
+    def part_costs(self) -> tuple[StageCost, ...]:
+        """Costs of the parts that no plan divides: between the job's own cuts, else between all that are possible."""
+        if self.cuts is None:
+            places = {*cut_points(self.graph, self.sizes, within=(self.front, self.back)), self.front, self.back}
+        else:
+            places = {*self.cuts, self.front, self.back}
+        inner = sorted(place for place in places if 0 < place < len(self.graph.nodes))
+        return tuple(stage_costs(cut(self.graph, inner), self.sizes, {}))
 
     @cached_property
     def shared_cost(self) -> StageCost:
