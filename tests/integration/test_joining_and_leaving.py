@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from commands import COMMAND, POSIX, Ended, compnodes, last_job, started, states, tiny_job, until, until_training
@@ -136,3 +137,25 @@ def test_a_compnode_that_nobody_can_replace_leaves_all_the_same(tmp_path: Path) 
         log = (pool.folder / "compnode-1.log").read_text()
         assert "leaving: others take " in log
         assert "left with a part in a job: job tiny cannot go on without it: " in log
+
+
+@pytest.mark.skipif(not POSIX, reason="sends POSIX signals")
+def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, placement={"compnodes": 1, "machines": ["compnode-1"]})
+    with LocalPool(1, folder=tmp_path / "pool") as pool:
+        with started("train", job, "--broker", pool.token, "--run", tmp_path / "run", "--json") as owner:
+            until_training(tmp_path / "run", owner)
+            log = pool.folder / "compnode-1.log"
+            leaving = psutil.Process(pool.pids["compnode-1"])
+            # An owner that is stopped answers nothing, so that the machine waits.
+            owner.send_signal(signal.SIGSTOP)
+            leaving.send_signal(signal.SIGTERM)
+            until(lambda: "leaving: others take " in log.read_text(), what="the wish to leave")
+            time.sleep(0.3)
+            assert leaving.is_running()
+            assert "left with" not in log.read_text()
+            leaving.send_signal(signal.SIGTERM)
+            until(lambda: "stopped at once" in log.read_text(), within_s=2, what="the end of the leaving compnode")
+            owner.send_signal(signal.SIGCONT)
+            ended = Ended(owner, within_s=30)
+        ended.failed(6, "JobError", "compnode-1")
