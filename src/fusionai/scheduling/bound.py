@@ -21,6 +21,15 @@ from fusionai.scheduling.estimator import flops_rate, update_s
 from fusionai.scheduling.links import Floats
 from fusionai.scheduling.profile import DeviceProfile
 
+_MUCH_DENSER = 1.5
+"""Parts with so many times the usual bytes of weights for their work are left out of what weights tell of the pace."""
+
+_LONG_PARTS = (0.01, 0.1, 0.3)
+"""Shares of the longest part's time; shorter parts may be left out."""
+
+_SHARES_TRIED = 200
+"""Largest shares of the weights that a machine may hold, from a thousandth to all."""
+
 
 def least_step_s(
     costs: Sequence[StageCost],
@@ -56,13 +65,63 @@ def most_microbatches_per_s(
     Let w[n, k] be the seconds of part k of a step on device n, and p a price of each part, p >= 0; prices add up to 1.
     A device that does the shares f[n, k] in T seconds has sum_k f[n, k] w[n, k] <= T, and does work worth
     sum_k p[k] f[n, k] <= T max_k p[k] / w[n, k]. All devices together do work worth at least 1, whatever subset takes
-    part. The price of a part is its share of the time on the fastest device. Arguments are those of `least_step_s`.
+    part. The price of a part is its share of the time on the fastest device; of several ways to leave short parts out,
+    in which a slow device may be nearly as fast, that counts by which all devices together are slowest. Arguments are
+    those of `least_step_s`.
     """
     seconds_DK = _work(costs, devices, microbatches, precision, optimizer_states).seconds_DK
     fastest_K = seconds_DK[seconds_DK.sum(1).argmin()]
-    used = fastest_K > 0
-    prices_K = fastest_K[used] / fastest_K.sum()
-    return [float(each) for each in microbatches * (prices_K / seconds_DK[:, used]).max(1)]
+    found: list[Floats] = []
+    for least in (0.0, *_LONG_PARTS):
+        used = (fastest_K > 0) & (fastest_K >= least * fastest_K.max())
+        prices_K = fastest_K[used] / fastest_K[used].sum()
+        found.append(microbatches * (prices_K / seconds_DK[:, used]).max(1))
+    return [float(each) for each in min(found, key=lambda rates: float(rates.sum()))]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPace:
+    """How fast machines get through a graph if a part of the work counts as much as the weights that it takes."""
+
+    nbytes: float
+    """Of all weights that count."""
+    rates_per_s: tuple[float, ...]
+    """By device: a device with the share f of the weights passes at most 1 / f of this many microbatches a second."""
+
+
+def weight_paces(
+    costs: Sequence[StageCost], nbytes: Sequence[float], devices: Sequence[DeviceProfile], *, precision: str
+) -> tuple[WeightPace, ...]:
+    """Return the pace of devices by weights, as several choices of weights tell it: each is true.
+
+    Any weights may be left out. Those of short parts are, and those that many bytes are of and little work, such as an
+    embedding's: they would make devices look fast.
+
+    Args:
+        costs: of the parts that no plan divides.
+        nbytes: by part, of the weights that it alone reads and that are trained.
+        devices: that may compute.
+        precision: of the job.
+    """
+    nbytes_K = np.asarray(nbytes, dtype=np.float64)
+    keys = [(*sorted(each.flops_per_s.items()), each.memory_bytes_per_s) for each in devices]
+    kinds = dict(zip(keys, devices, strict=True))
+    seconds = {key: np.asarray([_computing_s(cost, kinds[key], precision) for cost in costs]) for key in kinds}
+    fastest_K = min(seconds.values(), key=lambda seconds_K: float(seconds_K.sum()))
+    found: dict[tuple[int, ...], WeightPace] = {}
+    for least in (0.0, *_LONG_PARTS):
+        weighing = (nbytes_K > 0) & (fastest_K > 0) & (fastest_K >= least * fastest_K.max())
+        if not weighing.any():
+            continue
+        dense_K, places = nbytes_K[weighing] / fastest_K[weighing], np.flatnonzero(weighing)
+        rising = np.argsort(dense_K)
+        until_s = np.cumsum(fastest_K[places[rising]])
+        usual = dense_K[rising[np.searchsorted(until_s, until_s[-1] / 2)]]  # Of half of the work.
+        counted = places[dense_K <= _MUCH_DENSER * usual]
+        total = float(nbytes_K[counted].sum())
+        rates = {key: float((nbytes_K[counted] / total / each_K[counted]).max()) for key, each_K in seconds.items()}
+        found.setdefault(tuple(counted.tolist()), WeightPace(total, tuple(rates[key] for key in keys)))
+    return tuple(found.values())
 
 
 def least_step_of_pipelines_s(
@@ -77,6 +136,7 @@ def least_step_of_pipelines_s(
     crossing_bytes: float,
     bandwidth_bytes_per_s: float,
     delay_s: float,
+    paces: Sequence[WeightPace] = (),
 ) -> float:
     """Return seconds below which no step of any number of pipelines on N machines can be, each machine in one of them.
 
@@ -88,6 +148,10 @@ def least_step_of_pipelines_s(
     * Some pipeline has N / R machines or fewer, and one of those holds R / N of the weights or more. Their gradients
       are summed over R holders, for which each sends at least 2 (R - 1) / R of the bytes, in 2 (R - 1) rounds of a ring
       (Patarasuk and Yuan 2009).
+    * Whatever the largest share f of the weights that a machine holds: its sum takes at least 2 (R - 1) / R of f of the
+      bytes, and in P seconds of passes no machine gets through more than f of each of its pipeline's microbatches,
+      which are at most P times what a link passes. So all machines together get through P sum_n min(rate_n, f times
+      that) microbatches. Small shares are summed fast and pass little, large ones the other way round.
 
     Args:
         computing_s: the least time of computing alone, on all machines.
@@ -100,11 +164,13 @@ def least_step_of_pipelines_s(
         crossing_bytes: of a microbatch over the cheapest cut, in the direction with more of them.
         bandwidth_bytes_per_s: of the best link.
         delay_s: one-way latency of the best link.
+        paces: of the machines, in the order of `rates_per_s`; without any the last consideration is left out.
     """
+    by_link = bandwidth_bytes_per_s / crossing_bytes if crossing_bytes else math.inf
+    shares = [_Shares(pace, by_link) for pace in paces if math.isfinite(by_link)]
     fastest = sorted(rates_per_s, reverse=True)
     machines = len(fastest)
     by_themselves = sorted((rate for rate, can in zip(rates_per_s, alone, strict=True) if can), reverse=True)
-    by_link = bandwidth_bytes_per_s / crossing_bytes if crossing_bytes else math.inf
     least_s, rate, taken, passing = math.inf, 0.0, 0, 0.0
     for pipelines in range(1, max(1, min(machines, most_pipelines, microbatches)) + 1):
         while taken < min(machines, pipelines * most_stages):
@@ -112,11 +178,48 @@ def least_step_of_pipelines_s(
             taken += 1
         passing += max(by_link, by_themselves[pipelines - 1] if pipelines <= len(by_themselves) else 0.0)
         passed = min(rate, passing)
+        passes_s = max(computing_s, microbatches / passed)
         summed_s = 0.0
         if pipelines > 1:
             summed_s = 2 * (pipelines - 1) * (weight_bytes / machines / bandwidth_bytes_per_s + delay_s)
-        least_s = min(least_s, max(computing_s, microbatches / passed) + summed_s)
+            at_best_s = max(
+                (each.least_s(passes_s, microbatches, pipelines, taken, bandwidth_bytes_per_s) for each in shares),
+                default=passes_s,
+            )
+            least_s = min(least_s, max(passes_s + summed_s, at_best_s + 2 * (pipelines - 1) * delay_s))
+        else:
+            least_s = min(least_s, passes_s)
     return least_s
+
+
+class _Shares:
+    """The trade between how much a machine holds of the weights and how long their sum takes."""
+
+    def __init__(self, pace: WeightPace, by_link: float) -> None:
+        """`by_link`: microbatches a second that a link passes."""
+        self._nbytes, self._by_link = pace.nbytes, by_link
+        self._rates_N = np.sort(np.asarray(pace.rates_per_s, dtype=np.float64))[::-1]
+        self._sums = np.concatenate([[0.0], np.cumsum(self._rates_N)])
+        # What lies between two of these passes no more than the larger and is summed no faster than the smaller.
+        self._shares = np.geomspace(1e-3, 1.0, _SHARES_TRIED)
+        self._caps = self._shares * by_link
+        self._capped = np.searchsorted(-self._rates_N, -self._caps)
+
+    def least_s(
+        self, passes_s: float, microbatches: int, pipelines: int, machines: int, bandwidth_bytes_per_s: float
+    ) -> float:
+        """Return the least of passes and sum, over the largest share that a machine holds.
+
+        `passes_s` is known of the passes already; `machines`: the fastest of them take part.
+        """
+        whole_s = 2 * (pipelines - 1) / pipelines * self._nbytes / bandwidth_bytes_per_s
+        capped = np.minimum(self._capped, machines)
+        rates = capped * self._caps + self._sums[machines] - self._sums[capped]
+        # Nobody holds everything: each pipeline has a link.
+        rates = np.minimum(rates, pipelines * self._by_link)
+        passing_s = np.maximum(passes_s, microbatches / rates)
+        summed_s = whole_s * np.concatenate([[0.0], self._shares[:-1]])
+        return min(float((passing_s + summed_s).min()), passes_s + whole_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,12 @@ import numpy as np
 
 from fusionai.graph.cost import stage_cost
 from fusionai.graph.cuts import cut
-from fusionai.scheduling.bound import least_step_of_pipelines_s, least_step_s, most_microbatches_per_s
+from fusionai.scheduling.bound import (
+    least_step_of_pipelines_s,
+    least_step_s,
+    most_microbatches_per_s,
+    weight_paces,
+)
 from fusionai.scheduling.swarm.work import Work
 
 _MOST_LOOKED_AT = 2000
@@ -47,6 +52,12 @@ def least_s(work: Work) -> float:
         crossing_bytes=float(crossing.min()) if len(crossing) else 0.0,
         bandwidth_bytes_per_s=bandwidth,
         delay_s=delay_s,
+        paces=weight_paces(
+            segments.costs,
+            [float(each) for each in work.single_bytes],
+            [task.members[member].device for member in members],
+            precision=task.precision,
+        ),
     )
 
 
