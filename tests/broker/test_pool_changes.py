@@ -12,6 +12,7 @@ from job_party import OPTIONS, STATES, WEIGHT_BYTES, Party, run, undisturbed
 
 from fusionai.broker.messages import Decline, Relieve
 from fusionai.errors import PeerLost, PlacementError, ProtocolError
+from fusionai.scheduling.corrections import Corrections
 from fusionai.training.handing_over import HandOverResult, hand_over
 
 
@@ -53,6 +54,9 @@ def hand_over_fails(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
         return await hand_over(*arguments, **options)
 
     monkeypatch.setattr("fusionai.owner.replanning.hand_over", failing)
+    # Nothing else gives reason for a plan: the toy job's passes are nothing like planned, and a machine came late.
+    monkeypatch.setattr(Corrections, "drifted", lambda _: ())
+    monkeypatch.setattr("fusionai.broker.pool_changes.GATHER_S", 1_000.0)
     return calls
 
 
