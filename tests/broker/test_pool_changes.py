@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from broker_pool import member_of, plane, submit, until
 from job_party import OPTIONS, STATES, WEIGHT_BYTES, Party, run, undisturbed
 
 from fusionai.broker.messages import Decline, Relieve
-from fusionai.errors import PlacementError, ProtocolError
+from fusionai.errors import PeerLost, PlacementError, ProtocolError
+from fusionai.training.handing_over import HandOverResult, hand_over
 
 
 def test_what_a_leaving_machine_holds_goes_to_others_and_nothing_else_changes(
@@ -38,6 +40,65 @@ def test_what_a_leaving_machine_holds_goes_to_others_and_nothing_else_changes(
     expected_losses, expected_weights = run(tmp_path / "other", monkeypatch, undisturbed)
     assert losses == expected_losses
     assert weights == expected_weights
+
+
+def hand_over_fails(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
+    """Have the first hand-overs fail; return a list that gets an entry with each."""
+    calls: list[int] = []
+
+    async def failing(*arguments: Any, **options: Any) -> HandOverResult:
+        calls.append(len(calls))
+        if len(calls) <= times:
+            raise PeerLost(f"failure {len(calls)}")
+        return await hand_over(*arguments, **options)
+
+    monkeypatch.setattr("fusionai.owner.replanning.hand_over", failing)
+    return calls
+
+
+def test_what_fails_on_the_way_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = hand_over_fails(monkeypatch, 2)
+
+    async def course(party: Party) -> None:
+        await party.steps(1)
+        relieved = asyncio.create_task(party.members[party.first].relieve("the test wants it", 20))
+        for number in (1, 2):
+            event = await party.until_planned()
+            assert event.error == f"failure {number}"
+            assert not relieved.done()
+        event = await party.until_planned()
+        assert event.error is None
+        assert f"{party.first} wants to leave" in event.reason
+        assert await relieved == ""
+        await party.steps(20 - party.done)
+
+    async def alone(party: Party) -> None:
+        await party.steps(20)
+
+    losses, weights = run(tmp_path / "one", monkeypatch, course)
+    assert len(calls) == 3
+    expected_losses, expected_weights = run(tmp_path / "other", monkeypatch, alone)
+    assert losses == expected_losses
+    assert weights == expected_weights
+
+
+def test_what_fails_again_and_again_is_declined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = hand_over_fails(monkeypatch, 1_000)
+
+    async def course(party: Party) -> None:
+        await party.steps(1)
+        relieved = asyncio.create_task(party.members[party.first].relieve("the test wants it", 20))
+        for _ in range(3):
+            assert not relieved.done()
+            event = await party.until_planned()
+            assert event.error is not None
+        assert "cannot go on without it: failure 3" in await relieved
+        await party.steps(2)
+        assert await party.replanning.between_steps(party.done) is None
+        assert party.replanning._asking is None, "it is not sought for any more"
+
+    run(tmp_path, monkeypatch, course)
+    assert len(calls) == 3
 
 
 def test_whom_nobody_can_replace_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

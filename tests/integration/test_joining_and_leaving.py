@@ -8,9 +8,12 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from commands import COMMAND, POSIX, Ended, compnodes, last_job, started, states, tiny_job, until, until_training
@@ -32,23 +35,45 @@ SLOW = ["--slowdown", "12"]
 ADAMW: dict[str, Any] = {"kind": "adamw", "weight_decay": 0.01}
 
 
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first pool's measurements go; this machine is measured once, which takes seconds."""
+    return tmp_path_factory.mktemp("calibration") / "calibration.json"
+
+
+@contextmanager
+def pool_of(
+    names: Sequence[str], folder: Path, calibration: Path, arguments: Sequence[Sequence[str]] | None = None
+) -> Iterator[LocalPool]:
+    """Run a pool of compnodes that are measured already, where one was before."""
+    if calibration.exists():
+        for name in names:
+            (folder / name).mkdir(parents=True)
+            shutil.copy(calibration, folder / name)
+    with LocalPool(len(names), names=names, arguments=arguments, folder=folder) as pool:
+        if not calibration.exists():
+            shutil.copy(folder / names[0] / "calibration.json", calibration)
+        yield pool
+
+
 class Visit(Observer):
     """Has a fast compnode join at the second step, and asks it to leave as soon as it has work."""
 
-    def __init__(self, pool: LocalPool) -> None:
+    def __init__(self, pool: LocalPool, calibration: Path) -> None:
         self.losses: list[float] = []
         self.events: list[ReplanEvent] = []
         self.over = threading.Event()
         """Set when the visitor has left again."""
         self.visitor: subprocess.Popen[str] | None = None
         self._pool = pool
+        self._calibration = calibration
 
     def stepped(self, event: StepEvent) -> None:
         self.losses.append(event.loss)
         if len(self.losses) == 2:
             folder = self._pool.folder / "visitor"
             folder.mkdir()
-            shutil.copy(self._pool.folder / "slow-1" / "calibration.json", folder)
+            shutil.copy(self._calibration, folder)
             command = ["join", self._pool.token, "--name", "visitor", "--threads", "1", "--state-dir", str(folder)]
             self.visitor = subprocess.Popen(
                 [*COMMAND, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -65,14 +90,14 @@ class Visit(Observer):
 
 
 @pytest.mark.skipif(not POSIX, reason="sends POSIX signals")
-def test_a_fast_compnode_comes_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fast_compnode_comes_and_goes(tmp_path: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fusionai.owner.replanning.LEAST_LEFT_S", 0.0)  # however fast the machine is
     monkeypatch.setattr("fusionai.owner.replanning.PAUSE_STEPS", 2)
     monkeypatch.setattr(Corrections, "drifted", lambda _: ())  # the subject of test_drift
     torch.set_num_threads(1)
     content = token_batch("llama", 2, 16)
-    with LocalPool(2, names=["slow-1", "slow-2"], arguments=[SLOW, SLOW], folder=tmp_path / "pool") as pool:
-        visit = Visit(pool)
+    with pool_of(["slow-1", "slow-2"], tmp_path / "pool", calibration, [SLOW, SLOW]) as pool:
+        visit = Visit(pool, calibration)
 
         def batch(step: int, index: int) -> Any:
             if not visit.over.is_set():
@@ -121,10 +146,10 @@ def test_a_fast_compnode_comes_and_goes(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.skipif(not POSIX, reason="sends POSIX signals")
-def test_a_compnode_that_nobody_can_replace_leaves_all_the_same(tmp_path: Path) -> None:
+def test_a_compnode_that_nobody_can_replace_leaves_all_the_same(tmp_path: Path, calibration: Path) -> None:
     """It is told at once that it cannot be relieved, and the job ends with its name."""
     job = tiny_job(tmp_path, placement={"compnodes": 1})
-    with LocalPool(1, folder=tmp_path / "pool") as pool:
+    with pool_of(["compnode-1"], tmp_path / "pool", calibration) as pool:
         with started("train", job, "--broker", pool.token, "--run", tmp_path / "run", "--json") as owner:
             until_training(tmp_path / "run", owner)
             asked_s = time.monotonic()
@@ -136,3 +161,25 @@ def test_a_compnode_that_nobody_can_replace_leaves_all_the_same(tmp_path: Path) 
         log = (pool.folder / "compnode-1.log").read_text()
         assert "leaving: others take " in log
         assert "left with a part in a job: job tiny cannot go on without it: " in log
+
+
+@pytest.mark.skipif(not POSIX, reason="sends POSIX signals")
+def test_a_second_signal_leaves_at_once(tmp_path: Path, calibration: Path) -> None:
+    job = tiny_job(tmp_path, placement={"compnodes": 1, "machines": ["compnode-1"]})
+    with pool_of(["compnode-1"], tmp_path / "pool", calibration) as pool:
+        with started("train", job, "--broker", pool.token, "--run", tmp_path / "run", "--json") as owner:
+            until_training(tmp_path / "run", owner)
+            log = pool.folder / "compnode-1.log"
+            leaving = psutil.Process(pool.pids["compnode-1"])
+            # An owner that is stopped answers nothing, so that the machine waits.
+            owner.send_signal(signal.SIGSTOP)
+            leaving.send_signal(signal.SIGTERM)
+            until(lambda: "leaving: others take " in log.read_text(), what="the wish to leave")
+            time.sleep(0.3)
+            assert leaving.is_running()
+            assert "left with" not in log.read_text()
+            leaving.send_signal(signal.SIGTERM)
+            until(lambda: "stopped at once" in log.read_text(), within_s=2, what="the end of the leaving compnode")
+            owner.send_signal(signal.SIGCONT)
+            ended = Ended(owner, within_s=30)
+        ended.failed(6, "JobError", "compnode-1")

@@ -13,7 +13,7 @@ from typing import Any
 
 from fusionai.broker.messages import Decline, Forget, Launched, Prepared, Reconsider, Replan, Switch
 from fusionai.compnode.member import Member
-from fusionai.errors import FusionError
+from fusionai.errors import FusionError, PlacementError
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.encoding import encode
 from fusionai.graph.model import OpDag
@@ -39,6 +39,10 @@ LEAST_LEFT_S = 10.0
 
 REPLAN_TIMEOUT_S = 300.0
 """Planning, and every machine's making of its new program."""
+
+_MOST_ATTEMPTS = 3
+"""To relieve a machine, where plans are found and something fails after that: the machine waits, and may be asked for
+once more while others get ready. Where there is no plan, further attempts would find none either."""
 
 _ANSWER_TIMEOUT_S = 30.0
 
@@ -133,8 +137,10 @@ class Replanning:
         self._noticed = ""
         self._noticed_step = 0
         self._next_step = 0
-        self._for_leaving = False
-        """Whether the plan that is sought is to relieve a machine."""
+        self._relieving = ""
+        """Who is to be relieved by the plan that is sought; empty: nobody, it is to pay."""
+        self._attempts = 0
+        """Failed ones to relieve who waits now."""
         self._again = False
         """Whether the last attempt failed, so that the next is made without a further drift."""
         self._step_s = 0.0
@@ -154,9 +160,20 @@ class Replanning:
 
     def _decline(self, reason: str) -> None:
         """Tell the machines that wait to be relieved that nobody can take their parts."""
-        self._leaving = ""
+        self._leaving, self._attempts = "", 0
         log.warning("a machine that wants to leave cannot be relieved: %s", reason)
         self._member.tell(Decline(self._job, reason[:500]))
+
+    def _failed(self, error: FusionError) -> None:
+        """See to another attempt, or decline where it would fail as well."""
+        if not self._relieving:
+            self._again = True
+            return
+        self._attempts += 1
+        if isinstance(error, PlacementError) or self._attempts >= _MOST_ATTEMPTS:
+            self._decline(str(error))
+        else:
+            self._leaving = self._leaving or self._relieving
 
     def fail(self, reason: str) -> None:
         """End the job, whichever generation runs."""
@@ -191,17 +208,14 @@ class Replanning:
                 prepared = asking.result()
             except FusionError as error:
                 log.warning("no new plan for the job: %s", error)
-                if self._for_leaving:
-                    self._decline(str(error))
-                else:
-                    self._again = True
+                self._failed(error)
                 return self._event(done, self._noticed, str(error))
             if prepared.generation is None or prepared.plan is None:
                 log.info("the job keeps its plan (%s): %s", self._noticed, prepared.reason)
-                if self._for_leaving:
+                if self._relieving:
                     self._decline(prepared.reason)
                 return None
-            if not self._for_leaving and not self._pays_still(prepared, done):
+            if not self._relieving and not self._pays_still(prepared, done):
                 log.info("the job keeps its plan: too few steps are left for %s", prepared.reason)
                 await self._forget(prepared.generation, "too few steps are left")
                 return None
@@ -217,7 +231,7 @@ class Replanning:
             self._corrections.settle()
             news = [each for each in (self._leaving, self._come, self._words(drifted)) if each]
             self._noticed = "; ".join(news) or self._noticed
-            self._for_leaving = bool(self._leaving)
+            self._relieving = self._leaving
             self._leaving, self._come, self._again = "", "", False
             log.info("looking for a new plan: %s", self._noticed)
             self._asking = asyncio.ensure_future(self._ask(left))
@@ -270,10 +284,7 @@ class Replanning:
             await self._forget(generation, str(error))
             await running.check()
             log.warning("the new plan could not be taken, the job goes on by the old one: %s", error)
-            if self._for_leaving:
-                self._decline(str(error))
-            else:
-                self._again = True
+            self._failed(error)
             return self._event(done, f"{self._noticed}; {prepared.reason}", str(error))
         except BaseException:
             await new.close("the owner stopped")
@@ -282,6 +293,7 @@ class Replanning:
         self.names.update(prepared.names)
         self.lab = self.lab or prepared.lab
         self.taken += 1
+        self._attempts = 0
         self._plan = plan
         self._known = self._sent
         self._corrections = Corrections(plan)
