@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 from fusionai.errors import ConfigError, FusionError, NetworkError, PeerLost, PeerTimeout, ProtocolError
+from fusionai.network.bulk_receiver import BulkReceiver
 from fusionai.network.bulk_sender import BulkSender
 from fusionai.network.connection import Buffer, Connection
-from fusionai.network.credit import ReceiveCredit
 from fusionai.network.framing import Frame, FrameType
 from fusionai.network.identity import PeerId
 from fusionai.network.inbox import Inbox
@@ -42,10 +41,10 @@ from fusionai.network.messages import (
     Reply,
     decode,
     error_from,
-    error_name,
     short_text,
 )
 from fusionai.network.probing import BURST, RESERVED, ProbeResponder
+from fusionai.network.requests import Answering, Asking
 from fusionai.network.shaping import LinkShaper
 from fusionai.network.statistics import LinkStatistics
 
@@ -113,15 +112,20 @@ class Link:
         self._gone = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: asyncio.Task[None] | None = None
-        self._numbers = 0
-        self._answers: dict[int, tuple[str, asyncio.Future[bytes]]] = {}
-        self._working: dict[int, asyncio.Task[None]] = {}
-        self._working_bytes = 0
+        self._asking = Asking()
+        self._answering = Answering(
+            control=control,
+            limits=limits,
+            answer_bytes=greeting.control_payload_bytes,
+            work=self._work,
+            spawn=self._spawn,
+            closed=lambda: self.closed,
+            statistics=self.statistics,
+            who=self._who(),
+        )
         self._inbox = Inbox(limits, pause=control.pause_reading, resume=control.resume_reading)
-        self._arrivals: deque[tuple[Bulk, bytearray, int]] = deque()
-        self._arrived = asyncio.Event()
         self._outbox = BulkSender(bulk, greeting.window_bytes, self.statistics)
-        self._owed = ReceiveCredit(limits.window_bytes)
+        self._arrivals = BulkReceiver(limits.window_bytes, return_credit=self._return_credit)
         self._liveness = Liveness(
             limits, send=self._send_ping, heard_s=self._heard_s, listening=lambda: not self._inbox.holding_back
         )
@@ -148,10 +152,7 @@ class Link:
             FusionError: what the peer's handler raised, by class and text.
         """
         self._check_sendable(kind, payload)
-        self._numbers += 1
-        number = self._numbers
-        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._answers[number] = (kind, answer)
+        number, answer = self._asking.open(kind)
         sent = answered = False
         try:
             async with asyncio.timeout(timeout_s):
@@ -170,9 +171,7 @@ class Link:
             answered = True
             raise
         finally:
-            self._answers.pop(number, None)
-            if answer.done() and not answer.cancelled():
-                answer.exception()
+            self._asking.close(number)
             if sent and not answered and not self.closed:
                 self._control.send(FrameType.CANCEL, Reply(number))
 
@@ -268,9 +267,7 @@ class Link:
         if self._error is not None:
             return
         self._error = error
-        for _, answer in self._answers.values():
-            if not answer.done():
-                answer.set_exception(_copy(error))
+        self._asking.fail(error)
         self._outbox.fail(error)
         self._liveness.fail(error)
         if farewell is not None and self._control.failure is None:
@@ -291,22 +288,21 @@ class Link:
                 )
                 self._count(message.kind, frame)
                 if isinstance(message, Call) and message.kind.startswith(RESERVED):
-                    self._begin(message, bytes(frame.body))
+                    self._answering.begin(message, bytes(frame.body))
                 else:
                     self._inbox.put(message, bytes(frame.body))
             case FrameType.ANSWER:
-                kind, answer = self._answers.get(decode(Reply, frame.header).number, ("link.late", None))
-                self._count(kind, frame)
-                if answer is not None and not answer.done():
-                    answer.set_result(bytes(frame.body))
+                number = decode(Reply, frame.header).number
+                self._count(self._asking.kind(number), frame)
+                self._asking.answered(number, bytes(frame.body))
             case FrameType.FAILURE:
                 failure = decode(Failure, frame.header)
-                kind, answer = self._answers.get(failure.number, ("link.late", None))
-                self._count(kind, frame)
-                if answer is not None and not answer.done():
-                    answer.set_exception(error_from(failure.error, failure.text))
+                self._count(self._asking.kind(failure.number), frame)
+                self._asking.failed(failure)
             case FrameType.CANCEL:
-                self._cancel(decode(Reply, frame.header).number)
+                number = decode(Reply, frame.header).number
+                if not self._answering.cancel(number):
+                    self._inbox.drop_call(number)
             case FrameType.CREDIT:
                 self._count("link.credit", frame)
                 self._outbox.credit.give(decode(Credit, frame.header).count_bytes)
@@ -323,7 +319,7 @@ class Link:
                 self.end(error if isinstance(error, NetworkError) else PeerLost(str(error)))
 
     def _admit_bulk(self, kind: FrameType, header: bytes, body_bytes: int) -> None:
-        self._owed.admit(len(header) + body_bytes)
+        self._arrivals.admit(len(header), body_bytes)
 
     def _on_bulk(self, frame: Frame) -> None:
         if self._error is not None:
@@ -331,21 +327,13 @@ class Link:
         message = decode(Bulk, frame.header)
         self._count(message.kind, frame)
         if message.kind == BURST:
-            self._return_credit(len(frame.header) + len(frame.body))
+            self._arrivals.finish(len(frame.header) + len(frame.body))
             self.prober.on_burst(len(frame.body))
             return
-        self._arrivals.append((message, frame.body, len(frame.header) + len(frame.body)))
-        self._arrived.set()
+        self._arrivals.put(message, frame)
 
     def _on_lost(self, error: NetworkError) -> None:
         self.end(error)
-
-    def _cancel(self, number: int) -> None:
-        task = self._working.get(number)
-        if task is not None:
-            task.cancel()
-            return
-        self._inbox.drop_call(number)
 
     # --- tasks --------------------------------------------------------------------------------------------
 
@@ -353,70 +341,21 @@ class Link:
         """Announce the link, then hand control messages and bulk to the handler."""
         self._announced = True
         await self._handler.on_link(self)
-        self._spawn(self._serve_bulk())
+        self._spawn(self._arrivals.run(self._take_bulk))
         while True:
             message, payload = await self._inbox.get()
             if isinstance(message, Call):
-                self._begin(message, payload)
+                self._answering.begin(message, payload)
             else:
                 await self._handler.on_notice(self, message.kind, payload)
 
-    async def _serve_bulk(self) -> None:
-        while True:
-            while not self._arrivals:
-                self._arrived.clear()
-                await self._arrived.wait()
-            message, body, size = self._arrivals.popleft()
-            await self._handler.on_bulk(self, message.kind, message.header, body)
-            del body
-            self._return_credit(size)
+    async def _take_bulk(self, message: Bulk, body: bytearray) -> None:
+        await self._handler.on_bulk(self, message.kind, message.header, body)
 
-    def _begin(self, call: Call, payload: bytes) -> None:
-        """Work on a request in a task of its own."""
-        if call.number in self._working:
-            raise ProtocolError(f"request number {call.number} is used twice")
-        full = self._working_bytes + len(payload) > self._limits.queued_bytes
-        if len(self._working) >= self._limits.open_requests or (full and self._working):
-            text = f"{len(self._working)} requests of this peer are unanswered already; wait for some"
-            self._control.send(FrameType.FAILURE, Failure(call.number, "NetworkError", text))
-            return
-        task = self._spawn(self._answer(call, payload))
-        self._working[call.number] = task
-        size = len(payload)
-        self._working_bytes += size
-        task.add_done_callback(lambda _: self._worked(call.number, size))
-
-    def _worked(self, number: int, size: int) -> None:
-        self._working.pop(number, None)
-        self._working_bytes -= size
-
-    async def _answer(self, call: Call, payload: bytes) -> None:
-        failure: Failure | None = None
-        answer = b""
-        try:
-            if call.kind.startswith(RESERVED):
-                answer = await self.prober.answer(call.kind, payload)
-            else:
-                answer = await self._handler.on_request(self, call.kind, payload)
-            if len(answer) > self._greeting.control_payload_bytes:
-                raise ProtocolError(
-                    f"the answer to {call.kind!r} has {len(answer):,} bytes, {self._who()} takes "
-                    f"{self._greeting.control_payload_bytes:,}; it belongs into bulk"
-                )
-        except FusionError as error:
-            failure = Failure(call.number, error_name(error), short_text(error))
-        except Exception as error:
-            log.exception("request %s of %s failed", call.kind, self._who())
-            text = f"the peer failed on {call.kind!r} with an unexpected {type(error).__name__}; its log says more"
-            failure = Failure(call.number, "NetworkError", text)
-        await self._control.drain()
-        if self.closed:
-            return
-        if failure is not None:
-            wire_bytes = self._control.send(FrameType.FAILURE, failure)
-        else:
-            wire_bytes = self._control.send(FrameType.ANSWER, Reply(call.number), answer)
-        self.statistics.count_sent(call.kind, len(answer), wire_bytes)
+    async def _work(self, kind: str, payload: bytes) -> bytes:
+        if kind.startswith(RESERVED):
+            return await self.prober.answer(kind, payload)
+        return await self._handler.on_request(self, kind, payload)
 
     async def _watch(self) -> None:
         self.end(await self._liveness.watch(self._who()))
@@ -467,8 +406,7 @@ class Link:
                 log.exception("on_close of the link to %s failed", self._who())
         self._gone.set()
 
-    def _return_credit(self, message_bytes: int) -> None:
-        count_bytes = self._owed.finish(message_bytes)
+    def _return_credit(self, count_bytes: int) -> None:
         wire_bytes = self._control.send(FrameType.CREDIT, Credit(count_bytes))
         self.statistics.count_sent("link.credit", 0, wire_bytes)
 
@@ -488,7 +426,7 @@ class Link:
 
     def _check_open(self) -> None:
         if self._error is not None:
-            raise _copy(self._error)
+            raise type(self._error)(str(self._error))  # anew: several callers may get it, each with its traceback
 
     def _check_kind(self, kind: str) -> None:
         if not 0 < len(kind) <= MAX_KIND:
@@ -505,8 +443,3 @@ class Link:
 
     def _who(self) -> str:
         return f"{self.peer_name} ({self.peer[:12]})" if self.peer_name else self.peer[:12]
-
-
-def _copy(error: NetworkError) -> NetworkError:
-    """Return the error anew: one exception object raised by several waiters would mix their tracebacks."""
-    return type(error)(str(error))
