@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from fusionai.errors import GraphError, JobError
 from fusionai.execution.plane import MicrobatchKey, Program, ProgramOptions
-from fusionai.execution.torch_plane.build import Feed, StageFunction, mutated_keys, specialise
-from fusionai.execution.torch_plane.compiling import StageCall, compiled
+from fusionai.execution.torch_plane.crossing import backward_starts, feeds
 from fusionai.execution.torch_plane.deferred import DeferredProducts
 from fusionai.execution.torch_plane.devices import apply_threads, release_cached_memory, torch_device
 from fusionai.execution.torch_plane.optimizers import Optimizer
-from fusionai.execution.torch_plane.randomness import random_seed, seeded
 from fusionai.execution.torch_plane.retained import distinct_bytes, saved_tensors
+from fusionai.execution.torch_plane.stage_functions import StageFunctions
 from fusionai.execution.torch_plane.tensors import from_data, storage_address, to_data
 from fusionai.execution.torch_plane.tied import TiedGradients
 from fusionai.execution.torch_plane.weights import Weights
-from fusionai.graph.dependencies import deferrable, reads
 from fusionai.graph.model import Sizes, SubDag, ValueName, WeightKey
 from fusionai.tensor import TensorData
-
-_FUNCTIONS_KEPT = 8
-"""Stage functions for different sizes kept: training has one size, its evaluation and a last batch another."""
-
-_AUTOCAST = frozenset({"float32", "bfloat16"})
-"""Either of these may cross where the other is declared when the job runs in bf16."""
-
-
-@dataclass(slots=True)
-class _Ready:
-    """A stage function and how it is called."""
-
-    function: StageFunction
-    call: StageCall | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +45,12 @@ class TorchProgram(Program):
         if len(self._subdags) != len(subdags):
             raise GraphError(f"two stages have one index: {[subdag.index for subdag in subdags]}")
         self._weights = Weights(subdags, self._device)
-        self._mutable = frozenset[WeightKey]().union(*(mutated_keys(subdag) for subdag in subdags))
         self._optimizer = Optimizer(options.optimizer, self._device)
         self._tied = TiedGradients(subdags)
         self._deferred = DeferredProducts()
-        self._functions: OrderedDict[tuple[object, ...], _Ready] = OrderedDict()
+        self._functions = StageFunctions(
+            subdags, options, self._weights, self._device, tied=self._tied, linear=self._deferred.linear
+        )
         self._kept: dict[tuple[int, MicrobatchKey], _Kept] = {}
         self._buffers_before: dict[WeightKey, Tensor] = {}
         """Buffers as they were before the first microbatch since the last update."""
@@ -132,9 +114,11 @@ class TorchProgram(Program):
         subdag = self._subdag(stage)
         if train and (stage, microbatch) in self._kept:
             raise JobError(f"{_name(stage, microbatch)} has gone forward already and waits for its backward")
-        ready = self._ready(subdag, sizes, train)
+        ready = self._functions.ready(subdag, sizes, train)
         function = ready.function
-        fed = self._feeds(function, values, _name(stage, microbatch))
+        fed = feeds(
+            function, values, self._device, autocast=self._options.precision == "bf16", name=_name(stage, microbatch)
+        )
         leaves = {}
         if train:
             for feed in function.feeds:
@@ -146,7 +130,7 @@ class TorchProgram(Program):
             for key in function.mutated:
                 if key not in self._buffers_before:
                     self._buffers_before[key] = self._weights.tensors[key].clone()
-        outputs = self._run(ready, arguments, stage, microbatch, train)
+        outputs = self._functions.run(ready, arguments, stage, microbatch, train)
         result = {}
         for name, output in zip(function.outputs, outputs, strict=True):
             result[name] = self._sent(output if name != subdag.loss else output.float())
@@ -168,7 +152,9 @@ class TorchProgram(Program):
         kept = self._kept.get((stage, microbatch))
         if kept is None:
             raise JobError(f"{_name(stage, microbatch)} cannot go backward: it did not go forward in training")
-        roots, starts = self._starts(subdag, kept, gradients, loss_weight, _name(stage, microbatch))
+        roots, starts = backward_starts(
+            subdag, kept.roots, gradients, loss_weight, self._device, name=_name(stage, microbatch)
+        )
         del self._kept[stage, microbatch]
         tied_before: dict[WeightKey, Tensor | None] = {}
         for key in self._tied.keys(stage):
@@ -205,138 +191,9 @@ class TorchProgram(Program):
             self._weights.get(key).copy_(before)
         self._buffers_before.clear()
 
-    def _run(
-        self,
-        ready: _Ready,
-        arguments: tuple[Tensor, ...],
-        stage: int,
-        microbatch: MicrobatchKey,
-        train: bool,
-    ) -> tuple[Tensor, ...]:
-        bf16 = self._options.precision == "bf16"
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(train))
-            if bf16:
-                stack.enter_context(torch.autocast(self._device.type, dtype=torch.bfloat16))
-            if ready.function.random:
-                seed = random_seed(self._options.seed, microbatch, stage)
-                stack.enter_context(seeded(seed, self._device))
-            if ready.call is None:
-                if self._options.compile:
-                    ready.call = compiled(ready.function, arguments, train=train, stage=stage)
-                    if ready.function.random:
-                        stack.enter_context(seeded(seed, self._device))
-                else:
-                    ready.call = cast("StageCall", ready.function.module.forward)
-            return ready.call(*arguments)
-
-    def _ready(self, subdag: SubDag, sizes: Sizes, train: bool) -> _Ready:
-        """Return the stage's function for these sizes, built when it is not at hand."""
-        missing = self._weights.missing()
-        if missing:
-            raise JobError(f"{len(missing)} weights of this program are not loaded, the first is {missing[0]!r}")
-        key = (subdag.index, train, *sorted(sizes.items()))
-        ready = self._functions.get(key)
-        if ready is None:
-            function = specialise(
-                subdag,
-                sizes,
-                self._weights.tensors,
-                mutable=self._mutable,
-                train=train,
-                device=self._device,
-                deferred=self._deferred_calls(subdag) if train else frozenset(),
-                linear=self._deferred.linear,
-            )
-            ready = self._functions[key] = _Ready(function)
-            if len(self._functions) > _FUNCTIONS_KEPT:
-                self._functions.popitem(last=False)
-        self._functions.move_to_end(key)
-        return ready
-
-    def _deferred_calls(self, subdag: SubDag) -> frozenset[str]:
-        """Return the linear calls whose weight's gradient is left to `finish_backward`."""
-        if self._options.compile:
-            return frozenset()  # a compiled backward is one piece
-        tied = {weight.name for weight in subdag.weights if weight.key in self._tied.keys(subdag.index)}
-        nodes = {node.name: node for node in subdag.nodes}
-        return frozenset(name for name in deferrable(subdag) if tied.isdisjoint(reads(nodes[name])))
-
-    def _feeds(
-        self, function: StageFunction, values: Mapping[ValueName, TensorData], name: str
-    ) -> dict[ValueName, Tensor]:
-        """Check the tensors given against the stage's, and return them in its order."""
-        unknown = values.keys() - {feed.name for feed in function.feeds}
-        if unknown:
-            raise GraphError(f"{name} takes no value {min(unknown)!r}")
-        result = {}
-        for feed in function.feeds:
-            if feed.name not in values:
-                raise GraphError(f"{name} needs the value {feed.name!r}, which was not given")
-            data = values[feed.name]
-            if data.shape != feed.shape or not self._accepts(feed, data.dtype):
-                raise GraphError(
-                    f"{name}: value {feed.name!r} must be {feed.dtype} of shape {list(feed.shape)}, "
-                    f"but is {data.dtype} of shape {list(data.shape)}"
-                )
-            result[feed.name] = from_data(data, self._device)
-        return result
-
-    def _accepts(self, feed: Feed, dtype: str) -> bool:
-        if dtype == feed.dtype:
-            return True
-        autocast = self._options.precision == "bf16" and feed.received
-        return autocast and {dtype, feed.dtype} <= _AUTOCAST
-
     def _sent(self, output: Tensor) -> TensorData:
         """Hand out an output; a copy where it is a weight's memory, which the next update changes."""
         return to_data(output, copy=self._weights.share_memory_with(output))
-
-    def _starts(
-        self,
-        subdag: SubDag,
-        kept: _Kept,
-        gradients: Mapping[ValueName, Sequence[TensorData]],
-        loss_weight: float,
-        name: str,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the tensors that backward starts from, with their gradients."""
-        targets: dict[ValueName, int] = {}
-        for transfer in subdag.sends:
-            if transfer.gradient:
-                targets[transfer.value] = targets.get(transfer.value, 0) + 1
-        unknown = gradients.keys() - targets.keys()
-        if unknown:
-            raise GraphError(f"{name} sent no value {min(unknown)!r} that has a gradient")
-        roots, starts = [], []
-        for value, count in targets.items():
-            given = gradients.get(value, ())
-            if len(given) != count:
-                raise GraphError(f"{name} needs {count} gradients of {value!r}, got {len(given)}")
-            root = kept.roots[value]
-            total: Tensor | None = None
-            for data in given:
-                part = self._gradient(data, root, f"{name}: the gradient of {value!r}")
-                total = part if total is None else total + part
-            if root.requires_grad and total is not None:
-                roots.append(root)
-                starts.append(total)
-        if subdag.loss is not None:
-            loss = kept.roots[subdag.loss]
-            if loss.requires_grad:
-                roots.append(loss)
-                starts.append(torch.full_like(loss, loss_weight, requires_grad=False))
-        return roots, starts
-
-    def _gradient(self, data: TensorData, like: Tensor, name: str) -> Tensor:
-        """Return a gradient as a tensor of the dtype of the value it belongs to."""
-        result = from_data(data, self._device)
-        if result.shape != like.shape or not result.is_floating_point():
-            raise GraphError(
-                f"{name} must be {like.dtype} of shape {list(like.shape)}, "
-                f"but is {data.dtype} of shape {list(data.shape)}"
-            )
-        return result.to(like.dtype)
 
     # --- gradients and updates -----------------------------------------------------------------------------
 
@@ -406,8 +263,7 @@ class TorchProgram(Program):
         total += distinct_bytes(self._optimizer.tensors(), counted)
         total += distinct_bytes(self._buffers_before.values(), counted)
         total += distinct_bytes(self._deferred.tensors(), counted)
-        for ready in self._functions.values():
-            total += distinct_bytes(ready.function.fixed, counted)
+        total += distinct_bytes(self._functions.tensors(), counted)
         for kept in self._kept.values():
             total += distinct_bytes(kept.leaves.values(), counted)
             total += distinct_bytes(saved_tensors(kept.roots.values()), counted)
