@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fusionai.cli.job_options import check_writable, write_file
+
 _MODELS = ("bert-large", "gpt2-xl", "llama-8b", "gpt3-175b")
 _RATES = (10.0, 100.0, 1000.0, 10_000.0)
 
@@ -33,8 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     rates = tuple(dict.fromkeys(arguments.rates))
     if wrong := [rate for rate in rates if not 0.001 <= rate <= 1e7]:
         raise ConfigError(f"--rates must be between 0.001 and 1e+07 Mbit/s, got {wrong[0]:g}")
-    if arguments.write is not None and not arguments.write.parent.is_dir():
-        raise ConfigError(f"--write {arguments.write}: {arguments.write.parent} is no folder; name a file in a folder")
+    check_writable({"--write": arguments.write})
     from fusionai.owner.headline_models import captured
     from fusionai.simulation.headline.page import page
     from fusionai.simulation.headline.report import headline
@@ -42,10 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = headline([partial(captured, name) for name in dict.fromkeys(arguments.models)], rates)
     text = page(found, datetime.datetime.now(datetime.UTC).date())
     if arguments.write is not None:
-        try:
-            arguments.write.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--write {arguments.write}: {error.strerror}; name a file in a folder") from error
+        write_file("--write", arguments.write, text)
     screen = console(arguments)
     screen.print(text, highlight=False, markup=False, soft_wrap=True)
     print_result(arguments, found)

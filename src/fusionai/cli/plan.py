@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from fusionai.cli.job_options import add_job_and_pool, job_and_pool
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,16 +16,7 @@ if TYPE_CHECKING:
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
     parser = subparsers.add_parser("plan", help="predict what the machines of a pool file would give a job")
-    parser.add_argument("job", type=Path, help="job file (TOML); neither weights nor text are read")
-    parser.add_argument("--pool", type=Path, required=True, metavar="POOL", help="pool file (TOML)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="TABLE.FIELD=VALUE",
-        dest="overrides",
-        help="override a field of the job file, such as training.microbatches=64",
-    )
+    add_job_and_pool(parser)
     parser.add_argument(
         "--no-what-if",
         action="store_false",
@@ -38,14 +30,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from fusionai.cli.console import console, print_result
     from fusionai.cli.forecast_words import sentences
-    from fusionai.simulation.hardware.pool_file import read_pool
 
-    # The quick mistakes first: torch takes seconds to load.
-    what_if = read_pool(arguments.pool)
-    from fusionai.owner.job_file import job_of
+    job, what_if = job_and_pool(arguments)
     from fusionai.owner.what_if import forecast_job
 
-    job = job_of(arguments.job, None, arguments.overrides)
     found = forecast_job(job, what_if, what_ifs=arguments.what_ifs)
     screen = console(arguments)
     _show(screen, found)

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fusionai.cli.job_options import add_job_and_pool, check_writable, job_and_pool, write_file
+
 if TYPE_CHECKING:
     from fusionai.simulation.forecast.trial import Circumstances
     from fusionai.training.config import JobConfig
@@ -24,16 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "simulate", help="execute a job's plan for the machines of a pool file, in a simulator"
     )
-    parser.add_argument("job", type=Path, help="job file (TOML); neither weights nor text are read")
-    parser.add_argument("--pool", type=Path, required=True, metavar="POOL", help="pool file (TOML)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="TABLE.FIELD=VALUE",
-        dest="overrides",
-        help="override a field of the job file, such as training.microbatches=64",
-    )
+    add_job_and_pool(parser)
     parser.add_argument(
         "--pipelines", action="store_true", help="execute the best plan of many pipelines, which training cannot do yet"
     )
@@ -93,23 +86,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from fusionai.cli.console import console, print_result
-    from fusionai.simulation.hardware.pool_file import read_pool
 
     # The quick mistakes first: torch takes seconds to load.
     files = {"--timeline": arguments.timeline, "--bandwidth-picture": arguments.bandwidth_picture}
-    _check_files({**files, "--write": arguments.write})
+    check_writable({**files, "--write": arguments.write})
     if any(path is not None for path in files.values()):
         from fusionai.simulation.pictures import require_matplotlib
 
         require_matplotlib()
     _circumstances(arguments, steps=1)
-    what_if = read_pool(arguments.pool)
+    job, what_if = job_and_pool(arguments)
     from fusionai.cli.trial_words import sentences
-    from fusionai.owner.job_file import job_of
     from fusionai.owner.what_if import simulate_job
     from fusionai.simulation.report_tables import report_view, sweep_table
 
-    job = job_of(arguments.job, None, arguments.overrides)
     found = simulate_job(job, what_if, _circumstances(arguments, _steps(arguments, job)), pipelines=arguments.pipelines)
     screen = console(arguments)
     screen.print(report_view(found.report, found.names))
@@ -121,15 +111,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.timeline is not None:
         from fusionai.simulation.pictures import timeline_svg
 
-        _write("--timeline", arguments.timeline, timeline_svg(found.report, found.names))
+        write_file("--timeline", arguments.timeline, timeline_svg(found.report, found.names))
     if arguments.bandwidth_picture is not None:
         from fusionai.simulation.pictures import throughput_svg
 
-        _write("--bandwidth-picture", arguments.bandwidth_picture, throughput_svg(found.sweep))
+        write_file("--bandwidth-picture", arguments.bandwidth_picture, throughput_svg(found.sweep))
     if arguments.write is not None:
         import msgspec
 
-        _write("--write", arguments.write, msgspec.json.encode(found).decode() + "\n")
+        write_file("--write", arguments.write, msgspec.json.encode(found).decode() + "\n")
     print_result(arguments, found)
     return 0
 
@@ -227,22 +217,3 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return found if abs(found) < float("inf") else None
-
-
-def _check_files(files: dict[str, Path | None]) -> None:
-    from fusionai.errors import ConfigError
-
-    for option, path in files.items():
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"{option} {path}: {path.parent} is no folder; name a file in a folder")
-        if path is not None and path.is_dir():
-            raise ConfigError(f"{option} {path} is a folder; name a file")
-
-
-def _write(option: str, path: Path, text: str) -> None:
-    from fusionai.errors import ConfigError
-
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{option} {path}: {error.strerror}; name a file that can be written") from error

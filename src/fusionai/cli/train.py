@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fusionai.cli.job_options import add_overrides
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
@@ -13,14 +15,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--broker", required=True, metavar="TOKEN", help="join token of the pool")
     parser.add_argument("--run", type=Path, help="run folder (default: runs/NAME-DATE)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the newest checkpoint of a run")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="TABLE.FIELD=VALUE",
-        dest="overrides",
-        help="override a field of the job file, such as training.steps=500",
-    )
+    add_overrides(parser, "training.steps=500")
     parser.add_argument("--device", help="device for the stages that stay on this machine (default: the best)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads for them")
     parser.add_argument(
