@@ -20,7 +20,7 @@ from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.planner import plan_training
 from fusionai.scheduling.profile import Member, Pool
 from fusionai.scheduling.shortage import DESCRIBED
-from fusionai.scheduling.swarm.planner import plan_swarm
+from fusionai.scheduling.swarm.planner import plan as plan_swarm_task
 from fusionai.scheduling.swarm.single import single_chains
 from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.scheduling.swarm_plan import SwarmPlan
@@ -173,7 +173,22 @@ def setting_of(what_if: WhatIfPool) -> Setting:
 
 def plan_on(request: Request, setting: Setting) -> Plan:
     """Return the plan that the broker of such a pool would make. Raises as `plan_training`."""
-    return _plan(request, setting, compnodes=request.compnodes, cuts=request.cuts)
+    return plan_training(
+        request.graph,
+        graph_hash=request.graph_hash,
+        sizes=request.sizes,
+        microbatches=request.microbatches,
+        optimizer_states=request.optimizer_states,
+        precision=request.precision,
+        pool=setting.pool,
+        owner=setting.owner,
+        privacy=request.privacy,
+        front=request.front,
+        back=request.back,
+        compnodes=request.compnodes,
+        cuts=request.cuts,
+        remedies=DESCRIBED,
+    )
 
 
 def swarm_on(request: Request, what_if: WhatIfPool) -> SwarmPlan:
@@ -181,22 +196,7 @@ def swarm_on(request: Request, what_if: WhatIfPool) -> SwarmPlan:
 
     Blocks for up to a minute with ten thousand machines.
     """
-    task = _swarm_task(request, what_if)
-    return plan_swarm(
-        task.graph,
-        graph_hash=task.graph_hash,
-        sizes=task.sizes,
-        microbatches=task.microbatches,
-        optimizer_states=task.optimizer_states,
-        precision=task.precision,
-        members=task.members,
-        owner=task.owner,
-        links=task.links,
-        privacy=task.privacy,
-        front=task.front,
-        back=task.back,
-        remedies=task.remedies,
-    )
+    return plan_swarm_task(_swarm_task(request, what_if))
 
 
 def _swarm_task(request: Request, what_if: WhatIfPool) -> SwarmTask:
@@ -222,43 +222,16 @@ def plan_with(request: Request, what_if: WhatIfPool, index: int) -> Plan:
 
     Raises PlacementError when it does not fit.
     """
-    alone = setting_of(part_of(what_if, (index,)))
-    # No cut positions of its own: there is nothing to search, and nothing but the stages that will run is costed.
-    return _plan(request, alone, compnodes=0, cuts=())
+    return plan_on(_undivided(request), setting_of(part_of(what_if, (index,))))
 
 
 def plan_at_home(request: Request, owner: Member) -> Plan:
     """Return the plan that trains everything on the owner's machine. Raises PlacementError when it does not fit."""
-    return plan_training(
-        request.graph,
-        graph_hash=request.graph_hash,
-        sizes=request.sizes,
-        microbatches=request.microbatches,
-        optimizer_states=request.optimizer_states,
-        precision=request.precision,
-        pool=Pool((owner,)),
-        owner=owner,
-        privacy="open",  # nothing leaves the machine, so nothing of it needs to be kept apart
-        front=0,
-        back=len(request.graph.nodes),
-        cuts=(),
-    )
+    # Nothing leaves the machine, so nothing of it needs to be kept apart.
+    whole = dataclasses.replace(_undivided(request), privacy="open", front=0, back=len(request.graph.nodes))
+    return plan_on(whole, Setting(Pool((owner,)), owner))
 
 
-def _plan(request: Request, setting: Setting, *, compnodes: int, cuts: Sequence[int] | None) -> Plan:
-    return plan_training(
-        request.graph,
-        graph_hash=request.graph_hash,
-        sizes=request.sizes,
-        microbatches=request.microbatches,
-        optimizer_states=request.optimizer_states,
-        precision=request.precision,
-        pool=setting.pool,
-        owner=setting.owner,
-        privacy=request.privacy,
-        front=request.front,
-        back=request.back,
-        compnodes=compnodes,
-        cuts=cuts,
-        remedies=DESCRIBED,
-    )
+def _undivided(request: Request) -> Request:
+    """Return the request for one machine, without cut positions to search: only the stages that will run are costed."""
+    return dataclasses.replace(request, compnodes=0, cuts=())
