@@ -1,9 +1,10 @@
-"""Random running jobs on few machines, and the best re-planning of them by trying every cut and placement."""
+"""Every plan of a small job, and random running jobs with the best re-planning of them, which tries them all."""
 
 from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -69,6 +70,18 @@ def planned(graph: OpDag, offered: Pool, microbatches: int, compnodes: int = 0) 
         back=len(graph.nodes),
         compnodes=compnodes,
     )
+
+
+def every_plan(task: Task, positions: Sequence[int]) -> Iterator[Plan]:
+    """Yield the plan of each set of machines, their order and cuts at `positions`, with as much in flight as fits."""
+    peers = [each.peer for each in task.pool.members]
+    for count in range(1, len(peers) + 1):
+        for order in itertools.permutations(peers, count):
+            for inner in itertools.combinations(positions, count - 1):
+                tries = (evaluate(task, inner, order, limit) for limit in in_flight_limits(task.microbatches, count))
+                fitting = next((tried for tried in tries if not tried.overloaded(task)), None)
+                if fitting is not None:
+                    yield fitting.plan
 
 
 def links_between(peers: list[str], draw: random.Random) -> dict[str, LinkProfile]:
@@ -151,14 +164,6 @@ def kept_s(each: Case) -> float | None:
 def least_s(each: Case) -> float:
     """Return the least seconds of moves and steps over every placement and every cut at the planner's positions."""
     positions = sorted({*cut_points(each.graph, SIZES), *each.running.cuts})
-    task = each.task
-    found = []
-    for count in range(1, len(each.pool.members) + 1):
-        for order in itertools.permutations([one.peer for one in each.pool.members], count):
-            for inner in itertools.combinations(positions, count - 1):
-                for limit in in_flight_limits(each.microbatches, count):
-                    tried = evaluate(task, inner, order, limit)
-                    if not tried.overloaded(task):
-                        found.append(each.steps_left * tried.plan.predicted_step_s + hauling_s(each, tried.plan))
-                        break
-    return min(found)
+    return min(
+        each.steps_left * made.predicted_step_s + hauling_s(each, made) for made in every_plan(each.task, positions)
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 from decoder_graph import GB, SIZES, decoder, member, pool
+from every_plan import OWNER, every_plan, task_of
 
 from fusionai.errors import ConfigError, PlacementError
 from fusionai.graph.cost import stage_cost
@@ -16,14 +17,11 @@ from fusionai.graph.cuts import boundary_bytes, cut, cut_points
 from fusionai.graph.model import OpDag
 from fusionai.graph.privacy import arrange_private
 from fusionai.graph.verify import verify
-from fusionai.scheduling.evaluation import Task, evaluate
 from fusionai.scheduling.explain import holding
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.planner import plan_training
 from fusionai.scheduling.profile import LinkProfile, Member, Pool
 from fusionai.scheduling.segments import MEMORY_MARGIN, make_segments
-
-OWNER = member("owner", gflops=50.0)
 
 
 def plan(graph: OpDag, pool: Pool, *, private: bool = False, owner: Member = OWNER, **options: Any) -> Plan:
@@ -84,22 +82,6 @@ def test_private_jobs_pin_the_ends_to_the_owner() -> None:
     assert [len(made.stages_of(peer)) for peer in ("p-owner", "p-a", "p-b")] == [2, 1, 1]
 
 
-def task_of(graph: OpDag, offered: Pool, microbatches: int) -> Task:
-    return Task(
-        graph=graph,
-        graph_hash="hash",
-        sizes=SIZES,
-        microbatches=microbatches,
-        optimizer_states=2,
-        precision="fp32",
-        pool=offered,
-        owner=OWNER,
-        privacy="open",
-        front=0,
-        back=len(graph.nodes),
-    )
-
-
 @pytest.mark.parametrize(("rtt_s", "bytes_per_s"), [(1e-4, 1e10), (5e-3, 1e8), (5e-2, 2e6)])
 @pytest.mark.parametrize("microbatches", [1, 4, 16])
 def test_nothing_is_faster_by_the_schedule_itself(rtt_s: float, bytes_per_s: float, microbatches: int) -> None:
@@ -107,14 +89,8 @@ def test_nothing_is_faster_by_the_schedule_itself(rtt_s: float, bytes_per_s: flo
     graph = decoder(5)
     members = [member("a", gflops=40), member("b", gflops=100), member("c", gflops=70)]
     offered = pool(*members, rtt_s=rtt_s, bytes_per_s=bytes_per_s, owner=OWNER)
-    task = task_of(graph, offered, microbatches)
-    points = cut_points(graph, SIZES)
-    best = min(
-        evaluate(task, inner, order, microbatches).plan.predicted_step_s
-        for count in (1, 2, 3)
-        for order in itertools.permutations([each.peer for each in members], count)
-        for inner in itertools.combinations(points, count - 1)
-    )
+    every = every_plan(task_of(graph, offered, microbatches), cut_points(graph, SIZES))
+    best = min(each.predicted_step_s for each in every)
     assert plan(graph, offered, microbatches=microbatches).predicted_step_s <= 1.02 * best
 
 
