@@ -66,6 +66,27 @@ def test_it_ends_when_nobody_takes_it() -> None:
     assert waited(silent, within_s=0.1) == "nobody took it within 0.1 s"
 
 
+def test_it_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An owner that was away did not hear the first time."""
+    monkeypatch.setattr("fusionai.compnode.relief.ASK_AGAIN_S", 0.05)
+    asked: list[None] = []
+
+    async def heard_at_last(relief: Relief, held: dict[str, str]) -> None:
+        asked.append(None)
+        if len(asked) == 3:
+            held.clear()
+            relief.changed()
+
+    assert waited(heard_at_last) == ""
+    assert len(asked) == 3
+
+    async def silent(relief: Relief, held: dict[str, str]) -> None:
+        asked.append(None)
+
+    assert waited(silent, within_s=0.2) == "nobody took it within 0.2 s"
+    assert 4 <= len(asked) <= 7
+
+
 def test_what_came_before_the_question_does_not_count() -> None:
     async def main() -> str:
         relief = Relief(lambda: HELD)

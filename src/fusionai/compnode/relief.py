@@ -14,6 +14,9 @@ log = logging.getLogger(__name__)
 ASK_TIMEOUT_S = 5.0
 """A broker that does not answer by then is not waited for."""
 
+ASK_AGAIN_S = 30.0
+"""The owner may have been without a link to the broker, and not have heard."""
+
 
 class Relief:
     """Waits until this machine holds nothing, or nobody will take it.
@@ -56,7 +59,11 @@ class Relief:
                 await ask(Relieve(reason))
                 while self._holds() and not self._over:
                     self._news.clear()
-                    await self._news.wait()
+                    try:
+                        async with asyncio.timeout(ASK_AGAIN_S):
+                            await self._news.wait()
+                    except TimeoutError:
+                        await ask(Relieve(reason))
         except TimeoutError:
             return f"nobody took it within {within_s:g} s"
         except FusionError as error:
