@@ -10,7 +10,6 @@ import numpy as np
 
 from fusionai.scheduling.links import Indices
 from fusionai.scheduling.swarm.chain import ordered
-from fusionai.scheduling.swarm.clusters import clustered
 from fusionai.scheduling.swarm.work import Work
 
 _CHAINED = 64
@@ -34,8 +33,7 @@ class Grouping:
 
 def fenced(work: Work) -> list[Indices]:
     """Return the clusters of the pool in an order of short hops, and each cluster's machines likewise."""
-    task = work.task
-    clusters = clustered(task, task.candidates)
+    clusters = work.clusters
     firsts = np.asarray([cluster[0] for cluster in clusters])
     place = {int(first): index for index, first in enumerate(firsts)}
     chain = [clusters[place[int(first)]] for first in ordered(work, firsts)] if len(firsts) <= _CHAINED else clusters

@@ -10,6 +10,7 @@ import numpy as np
 from fusionai.scheduling.links import Indices
 from fusionai.scheduling.swarm.chain import Chain, measured
 from fusionai.scheduling.swarm.end_of_step import holders, report_s, sum_s
+from fusionai.scheduling.swarm.rings import rings
 from fusionai.scheduling.swarm.shares import shared_out, slowest_s
 from fusionai.scheduling.swarm.work import Work
 
@@ -117,6 +118,10 @@ def selected(work: Work, chains: Sequence[Chain], *, growth: float = _GROWTH) ->
                 count = counts[-1] + step
                 while weigh(order, count):
                     count += step
+    if len(usable) > 2 and microbatches > 1:
+        for ring in rings(work, usable):
+            found = weighed(work, [usable[index] for index in ring])
+            best = found if found is not None and (best is None or found.step_s < best.step_s) else best
     return best
 
 

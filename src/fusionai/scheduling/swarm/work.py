@@ -30,6 +30,7 @@ from fusionai.scheduling.partition import Line
 from fusionai.scheduling.pipeline import PipelineTimes
 from fusionai.scheduling.profile import DeviceProfile
 from fusionai.scheduling.segments import MEMORY_MARGIN, Segments, make_segments
+from fusionai.scheduling.swarm.clusters import clustered
 from fusionai.scheduling.swarm.task import SwarmTask
 
 _MOST_POSITIONS = 128
@@ -210,6 +211,19 @@ class Work:
             hop[-1], hop[:, -1] = 0.0, 0.0
             forward[-1], forward[:, -1], gradient[-1], gradient[:, -1] = 0.0, 0.0, 0.0, 0.0
         return hop, np.maximum(forward, gradient)
+
+    @cached_property
+    def clusters(self) -> list[Indices]:
+        """Return the clusters of the pool's candidates."""
+        return clustered(self.task, self.task.candidates)
+
+    @cached_property
+    def cluster_N(self) -> Indices:
+        """Return, by machine, the number of its cluster; -1 for who is no candidate."""
+        found = np.full(len(self.task.machines), -1, dtype=np.int64)
+        for number, each in enumerate(self.clusters):
+            found[each] = number
+        return found
 
     @cached_property
     def kind_N(self) -> Indices:
