@@ -19,11 +19,46 @@ _MOST_VERTICES = 96
 _MOST_PROBES = 40
 """Machines whose links to everybody are looked at to tell classes apart."""
 
+_NEAR = 1.3
+"""Times the hop to a machine's nearest, up to which others are in one cluster of near machines with it."""
+
 _SEED = 0
 
 
 def clustered(task: SwarmTask, machines: Indices) -> list[Indices]:
     """Return the clusters of `machines`, the largest first; members of equal links lie next to each other."""
+    classes = _vertices(task, machines)
+    if len(classes) == 1:
+        return classes
+    graph = _bandwidth_graph(task, classes)
+    found = nx.community.louvain_communities(graph, weight="weight", seed=_SEED)
+    return _largest_first([np.concatenate([classes[vertex] for vertex in sorted(each)]) for each in found])
+
+
+def near_clusters(task: SwarmTask, machines: Indices, hop_bytes: float) -> list[Indices]:
+    """Return smaller clusters of `machines`: who is about as near to each other as to the nearest of all.
+
+    Louvain's communities join two sites that a good link joins. Between sites a pipeline should not be cut, and which
+    sites sum their gradients with which is a question of its own. `hop_bytes` are those that a link is weighed by.
+    """
+    classes = _vertices(task, machines)
+    first, last = (np.asarray([each[place] for each in classes]) for place in (0, -1))
+    with np.errstate(divide="ignore"):
+        hop_s = hop_bytes / task.bandwidths(first[:, None], last[None]) + task.delays(first[:, None], last[None])
+    hop_s = np.maximum(hop_s, hop_s.T)
+    alone = np.asarray([len(each) == 1 for each in classes])
+    hop_s[alone, alone] = np.inf
+    nearest_s = hop_s.min(axis=1)
+    near = np.isfinite(hop_s) & (hop_s <= _NEAR * np.maximum(nearest_s[:, None], nearest_s[None]))
+    graph = nx.Graph(np.argwhere(near).tolist())
+    graph.add_nodes_from(range(len(classes)))
+    return _largest_first(
+        [np.concatenate([classes[vertex] for vertex in sorted(each)]) for each in nx.connected_components(graph)]
+    )
+
+
+def _vertices(task: SwarmTask, machines: Indices) -> list[Indices]:
+    """Return machines one by one, or classes of those with about equal links where there are too many."""
     classes = [machines[k : k + 1] for k in range(len(machines))]
     for steps_per_octave in (2.0, 1.0, 0.5, 0.25):
         if len(classes) <= _MOST_VERTICES:
@@ -33,11 +68,10 @@ def clustered(task: SwarmTask, machines: Indices) -> list[Indices]:
         # What is still told apart is small: the rest is one class, so that nobody is lost.
         classes.sort(key=len, reverse=True)
         classes = [*classes[: _MOST_VERTICES - 1], np.concatenate(classes[_MOST_VERTICES - 1 :])]
-    if len(classes) == 1:
-        return classes
-    graph = _bandwidth_graph(task, classes)
-    found = nx.community.louvain_communities(graph, weight="weight", seed=_SEED)
-    clusters = [np.concatenate([classes[vertex] for vertex in sorted(each)]) for each in found]
+    return classes
+
+
+def _largest_first(clusters: list[Indices]) -> list[Indices]:
     return sorted(clusters, key=lambda each: (-len(each), int(each.min())))
 
 

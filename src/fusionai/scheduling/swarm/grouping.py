@@ -10,6 +10,7 @@ import numpy as np
 
 from fusionai.scheduling.links import Indices
 from fusionai.scheduling.swarm.chain import ordered
+from fusionai.scheduling.swarm.clusters import clustered
 from fusionai.scheduling.swarm.work import Work
 
 _CHAINED = 64
@@ -31,9 +32,9 @@ class Grouping:
     groups: tuple[Indices, ...]
 
 
-def fenced(work: Work) -> list[Indices]:
+def fenced(work: Work, clusters: Sequence[Indices] | None = None) -> list[Indices]:
     """Return the clusters of the pool in an order of short hops, and each cluster's machines likewise."""
-    clusters = work.clusters
+    clusters = clustered(work.task, work.task.candidates) if clusters is None else list(clusters)
     firsts = np.asarray([cluster[0] for cluster in clusters])
     place = {int(first): index for index, first in enumerate(firsts)}
     chain = [clusters[place[int(first)]] for first in ordered(work, firsts)] if len(firsts) <= _CHAINED else clusters

@@ -43,6 +43,9 @@ _HOPELESS = 2.5
 _WORTH_POLISHING = 1.5
 """Chains are polished if they take at most so many times the best so far."""
 
+_MOST_SITES = 64
+"""Clusters of near machines up to which they are grouped one by one."""
+
 _WORKED_THROUGH = 3
 """Selections whose schedules are worked through."""
 
@@ -133,7 +136,10 @@ def _selections(solver: ChainSolver) -> list[Selection]:
     work = solver.work
     fence = fenced(work)
     ways: dict[tuple[tuple[int, ...], ...], Grouping] = {}
-    for scope in scopes(work, fence):
+    near = work.near_clusters
+    # Which of the sites take part is chosen by the rings of their pipelines.
+    sites = [fenced(work, near)] if 1 < len(near) <= _MOST_SITES and len(near) != len(fence) else []
+    for scope in (*scopes(work, fence), *sites):
         for grouping in groupings(work, scope):
             ways.setdefault(tuple(tuple(group.tolist()) for group in grouping.groups), grouping)
     guesses = [(guess, way) for way in ways.values() if (guess := estimated(work, way)) is not None]

@@ -30,7 +30,7 @@ from fusionai.scheduling.partition import Line
 from fusionai.scheduling.pipeline import PipelineTimes
 from fusionai.scheduling.profile import DeviceProfile
 from fusionai.scheduling.segments import MEMORY_MARGIN, Segments, make_segments
-from fusionai.scheduling.swarm.clusters import clustered
+from fusionai.scheduling.swarm.clusters import near_clusters
 from fusionai.scheduling.swarm.task import SwarmTask
 
 _MOST_POSITIONS = 128
@@ -213,15 +213,17 @@ class Work:
         return hop, np.maximum(forward, gradient)
 
     @cached_property
-    def clusters(self) -> list[Indices]:
-        """Return the clusters of the pool's candidates."""
-        return clustered(self.task, self.task.candidates)
+    def near_clusters(self) -> list[Indices]:
+        """Return clusters of candidates that are near each other, by what a typical cut sends."""
+        inner = slice(1, -1) if self.count > 1 else slice(None)
+        typical = float(np.median(self.segments.forward_bytes_P[inner]))
+        return near_clusters(self.task, self.task.candidates, typical)
 
     @cached_property
     def cluster_N(self) -> Indices:
-        """Return, by machine, the number of its cluster; -1 for who is no candidate."""
+        """Return, by machine, the number of its cluster of near machines; -1 for who is no candidate."""
         found = np.full(len(self.task.machines), -1, dtype=np.int64)
-        for number, each in enumerate(self.clusters):
+        for number, each in enumerate(self.near_clusters):
             found[each] = number
         return found
 
