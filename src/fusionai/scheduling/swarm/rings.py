@@ -27,6 +27,12 @@ _SLOWEST_COUNTS = 4
 _MOST_RINGS = 4
 """Rings that are offered, best first."""
 
+_MOST_CHANGED = 2
+"""Rings that are changed by one cluster."""
+
+_LEAST_GAIN = 1e-4
+"""Share of the step that a change must save."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Knots:
@@ -34,6 +40,7 @@ class _Knots:
 
     members: tuple[tuple[int, ...], ...]
     """By knot, its chains."""
+    count_K: Indices
     pace_K: Floats
     """Microbatches a second of its chains."""
     filling_K: Floats
@@ -44,19 +51,17 @@ class _Knots:
     """Seconds for a byte between two knots, the slower way; on the diagonal, within a knot."""
     delay_s_KK: Floats
 
-    def step_s(self, order: Indices, microbatches: int) -> float:
-        """Return about what a step takes if these knots run, their rings closed in this order."""
-        after = np.roll(order, -1)
-        count = sum(len(self.members[knot]) for knot in order)
-        passes_s = (microbatches + float(self.filling_K[order].sum())) / float(self.pace_K[order].sum())
-        if count == 1:
-            return passes_s
+    def step_s(self, order_WL: Indices, microbatches: int) -> Floats:
+        """Return (W,): about what a step takes if these L knots run, their rings closed in this order."""
+        after_WL = np.roll(order_WL, -1, axis=1)
+        count_W = self.count_K[order_WL].sum(axis=1)
+        passes_W = (microbatches + self.filling_K[order_WL].sum(axis=1)) / self.pace_K[order_WL].sum(axis=1)
         byte_s, delay_s = (
-            max(float(table[order, order].max()), float(table[order, after].max()) if len(order) > 1 else 0.0)
+            np.maximum(table[order_WL, order_WL], table[order_WL, after_WL]).max(axis=1)
             for table in (self.byte_s_KK, self.delay_s_KK)
         )
-        nbytes = float(self.nbytes_K[order].max())
-        return passes_s + 2 * (count - 1) * (nbytes / count * byte_s + delay_s)
+        nbytes_W = self.nbytes_K[order_WL].max(axis=1)
+        return np.asarray(passes_W + 2 * (count_W - 1) * (nbytes_W / count_W * byte_s + delay_s))
 
 
 def rings(work: Work, chains: Sequence[Chain]) -> list[list[int]]:
@@ -72,14 +77,10 @@ def rings(work: Work, chains: Sequence[Chain]) -> list[list[int]]:
     order = _ring(knots, np.arange(len(knots.members)))
     found: dict[tuple[int, ...], float] = {}
     while len(order) > 1:
-        found[tuple(order.tolist())] = knots.step_s(order, rounds)
-        _, fewer = min(
-            ((knots.step_s(each, rounds), each) for each in (np.delete(order, k) for k in range(len(order)))),
-            key=lambda pair: pair[0],
-        )
-        order = _ring(knots, fewer)
-    best = sorted(found, key=lambda each: found[each])[:_MOST_RINGS]
-    for each in best[:2]:
+        found[tuple(order.tolist())] = float(knots.step_s(order[None], rounds)[0])
+        fewer = _without_one(order)
+        order = _ring(knots, fewer[int(np.argmin(knots.step_s(fewer, rounds)))])
+    for each in sorted(found, key=lambda each: found[each])[:_MOST_CHANGED]:
         better, step_s = _changed(knots, np.asarray(each), rounds)
         found[tuple(better.tolist())] = step_s
     best = sorted(found, key=lambda each: found[each])[:_MOST_RINGS]
@@ -88,16 +89,25 @@ def rings(work: Work, chains: Sequence[Chain]) -> list[list[int]]:
 
 def _changed(knots: _Knots, order: Indices, rounds: int) -> tuple[Indices, float]:
     """Return the ring with knots taken out and put in between others, one at a time, while the step gets shorter."""
-    best_s = knots.step_s(order, rounds)
+    best_s = float(knots.step_s(order[None], rounds)[0])
     while True:
         missing = np.setdiff1d(np.arange(len(knots.members)), order)
-        ways = [np.insert(order, place, knot) for knot in missing for place in range(len(order))]
-        ways += [np.delete(order, place) for place in range(len(order)) if len(order) > 1]
-        seconds = [knots.step_s(way, rounds) for way in ways]
-        way = int(np.argmin(seconds))
-        if not seconds[way] < best_s * (1 - 1e-4):
+        ways = [np.asarray([np.insert(order, place, knot) for knot in missing for place in range(len(order))])]
+        ways += [_without_one(order)] if len(order) > 1 else []
+        found = best_s * (1 - _LEAST_GAIN)
+        better: Indices | None = None
+        for each in (each for each in ways if len(each)):
+            seconds = knots.step_s(each, rounds)
+            if seconds.min() < found:
+                found, better = float(seconds.min()), each[int(np.argmin(seconds))]
+        if better is None:
             return order, best_s
-        order, best_s = ways[way], seconds[way]
+        order, best_s = better, found
+
+
+def _without_one(order: Indices) -> Indices:
+    """Return (L, L - 1): the order of L without each of its places."""
+    return np.asarray([np.delete(order, place) for place in range(len(order))])
 
 
 def _ring(knots: _Knots, members: Indices) -> Indices:
@@ -131,6 +141,7 @@ def _knots(work: Work, chains: Sequence[Chain]) -> _Knots:
     most_R = np.asarray([float(work.stage_weight_bytes(np.asarray(each.bounds)).max()) for each in chains])
     return _Knots(
         members=tuple(tuple(each) for each in groups),
+        count_K=np.asarray([len(each) for each in groups]),
         pace_K=np.asarray([float(pace_R[each].sum()) for each in groups]),
         filling_K=np.asarray([float((latency_R[each] * pace_R[each] - 1).sum()) for each in groups]),
         nbytes_K=np.asarray([float(most_R[each].max()) for each in groups]),
