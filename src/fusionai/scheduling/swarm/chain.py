@@ -52,12 +52,7 @@ def ordered(work: Work, machines: Indices) -> Indices:
     np.fill_diagonal(hop, 0.0)
     if len(machines) == 2:
         return machines
-    return machines[shortest_order(hop)]
-
-
-def shortest_order(hop_EE: Floats) -> list[int]:
-    """Return all places but the last, in a short order around it: hops from it to the first and home are counted."""
-    return _reversed_parts(hop_EE, _nearest(hop_EE))
+    return machines[_reversed_parts(hop, _nearest(hop))]
 
 
 def hops_of(work: Work, machines: Indices, sharing: float) -> Floats:

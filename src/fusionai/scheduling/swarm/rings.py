@@ -1,9 +1,11 @@
 """Which clusters' pipelines sum their gradients with each other, and in which order around the ring.
 
-A ring is as slow as its slowest link. Pipelines of one cluster stay next to each other; between clusters the order is
-searched so that the slowest link is fast, and clusters that only slow links lead to are left out, one after the other.
+A ring is as slow as its slowest link. Pipelines of one cluster stay next to each other. Between clusters the order is
+the one whose slowest link is fastest, found for every set of clusters at once as Held and Karp (1962) find the shortest
+round trip: here a trip is as long as its longest hop. The sets with the shortest steps are offered.
 
-Array suffixes: R = chains, K = knots (chains of the same clusters), A = segments.
+Array suffixes: R = chains, K = knots (chains of the same clusters), S = 2 ** K sets of them, L = knots of a ring,
+W = ways that are compared.
 """
 
 from __future__ import annotations
@@ -14,21 +16,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusionai.scheduling.links import Floats, Indices
-from fusionai.scheduling.swarm.chain import Chain, shortest_order
+from fusionai.scheduling.swarm.chain import Chain
 from fusionai.scheduling.swarm.end_of_step import holders
 from fusionai.scheduling.swarm.work import Work
 
-_MOST_KNOTS = 32
-"""Those of most pipelines' pace are looked at."""
+_MOST_KNOTS = 12
+"""Those of most pace up to which all sets are compared; others are put in one by one."""
 
-_SLOWEST_COUNTS = 4
-"""Power of a link's seconds in the length of a ring: the higher, the more the slowest link alone decides."""
+_MOST_OTHERS = 32
+"""Knots that are looked at in all."""
 
-_MOST_RINGS = 4
+_MOST_RINGS = 3
 """Rings that are offered, best first."""
-
-_MOST_CHANGED = 2
-"""Rings that are changed by one cluster."""
 
 _LEAST_GAIN = 1e-4
 """Share of the step that a change must save."""
@@ -36,7 +35,7 @@ _LEAST_GAIN = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class _Knots:
-    """What rings are weighed by. Pipelines that end together share M microbatches out as their paces are."""
+    """What rings are weighed by. Pipelines that end together share the microbatches out as their paces are."""
 
     members: tuple[tuple[int, ...], ...]
     """By knot, its chains."""
@@ -48,52 +47,104 @@ class _Knots:
     nbytes_K: Floats
     """The most weights that a machine of the knot holds."""
     byte_s_KK: Floats
-    """Seconds for a byte between two knots, the slower way; on the diagonal, within a knot."""
-    delay_s_KK: Floats
+    """Seconds for a byte between two knots, the slower way, delays spread over bytes; on the diagonal, within a knot.
+    """
 
-    def step_s(self, order_WL: Indices, microbatches: int) -> Floats:
-        """Return (W,): about what a step takes if these L knots run, their rings closed in this order."""
-        after_WL = np.roll(order_WL, -1, axis=1)
-        count_W = self.count_K[order_WL].sum(axis=1)
-        passes_W = (microbatches + self.filling_K[order_WL].sum(axis=1)) / self.pace_K[order_WL].sum(axis=1)
-        byte_s, delay_s = (
-            np.maximum(table[order_WL, order_WL], table[order_WL, after_WL]).max(axis=1)
-            for table in (self.byte_s_KK, self.delay_s_KK)
-        )
-        nbytes_W = self.nbytes_K[order_WL].max(axis=1)
-        return np.asarray(passes_W + 2 * (count_W - 1) * (nbytes_W / count_W * byte_s + delay_s))
+    def step_s(self, order_WL: Indices, rounds: int) -> Floats:
+        """Return (W,): about what a step of `rounds` takes if these knots run, their rings closed in this order."""
+        byte_s = np.maximum(self.byte_s_KK[order_WL, order_WL], self.byte_s_KK[order_WL, np.roll(order_WL, -1, axis=1)])
+        sums = (each[order_WL].sum(axis=1) for each in (self.count_K, self.pace_K, self.filling_K))
+        return _step_s(*sums, self.nbytes_K[order_WL].max(axis=1), byte_s.max(axis=1), rounds)
+
+
+def _step_s(count: Floats, pace: Floats, filling: Floats, nbytes: Floats, byte_s: Floats, rounds: int) -> Floats:
+    return np.asarray((rounds + filling) / pace + 2 * (count - 1) / count * nbytes * byte_s)
 
 
 def rings(work: Work, chains: Sequence[Chain]) -> list[list[int]]:
     """Return sets of chains (indices) in the order of their ring, about the best first; none where all are one cluster.
 
-    From the ring of all clusters the one is left out without which the step is shortest, until one is left; the best
-    of these rings are then changed by one cluster, out or in, while that helps.
+    Exact for up to 12 clusters, as far as a step is what `_Knots` makes of it: the slowest link counts for all weights.
     """
     knots = _knots(work, chains)
     if len(knots.members) < 2:
         return []
     rounds = work.task.microbatches
-    order = _ring(knots, np.arange(len(knots.members)))
     found: dict[tuple[int, ...], float] = {}
-    while len(order) > 1:
-        found[tuple(order.tolist())] = float(knots.step_s(order[None], rounds)[0])
-        fewer = _without_one(order)
-        order = _ring(knots, fewer[int(np.argmin(knots.step_s(fewer, rounds)))])
-    for each in sorted(found, key=lambda each: found[each])[:_MOST_CHANGED]:
-        better, step_s = _changed(knots, np.asarray(each), rounds)
+    for order in _best_rings(work, knots, rounds):
+        better, step_s = (_changed if len(knots.members) > _MOST_KNOTS else _as_it_is)(knots, order, rounds)
         found[tuple(better.tolist())] = step_s
-    best = sorted(found, key=lambda each: found[each])[:_MOST_RINGS]
-    return [[chain for knot in each for chain in knots.members[knot]] for each in best]
+    return [
+        [chain for knot in each for chain in knots.members[knot]] for each in sorted(found, key=lambda each: found[each])
+    ]
+
+
+def _best_rings(work: Work, knots: _Knots, rounds: int) -> list[Indices]:
+    """Return the rings of the shortest steps over all sets of the first knots."""
+    count = min(len(knots.members), _MOST_KNOTS)
+    byte_s_KK = knots.byte_s_KK[:count, :count]
+    key = byte_s_KK.tobytes()
+    if key not in work.round_trips:
+        work.round_trips[key] = _round_trips(byte_s_KK)
+    trip_SK, byte_s_S = work.round_trips[key]
+    inside_SK = _inside(count)
+    sums = (inside_SK @ each[:count] for each in (knots.count_K, knots.pace_K, knots.filling_K))
+    nbytes_S = np.where(inside_SK, knots.nbytes_K[:count], 0.0).max(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        step_s = _step_s(*sums, nbytes_S, byte_s_S, rounds)
+    step_s[0] = np.inf
+    return [_trip(int(each), trip_SK, byte_s_KK) for each in np.argsort(step_s, kind="stable")[:_MOST_RINGS]]
+
+
+def _inside(count: int) -> Indices:
+    """Return (S, K): whether a set has a knot."""
+    return np.asarray(np.arange(1 << count)[:, None] >> np.arange(count) & 1, dtype=bool)
+
+
+def _round_trips(byte_s_KK: Floats) -> tuple[Floats, Floats]:
+    """Return (S, K), the longest hop of the best path through a set from its first knot to each, and of round trips.
+
+    Round trips count the diagonal too.
+    """
+    count = len(byte_s_KK)
+    inside_SK = _inside(count)
+    first_S = np.argmax(inside_SK, axis=1)
+    path_SK = np.full((1 << count, count), np.inf)
+    path_SK[1 << np.arange(count), np.arange(count)] = 0.0
+    size_S = inside_SK.sum(axis=1)
+    for size in range(1, count):
+        sets = np.flatnonzero(size_S == size)
+        longer = np.maximum(path_SK[sets][:, :, None], byte_s_KK[None]).min(axis=1)
+        place, knot = np.nonzero(~inside_SK[sets] & (np.arange(count) > first_S[sets, None]))
+        path_SK[sets[place] | 1 << knot, knot] = longer[place, knot]
+    home_SK = np.where(size_S[:, None] > 1, byte_s_KK[first_S], 0.0)
+    trip_S = np.maximum(path_SK, home_SK).min(axis=1)
+    return path_SK, np.maximum(trip_S, np.where(inside_SK, np.diag(byte_s_KK), 0.0).max(axis=1))
+
+
+def _trip(chosen: int, path_SK: Floats, byte_s_KK: Floats) -> Indices:
+    """Return the knots of a set in the order of its best round trip."""
+    first = (chosen & -chosen).bit_length() - 1
+    knot, found = first, []
+    while chosen != 1 << first:
+        # `knot` is where the path goes on to, at first home.
+        knot = int(np.argmin(np.maximum(path_SK[chosen], byte_s_KK[:, knot])))
+        found.append(knot)
+        chosen ^= 1 << knot
+    return np.asarray([first, *found[::-1]])
+
+
+def _as_it_is(knots: _Knots, order: Indices, rounds: int) -> tuple[Indices, float]:
+    return order, float(knots.step_s(order[None], rounds)[0])
 
 
 def _changed(knots: _Knots, order: Indices, rounds: int) -> tuple[Indices, float]:
     """Return the ring with knots taken out and put in between others, one at a time, while the step gets shorter."""
-    best_s = float(knots.step_s(order[None], rounds)[0])
+    order, best_s = _as_it_is(knots, order, rounds)
     while True:
         missing = np.setdiff1d(np.arange(len(knots.members)), order)
         ways = [np.asarray([np.insert(order, place, knot) for knot in missing for place in range(len(order))])]
-        ways += [_without_one(order)] if len(order) > 1 else []
+        ways += [np.asarray([np.delete(order, place) for place in range(len(order))])] if len(order) > 1 else []
         found = best_s * (1 - _LEAST_GAIN)
         better: Indices | None = None
         for each in (each for each in ways if len(each)):
@@ -105,40 +156,27 @@ def _changed(knots: _Knots, order: Indices, rounds: int) -> tuple[Indices, float
         order, best_s = better, found
 
 
-def _without_one(order: Indices) -> Indices:
-    """Return (L, L - 1): the order of L without each of its places."""
-    return np.asarray([np.delete(order, place) for place in range(len(order))])
-
-
-def _ring(knots: _Knots, members: Indices) -> Indices:
-    """Return knots in an order around which the slowest link is fast."""
-    if len(members) < 4:  # There is only one ring of them.
-        return members
-    seconds = knots.byte_s_KK[np.ix_(members, members)] ** _SLOWEST_COUNTS
-    np.fill_diagonal(seconds, 0.0)
-    return members[[*shortest_order(seconds), len(members) - 1]]
-
-
 def _knots(work: Work, chains: Sequence[Chain]) -> _Knots:
-    """Return the knots of chains, those of most pace if there are too many."""
+    """Return the knots of chains, those of most pace first, without the last if there are too many."""
     by_clusters: dict[tuple[int, ...], list[int]] = {}
     for index, chain in enumerate(chains):
         by_clusters.setdefault(tuple(np.unique(work.cluster_N[list(chain.machines)]).tolist()), []).append(index)
     pace_R = np.asarray([1 / max(each.period_s, 1e-15) for each in chains])
-    groups = sorted(by_clusters.values(), key=lambda each: -float(pace_R[each].sum()))[:_MOST_KNOTS]
-    table = holders(work, [chains[each[0]] for each in groups] + [chains[each[-1]] for each in groups])
-    used = work.single_bytes > 0
-    first, last = table[: len(groups), used], table[len(groups) :, used]
-    # Around a ring, a knot's last chain sends to the next one's first; either may stand before the other.
-    rate = work.task.bandwidths(last[:, None], first[None]).min(axis=2)
-    rate = np.minimum(rate, rate.T)
-    delay = work.task.delays(last[:, None], first[None]).max(axis=2)
-    with np.errstate(divide="ignore"):
-        byte_s = np.where(rate > 0, 1 / rate, 1.0)
-    alone = [k for k, each in enumerate(groups) if len(each) == 1]
-    byte_s[alone, alone] = delay[alone, alone] = 0.0
+    groups = sorted(by_clusters.values(), key=lambda each: -float(pace_R[each].sum()))[:_MOST_OTHERS]
     latency_R = np.asarray([each.latency_s for each in chains])
     most_R = np.asarray([float(work.stage_weight_bytes(np.asarray(each.bounds)).max()) for each in chains])
+    table = holders(work, [chains[each[0]] for each in groups] + [chains[each[-1]] for each in groups])
+    used = slice(work.before, work.before + work.count)
+    first, last = table[: len(groups), used], table[len(groups) :, used]
+    # Around a ring, a knot's last chain sends to the next one's first; either may stand before the other.
+    rate = work.task.bandwidths(last[:, None], first[None]).min(axis=2, initial=np.inf)
+    rate = np.minimum(rate, rate.T)
+    delay = work.task.delays(last[:, None], first[None]).max(axis=2, initial=0.0)
+    with np.errstate(divide="ignore"):
+        # A round sends the weights of one of all holders' parts.
+        byte_s = np.where(rate > 0, 1 / rate, 1.0) + len(chains) * np.maximum(delay, delay.T) / float(np.median(most_R))
+    alone = [k for k, each in enumerate(groups) if len(each) == 1]
+    byte_s[alone, alone] = 0.0
     return _Knots(
         members=tuple(tuple(each) for each in groups),
         count_K=np.asarray([len(each) for each in groups]),
@@ -146,5 +184,4 @@ def _knots(work: Work, chains: Sequence[Chain]) -> _Knots:
         filling_K=np.asarray([float((latency_R[each] * pace_R[each] - 1).sum()) for each in groups]),
         nbytes_K=np.asarray([float(most_R[each].max()) for each in groups]),
         byte_s_KK=byte_s,
-        delay_s_KK=np.maximum(delay, delay.T),
     )

@@ -7,7 +7,7 @@ E = D + 1 (a chain's machines, then the owner).
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -75,6 +75,8 @@ class Work:
     costs_by_likeness: dict[Hashable, StageCost]
     schedules: dict[tuple[object, ...], PipelineTimes]
     """Schedules that were worked through: pipelines of like machines and links have the same."""
+    round_trips: dict[bytes, tuple[Floats, Floats]] = field(default_factory=dict)
+    """What `rings` found for links between clusters."""
 
     @property
     def positions(self) -> tuple[int, ...]:
