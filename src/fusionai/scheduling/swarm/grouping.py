@@ -49,13 +49,16 @@ def _sorted(work: Work, cluster: Indices) -> Indices:
 
 
 def scopes(work: Work, fence: Sequence[Indices]) -> list[list[Indices]]:
-    """Return choices of clusters: all, each of the strongest alone, and the strongest few together."""
+    """Return choices of clusters: all, each of the strongest alone, the two strongest, and of many a few together.
+
+    Which clusters' pipelines run together is chosen by their rings (`rings`), here only who may share a pipeline.
+    """
     power = [float((1 / work.whole_s[cluster]).sum()) for cluster in fence]
     strongest = sorted(range(len(fence)), key=lambda index: -power[index])
     found = [tuple(range(len(fence)))]
     found += [(index,) for index in strongest[:_MOST_SCOPES]]
     together = [tuple(sorted(each)) for each in accumulate(((index,) for index in strongest), lambda a, b: a + b)]
-    found += together[: _MOST_SCOPES // 2]
+    found += together[:2]
     if len(together) > _MOST_SCOPES:
         found += [together[len(together) * share // 4] for share in (1, 2, 3)]
     return [[fence[index] for index in each] for each in dict.fromkeys(found)]

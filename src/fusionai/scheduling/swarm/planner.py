@@ -17,7 +17,7 @@ import numpy as np
 
 from fusionai.errors import PlacementError
 from fusionai.graph.model import OpDag, Sizes
-from fusionai.scheduling.links import LinkModel
+from fusionai.scheduling.links import Indices, LinkModel
 from fusionai.scheduling.profile import Member
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.shortage import JOINED, Remedies, no_link_with_owner, nothing_fits, owner_too_small
@@ -34,6 +34,9 @@ from fusionai.scheduling.swarm_plan import SwarmPlan
 
 _REFINED = 14
 """Groupings whose chains are solved."""
+
+_OF_SITES = 5
+"""Those of groupings by sites that are solved in any case."""
 
 _MANY_CHAINS = 16
 _HOPELESS_OF_MANY = 1.3
@@ -135,17 +138,27 @@ def _selections(solver: ChainSolver) -> list[Selection]:
     """Return selections of solved chains from the most promising groupings."""
     work = solver.work
     fence = fenced(work)
-    ways: dict[tuple[tuple[int, ...], ...], Grouping] = {}
     near = work.near_clusters
     # Which of the sites take part is chosen by the rings of their pipelines.
     sites = [fenced(work, near)] if 1 < len(near) <= _MOST_SITES and len(near) != len(fence) else []
-    for scope in (*scopes(work, fence), *sites):
-        for grouping in groupings(work, scope):
-            ways.setdefault(tuple(tuple(group.tolist()) for group in grouping.groups), grouping)
-    guesses = [(guess, way) for way in ways.values() if (guess := estimated(work, way)) is not None]
+    ways: dict[tuple[tuple[int, ...], ...], Grouping] = {}
+
+    def gathered(some: Sequence[Sequence[Indices]]) -> None:
+        for scope in some:
+            for grouping in groupings(work, scope):
+                ways.setdefault(tuple(tuple(group.tolist()) for group in grouping.groups), grouping)
+
+    gathered(sites)
+    of_sites = set(ways)
+    gathered(scopes(work, fence))
+    guesses = [(guess, key) for key, way in ways.items() if (guess := estimated(work, way)) is not None]
     guesses.sort(key=lambda pair: pair[0].step_s)
-    single = [pair for pair in guesses if len(pair[1].groups) == 1]
-    chosen = guesses[:_REFINED] + [pair for pair in single[:2] if pair not in guesses[:_REFINED]]
+    # Guesses of unlike ways are not alike in how far they are off: a few of each kind are solved.
+    keys = [key for _, key in guesses]
+    single, by_site = ([key for key in keys if len(key) == 1], [key for key in keys if key in of_sites])
+    first = {*keys[:_REFINED], *single[:2], *by_site[:_OF_SITES]}
+    chosen = [(guess, ways[key]) for guess, key in guesses if key in first]
+    rest = [(guess, ways[key]) for guess, key in guesses if key not in first]
     found: list[Selection] = []
     for guess, way in chosen:
         best_s = min((each.step_s for each in found), default=math.inf)
@@ -159,7 +172,6 @@ def _selections(solver: ChainSolver) -> list[Selection]:
         found += [each for each in (_polished(solver, start) for start in starts) if each is not None]
     if not found:
         # Quick guesses do not look at memory within a group: whatever fits is welcome.
-        rest = [pair for pair in guesses if pair not in chosen]
         found = [each for each in (refined(solver, way, guess) for guess, way in rest) if each is not None]
     return found
 
