@@ -153,8 +153,12 @@ def _selections(solver: ChainSolver) -> list[Selection]:
     gathered(scopes(work, fence))
     guesses = [(guess, key) for key, way in ways.items() if (guess := estimated(work, way)) is not None]
     guesses.sort(key=lambda pair: pair[0].step_s)
-    # Guesses of unlike ways are not alike in how far they are off: a few of each kind are solved.
-    keys = [key for _, key in guesses]
+    # Guesses of unlike ways are not alike in how far they are off: a few of each kind are solved. Of groupings in which
+    # the same pipelines would run one is enough.
+    unlike: dict[frozenset[tuple[int, ...]], tuple[tuple[int, ...], ...]] = {}
+    for guess, key in guesses:
+        unlike.setdefault(frozenset(chain.machines for chain in guess.chains), key)
+    keys = list(unlike.values())
     single, by_site = ([key for key in keys if len(key) == 1], [key for key in keys if key in of_sites])
     first = {*keys[:_REFINED], *single[:2], *by_site[:_OF_SITES]}
     chosen = [(guess, ways[key]) for guess, key in guesses if key in first]

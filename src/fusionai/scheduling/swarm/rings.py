@@ -71,7 +71,7 @@ def rings(work: Work, chains: Sequence[Chain]) -> list[list[int]]:
         return []
     rounds = work.task.microbatches
     found: dict[tuple[int, ...], float] = {}
-    for order in _best_rings(work, knots, rounds):
+    for order in _shortest(work, knots, rounds):
         better, step_s = (_changed if len(knots.members) > _MOST_KNOTS else _as_it_is)(knots, order, rounds)
         found[tuple(better.tolist())] = step_s
     return [
@@ -79,13 +79,13 @@ def rings(work: Work, chains: Sequence[Chain]) -> list[list[int]]:
     ]
 
 
-def _best_rings(work: Work, knots: _Knots, rounds: int) -> list[Indices]:
+def _shortest(work: Work, knots: _Knots, rounds: int) -> list[Indices]:
     """Return the rings of the shortest steps over all sets of the first knots."""
     count = min(len(knots.members), _MOST_KNOTS)
     byte_s_KK = knots.byte_s_KK[:count, :count]
     key = byte_s_KK.tobytes()
     if key not in work.round_trips:
-        work.round_trips[key] = _round_trips(byte_s_KK)
+        work.round_trips[key] = best_round_trips(byte_s_KK)
     trip_SK, byte_s_S = work.round_trips[key]
     inside_SK = _inside(count)
     sums = (inside_SK @ each[:count] for each in (knots.count_K, knots.pace_K, knots.filling_K))
@@ -93,7 +93,7 @@ def _best_rings(work: Work, knots: _Knots, rounds: int) -> list[Indices]:
     with np.errstate(divide="ignore", invalid="ignore"):
         step_s = _step_s(*sums, nbytes_S, byte_s_S, rounds)
     step_s[0] = np.inf
-    return [_trip(int(each), trip_SK, byte_s_KK) for each in np.argsort(step_s, kind="stable")[:_MOST_RINGS]]
+    return [round_trip(int(each), trip_SK, byte_s_KK) for each in np.argsort(step_s, kind="stable")[:_MOST_RINGS]]
 
 
 def _inside(count: int) -> Indices:
@@ -101,7 +101,7 @@ def _inside(count: int) -> Indices:
     return np.asarray(np.arange(1 << count)[:, None] >> np.arange(count) & 1, dtype=bool)
 
 
-def _round_trips(byte_s_KK: Floats) -> tuple[Floats, Floats]:
+def best_round_trips(byte_s_KK: Floats) -> tuple[Floats, Floats]:
     """Return (S, K), the longest hop of the best path through a set from its first knot to each, and of round trips.
 
     Round trips count the diagonal too.
@@ -122,7 +122,7 @@ def _round_trips(byte_s_KK: Floats) -> tuple[Floats, Floats]:
     return path_SK, np.maximum(trip_S, np.where(inside_SK, np.diag(byte_s_KK), 0.0).max(axis=1))
 
 
-def _trip(chosen: int, path_SK: Floats, byte_s_KK: Floats) -> Indices:
+def round_trip(chosen: int, path_SK: Floats, byte_s_KK: Floats) -> Indices:
     """Return the knots of a set in the order of its best round trip."""
     first = (chosen & -chosen).bit_length() - 1
     knot, found = first, []
