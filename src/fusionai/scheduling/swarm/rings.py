@@ -75,7 +75,8 @@ def rings(work: Work, chains: Sequence[Chain]) -> list[list[int]]:
         better, step_s = (_changed if len(knots.members) > _MOST_KNOTS else _as_it_is)(knots, order, rounds)
         found[tuple(better.tolist())] = step_s
     return [
-        [chain for knot in each for chain in knots.members[knot]] for each in sorted(found, key=lambda each: found[each])
+        [chain for knot in each for chain in knots.members[knot]]
+        for each in sorted(found, key=lambda each: found[each])
     ]
 
 
