@@ -337,7 +337,7 @@ def test_large_requests_in_work_are_bounded(tmp_path: Path) -> None:
             link, payload = member._session.link(), bytes(7 * MIB)
             asked = [asyncio.create_task(link.request("broker.measure", payload, timeout_s=20)) for _ in range(12)]
             await until(lambda: sum(each.done() for each in asked) == 8)
-            assert broker._state.link(member.identity.peer_id)._working_bytes <= 32 * MIB
+            assert broker._state.link(member.identity.peer_id)._answering._bytes <= 32 * MIB
             waiting.set()
             answers = await asyncio.gather(*asked, return_exceptions=True)
             assert sum(each == b"" for each in answers) == 4

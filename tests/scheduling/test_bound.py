@@ -145,7 +145,7 @@ class TestManyPipelines:
         assert slow >= 4 / alone_s(devices[0])
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(60))
 def test_no_plan_of_any_number_of_pipelines_is_faster(seed: int) -> None:
     """Against the best of all plans of small pools, whose machines are good at different kinds of work."""
     draw = random.Random(seed)
@@ -160,7 +160,7 @@ def test_no_plan_of_any_number_of_pipelines_is_faster(seed: int) -> None:
         f"{one.peer}>{other.peer}": LinkProfile(1e-5, 10 ** draw.uniform(7, 10))
         for one, other in permutations(members, 2)
     }
-    graph = decoder(draw.choice((1, 2, 3)), hidden=draw.choice((32, 64)))
+    graph = decoder(draw.choice((1, 2, 3)), hidden=draw.choice((32, 64)), tied=draw.random() < 0.5)
     task = SwarmTask(
         graph=graph,
         graph_hash="",

@@ -29,9 +29,11 @@ def sentences(found: Forecast) -> Iterator[str]:
         f"A step takes about {seconds_text(found.predicted_step_s)}: {_tokens(found.tokens_per_s)}. "
         f"What limits it: {found.bottleneck}."
     )
-    yield f"All {found.job_steps:,} steps of the job: about {duration_text(found.job_s)}, if nobody leaves."
+    steps = f"All {found.job_steps:,} steps" if found.job_steps > 1 else "The one step"
+    yield f"{steps} of the job: about {duration_text(found.job_s)}, if nobody leaves."
+    whose = "these machines" if found.plan.privacy == "private" else "the compnodes"
     yield (
-        f"No plan on these machines could take less than {seconds_text(found.bound_step_s)} (all their computing added "
+        f"No plan on {whose} could take less than {seconds_text(found.bound_step_s)} (all their computing added "
         f"up, links for free); this one reaches {_percent(found.bound_share)} of that speed. "
         f"It took {seconds_text(found.planning_s)} to plan."
     )
@@ -41,7 +43,9 @@ def sentences(found: Forecast) -> Iterator[str]:
             f"among all {found.offered:,} would take too long."
         )
     yield from _pipelines(found)
-    if found.busiest_share < _IDLE:
+    uplinks = found.what_if.get("uplinks_doubled")
+    faster_links = uplinks is not None and uplinks.speedup > 1 + 10 * _AS_FAST
+    if found.busiest_share < _IDLE and len(found.stages) > 1 and not faster_links:
         yield (
             f"Nothing is busy for more than {_percent(found.busiest_share)} of a step: microbatches wait for each "
             "other's way through the machines. More of them a step (training.microbatches), more memory to hold them "
@@ -101,14 +105,16 @@ def _alone(found: Forecast) -> str:
     if best.speedup < 1 - _AS_FAST:
         return f"The pool is {_times(1 / best.speedup)} faster than the best machine alone, {who} ({_rate(best)})."
     if len(used) == 1 or (best.with_owner and len(used) == 2):
-        return f"This plan uses one machine: train on {who}; the others of this pool would not make it faster."
+        others = "; the others of this pool would not make it faster" if found.offered > 1 else ""
+        return f"This plan uses one machine: train on {who}{others}."
     return f"Train on {who}: as fast as this pool ({_rate(best)})."
 
 
 def _offloaded(found: Forecast) -> Iterator[str]:
     """Yield what the best machine that holds too little would reach with the state in main memory."""
     best = next((each for each in found.alone if each.offload is not None), None)
-    if best is None or best.offload is None or any(each.speedup is not None for each in found.alone):
+    alone_s = min((each.predicted_step_s for each in found.alone if each.predicted_step_s is not None), default=None)
+    if best is None or best.offload is None or (alone_s is not None and alone_s < best.offload.step_s):
         return
     step_s = best.offload.step_s
     ratio = step_s / found.predicted_step_s
@@ -123,7 +129,7 @@ def _offloaded(found: Forecast) -> Iterator[str]:
         f"With its weights and optimizer states in main memory ({bytes_text(best.offload.main_memory_bytes)} of it), "
         f"{_alone_name(best)} would reach about {_tokens(found.tokens_per_s / ratio)}, limited by "
         f"{best.offload.limit}: {than_it}. (Assumed: {BUS_BYTES_PER_S / 1e9:.0f} GB/s to main memory each way. This "
-        "system does not offload; others do.)"
+        "system does not offload; others do, and report up to 2.8 times that.)"
     )
 
 
@@ -135,11 +141,16 @@ def _rented(found: Forecast) -> Iterator[str]:
     words = f"Rented instead, the cheapest by token is {_rented_card(cheapest)}"
     if fastest is not cheapest:
         words += f"; the fastest is {_rented_card(fastest)}"
+    if cheapest.main_memory_bytes or fastest.main_memory_bytes:
+        words += ". The prices may be of machines with less main memory"
+    if found.plan.privacy == "private":
+        words += ". A cloud would see the data, which this job keeps on the owner's machine"
     yield f"{words}."
     if found.electricity_usd_per_million_tokens is not None:
         yield (
-            f"This pool's electricity: at most {usd_text(found.electricity_usd_per_million_tokens)} per million tokens "
-            f"({found.board_w:,.0f} W of boards, {USD_PER_KWH:g} USD a kWh assumed)."
+            "The boards of this plan's machines would use at most "
+            f"{usd_text(found.electricity_usd_per_million_tokens)} of electricity per million tokens "
+            f"({found.board_w:,.0f} W, {USD_PER_KWH:g} USD a kWh assumed)."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,11 +66,17 @@ async def _serve(arguments: argparse.Namespace, folder: Path) -> int:
     from fusionai.cli.console import console, print_result
     from fusionai.cli.lab_file import read_lab
     from fusionai.cli.stopping import stop_event
-    from fusionai.compnode.agent import Agent, AgentConfig
+    from fusionai.compnode.agent import MOST_DRAIN_S, Agent, AgentConfig
+    from fusionai.errors import ConfigError
     from fusionai.scheduling.memory_amount import parse_memory
     from fusionai.simulation.duration import parse_duration
 
-    drain_s = 0.0 if arguments.drain.strip() == "0" else parse_duration(arguments.drain, name="--drain")
+    nothing = re.fullmatch(r"\s*0+(\.0*)?\s*(ms|s|min|h|d)?\s*", arguments.drain)
+    drain_s = 0.0 if nothing else parse_duration(arguments.drain, name="--drain")
+    if drain_s > MOST_DRAIN_S:
+        raise ConfigError(
+            f"--drain {arguments.drain!r} is longer than a day; write such as 5min, or 0 to leave at once"
+        )
     stop = stop_event()
     screen = console(arguments)
     name = arguments.name or _machine_name()

@@ -25,6 +25,8 @@ _Result = TypeVar("_Result")
 
 IDENTITY = "identity.pem"
 
+MOST_DRAIN_S = 86_400.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class AgentConfig:
@@ -49,7 +51,7 @@ class AgentConfig:
     """When stopped with a part in a job: how long others may take to take it over; 0 leaves at once."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drain_s <= 86_400:
+        if not 0 <= self.drain_s <= MOST_DRAIN_S:
             raise ConfigError(f"drain must be between 0 and 86400 seconds (a day), got {self.drain_s}")
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,6 +38,7 @@ def least_step_s(
     microbatches: int,
     precision: str,
     optimizer_states: int,
+    trained_bytes: Sequence[float] | None = None,
 ) -> float:
     """Return seconds below which no plan on `devices` can bring a step, as the estimator counts.
 
@@ -47,8 +48,10 @@ def least_step_s(
         microbatches: of a step.
         precision: of the job.
         optimizer_states: tensors that the optimizer keeps for each weight.
+        trained_bytes: by part, of the weights that train, one that several parts read in one of them: a machine that
+            holds them all updates it once. None where parts share none.
     """
-    work = _work(costs, devices, microbatches, precision, optimizer_states)
+    work = _work(costs, devices, microbatches, precision, optimizer_states, trained_bytes)
     return max(_divided_s(work.seconds_DK), _divided_s(work.starts_D[:, None]))
 
 
@@ -59,6 +62,7 @@ def most_microbatches_per_s(
     microbatches: int,
     precision: str,
     optimizer_states: int,
+    trained_bytes: Sequence[float] | None = None,
 ) -> list[float]:
     """Return, by device, what it adds at most to the microbatches per second of a step, as parts of the work go.
 
@@ -69,7 +73,7 @@ def most_microbatches_per_s(
     in which a slow device may be nearly as fast, that counts by which all devices together are slowest. Arguments are
     those of `least_step_s`.
     """
-    seconds_DK = _work(costs, devices, microbatches, precision, optimizer_states).seconds_DK
+    seconds_DK = _work(costs, devices, microbatches, precision, optimizer_states, trained_bytes).seconds_DK
     fastest_K = seconds_DK[seconds_DK.sum(1).argmin()]
     found: list[Floats] = []
     for least in (0.0, *_LONG_PARTS):
@@ -237,9 +241,13 @@ def _work(
     microbatches: int,
     precision: str,
     optimizer_states: int,
+    trained_bytes: Sequence[float] | None,
 ) -> _Work:
     """Return the seconds of all parts on each device. Parts that are alike are one; machines alike are costed once."""
     alike: list[tuple[StageCost, int]] = []
+    if trained_bytes is not None:
+        pairs = zip(costs, trained_bytes, strict=True)
+        costs = [replace(cost, trainable_bytes=int(nbytes)) for cost, nbytes in pairs]
     for cost in costs:
         place = next((k for k, (known, _) in enumerate(alike) if known is cost or known == cost), None)
         if place is None:

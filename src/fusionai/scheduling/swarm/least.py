@@ -43,6 +43,7 @@ def least_s(work: Work) -> float:
             microbatches=task.microbatches,
             precision=task.precision,
             optimizer_states=task.optimizer_states,
+            trained_bytes=work.counted_bytes.tolist(),
         ),
         [bool(each) for each in budget_N >= least_bytes],
         microbatches=task.microbatches,
@@ -71,6 +72,7 @@ def _computing_s(work: Work) -> float:
         microbatches=task.microbatches,
         precision=task.precision,
         optimizer_states=task.optimizer_states,
+        trained_bytes=work.counted_bytes.tolist(),
     )
     return max(divided_s, task.microbatches * work.owner_s) if task.pinned else divided_s
 

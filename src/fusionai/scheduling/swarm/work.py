@@ -251,6 +251,14 @@ class Work:
         return found
 
     @cached_property
+    def counted_bytes(self) -> Floats:
+        """Return, by segment (all of them counted), the bytes of weights, one that several use in the first of them."""
+        found = np.zeros(len(self.all_costs))
+        for size, parts in self.weights:
+            found[parts[0]] += size
+        return found
+
+    @cached_property
     def weights_P(self) -> Floats:
         """Return the bytes of weights that train in all segments before each position, one used in several once."""
         size_S = np.zeros(self.count)

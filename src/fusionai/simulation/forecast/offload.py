@@ -1,9 +1,8 @@
 """One machine that keeps in its main memory what its GPU's memory has no room for.
 
 This is what a pool has to beat: its owner's own card, or a rented one. Computing takes what the estimator says for any
-machine. For the rest figures are the best that such a system could reach, so that nobody is talked into a pool: copies
-and the update overlap with computing without loss, and of two ways to order the work (Ren et al. 2021, ZeRO-Offload;
-Rajbhandari et al. 2021, ZeRO-Infinity) the faster one counts.
+machine. For the rest nobody is talked into a pool: copies and the update overlap with computing without loss, and of
+two ways to order the work (Ren et al. 2021, ZeRO-Offload; Rajbhandari et al. 2021, ZeRO-Infinity) the faster counts.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from fusionai.graph.cost import StageCost
 from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.estimator import backward_s, forward_s
 from fusionai.scheduling.profile import DeviceProfile
@@ -41,25 +39,28 @@ class Offload(msgspec.Struct, frozen=True, kw_only=True):
 def offloaded(request: Request, device: DeviceProfile) -> Offload | None:
     """Return the step of one GPU with the model's state in main memory; None where that is no way out.
 
-    It is none for devices whose memory is the main memory, and where the GPU cannot hold what one operator needs. Two
-    orders are considered. By layers: a layer's weights come twice a step, all microbatches pass through it, and their
-    forwards are computed again for the backwards, since only what crosses layers is kept. By microbatches: all weights
-    come for each forward and each backward, and a microbatch's activations stay on the GPU, if it has room for them.
+    It is none for devices whose memory is the main memory, and where the GPU cannot hold what one part of the model
+    needs. Two orders are considered. By layers: a layer's weights come twice a step, all microbatches pass through it,
+    and their forwards are computed again for the backwards, since only what crosses layers is kept, in main memory. By
+    microbatches: all weights come for each forward and each backward, and a microbatch's activations stay on the GPU,
+    if it has room for them. Weights travel in the job's precision.
     """
     cost = request.whole_cost
     if not device.device.startswith("cuda"):
         return None
     room_bytes = device.memory_bytes / MEMORY_MARGIN - cost.transient_bytes - 2 * _largest_weight_bytes(request)
-    if room_bytes < 0:
+    if room_bytes < max(part.saved_bytes for part in request.part_costs):
         return None
     microbatches = request.microbatches
     forward, backward = (each(cost, device, request.precision) for each in (forward_s, backward_s))
-    # Gradients leave while weights come: copies go both ways at once.
-    once_s = 2 * cost.weight_bytes / BUS_BYTES_PER_S
-    orders = [(microbatches * (2 * forward + backward), once_s)]
+    weights = cost.weight_bytes / (2 if request.precision == "bf16" else 1)
+    state_bytes = (2 + request.optimizer_states) * cost.trainable_bytes + cost.other_bytes
+    kept_bytes = microbatches * sum(part.receive_bytes for part in request.part_costs)
+    # What leaves the GPU (gradients, what is kept) and what comes (weights, that again) travel at the same time.
+    orders = [(microbatches * (2 * forward + backward), (2 * weights + kept_bytes) / BUS_BYTES_PER_S, kept_bytes)]
     if cost.saved_bytes <= room_bytes:
-        orders.append((microbatches * (forward + backward), microbatches * once_s))
-    computing_s, copying_s = min(orders, key=max)
+        orders.append((microbatches * (forward + backward), microbatches * 2 * weights / BUS_BYTES_PER_S, 0))
+    computing_s, copying_s, beside_bytes = min(orders, key=lambda order: max(order[:2]))
     update_s = (2 + 2 * request.optimizer_states + 3) * cost.trainable_bytes / MAIN_MEMORY_BYTES_PER_S
     limits: tuple[tuple[float, Limit], ...] = (
         (computing_s, "computing"),
@@ -67,14 +68,9 @@ def offloaded(request: Request, device: DeviceProfile) -> Offload | None:
         (update_s, "the update in main memory"),
     )
     step_s, limit = max(limits)
-    return Offload(step_s=step_s, limit=limit, main_memory_bytes=_state_bytes(request, cost))
+    return Offload(step_s=step_s, limit=limit, main_memory_bytes=state_bytes + beside_bytes)
 
 
 def _largest_weight_bytes(request: Request) -> int:
     """Return the bytes of the largest weight: twice as much is on the GPU, one in use and one on its way."""
     return max((type_bytes(weight.type, {}) for weight in request.graph.weights), default=0)
-
-
-def _state_bytes(request: Request, cost: StageCost) -> int:
-    """Return the bytes of weights, gradients and optimizer states."""
-    return (2 + request.optimizer_states) * cost.trainable_bytes + cost.other_bytes

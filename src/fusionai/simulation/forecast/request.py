@@ -15,6 +15,7 @@ from fusionai.graph.cost import StageCost, stage_cost
 from fusionai.graph.cuts import cut, cut_points
 from fusionai.graph.likeness import stage_costs
 from fusionai.graph.model import OpDag, Sizes
+from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.estimator import flops_rate
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.planner import plan_training
@@ -60,13 +61,22 @@ class Request:
 
     @cached_property
     def part_costs(self) -> tuple[StageCost, ...]:
-        """Costs of the parts that no plan divides: between the job's own cuts, else between all that are possible."""
+        """Costs of the parts that no plan divides: between the job's own cuts, else between all that are possible.
+
+        A weight that several of them read is trained in the first.
+        """
         if self.cuts is None:
             places = {*cut_points(self.graph, self.sizes, within=(self.front, self.back)), self.front, self.back}
         else:
             places = {*self.cuts, self.front, self.back}
         inner = sorted(place for place in places if 0 < place < len(self.graph.nodes))
-        return tuple(stage_costs(cut(self.graph, inner), self.sizes, {}))
+        parts, seen, found = cut(self.graph, inner), set[str](), []
+        for part, cost in zip(parts, stage_costs(parts, self.sizes, {}), strict=True):
+            weights = {weight.key: weight for weight in part.weights if weight.trainable and weight.key not in seen}
+            seen |= weights.keys()
+            nbytes = sum(type_bytes(weight.type, {}) for weight in weights.values())
+            found.append(dataclasses.replace(cost, trainable_bytes=nbytes))
+        return tuple(found)
 
     @cached_property
     def shared_cost(self) -> StageCost:
