@@ -39,7 +39,8 @@ class _Knots:
 
     members: tuple[tuple[int, ...], ...]
     """By knot, its chains."""
-    count_K: Indices
+    count_K: Floats
+    """How many chains it has."""
     pace_K: Floats
     """Microbatches a second of its chains."""
     filling_K: Floats
@@ -53,8 +54,8 @@ class _Knots:
     def step_s(self, order_WL: Indices, rounds: int) -> Floats:
         """Return (W,): about what a step of `rounds` takes if these knots run, their rings closed in this order."""
         byte_s = np.maximum(self.byte_s_KK[order_WL, order_WL], self.byte_s_KK[order_WL, np.roll(order_WL, -1, axis=1)])
-        sums = (each[order_WL].sum(axis=1) for each in (self.count_K, self.pace_K, self.filling_K))
-        return _step_s(*sums, self.nbytes_K[order_WL].max(axis=1), byte_s.max(axis=1), rounds)
+        count, pace, filling = (each[order_WL].sum(axis=1) for each in (self.count_K, self.pace_K, self.filling_K))
+        return _step_s(count, pace, filling, self.nbytes_K[order_WL].max(axis=1), byte_s.max(axis=1), rounds)
 
 
 def _step_s(count: Floats, pace: Floats, filling: Floats, nbytes: Floats, byte_s: Floats, rounds: int) -> Floats:
@@ -89,10 +90,10 @@ def _shortest(work: Work, knots: _Knots, rounds: int) -> list[Indices]:
         work.round_trips[key] = best_round_trips(byte_s_KK)
     trip_SK, byte_s_S = work.round_trips[key]
     inside_SK = _inside(count)
-    sums = (inside_SK @ each[:count] for each in (knots.count_K, knots.pace_K, knots.filling_K))
+    running, pace, filling = (inside_SK @ each[:count] for each in (knots.count_K, knots.pace_K, knots.filling_K))
     nbytes_S = np.where(inside_SK, knots.nbytes_K[:count], 0.0).max(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        step_s = _step_s(*sums, nbytes_S, byte_s_S, rounds)
+        step_s = _step_s(running, pace, filling, nbytes_S, byte_s_S, rounds)
     step_s[0] = np.inf
     return [round_trip(int(each), trip_SK, byte_s_KK) for each in np.argsort(step_s, kind="stable")[:_MOST_RINGS]]
 
@@ -180,7 +181,7 @@ def _knots(work: Work, chains: Sequence[Chain]) -> _Knots:
     byte_s[alone, alone] = 0.0
     return _Knots(
         members=tuple(tuple(each) for each in groups),
-        count_K=np.asarray([len(each) for each in groups]),
+        count_K=np.asarray([float(len(each)) for each in groups]),
         pace_K=np.asarray([float(pace_R[each].sum()) for each in groups]),
         filling_K=np.asarray([float((latency_R[each] * pace_R[each] - 1).sum()) for each in groups]),
         nbytes_K=np.asarray([float(most_R[each].max()) for each in groups]),
