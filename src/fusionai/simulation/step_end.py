@@ -3,9 +3,10 @@
 Within one pipeline, holders of a tied weight send it to each other whole, as the training runtime does. Over pipelines
 the sum is a ring all-reduce (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
 workstations"): of P machines each sends 2 (P - 1) pieces of 1 / P to the next, all at the pace of the slowest link. A
-machine is in one sum at a time, and a sum begins when all its machines have finished their last backward, so late
-stages sum while early ones still compute. The rest is as `fusionai.scheduling.evaluation` reckons: when everything is
-summed, each machine's report and the answer take a round trip, and its update follows.
+machine is in one sum at a time, in the order of `scheduling.sums_in_turn`, and a sum begins when all its machines have
+finished their last backward, so late stages sum while early ones still compute. The rest is as
+`fusionai.scheduling.evaluation` reckons: when everything is summed, each machine's report and the answer take a round
+trip, and its update follows.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fusionai.scheduling.estimator import delay_s, send_s
+from fusionai.scheduling.sums_in_turn import begin_s
 from fusionai.simulation.assembly import Assembly
 from fusionai.simulation.channels import Channels
 from fusionai.simulation.workload import WeightGroup
@@ -44,23 +48,22 @@ def end_of_step(
     """Return how a step ends whose passes are done; `free_s` says when each machine's were."""
     channels = assembly.channels
     sends: list[tuple[str, str, float]] = []
-    waiting = []
-    for number, group in enumerate(groups):
+    waiting: list[tuple[float, float, tuple[str, ...]]] = []
+    for group in groups:
         stages = [assembly.places[place] for place in group.stages if place in assembly.places]
         machines = tuple(dict.fromkeys(stage.machine for stage in stages))
         if len(machines) > 1:
             one_pipeline = len({stage.pipeline for stage in stages}) == 1
-            ready_s = max(free_s[machine] for machine in machines)
-            waiting.append((ready_s, number, machines, group.size_bytes, one_pipeline))
-    until_s: dict[str, float] = {}
-    summed_s = passes_end_s
-    for ready_s, _, machines, size_bytes, one_pipeline in sorted(waiting):
-        start_s = max(ready_s, *(until_s.get(machine, 0.0) for machine in machines))
-        exchange = whole_exchange if one_pipeline else ring_all_reduce
-        seconds, sent = exchange(channels, machines, size_bytes)
-        sends += sent
-        until_s |= dict.fromkeys(machines, start_s + seconds)
-        summed_s = max(summed_s, start_s + seconds)
+            exchange = whole_exchange if one_pipeline else ring_all_reduce
+            seconds, sent = exchange(channels, machines, group.size_bytes)
+            sends += sent
+            waiting.append((max(free_s[machine] for machine in machines), seconds, machines))
+    numbers = {
+        machine: number for number, machine in enumerate({each for *_, machines in waiting for each in machines})
+    }
+    ready_G, seconds_G = (np.asarray([each[place] for each in waiting]) for place in (0, 1))
+    taking = [np.asarray([numbers[machine] for machine in machines]) for *_, machines in waiting]
+    summed_s = max([passes_end_s, *(begin_s(ready_G, taking, seconds_G) + seconds_G).tolist()])
     updates: dict[str, float] = {}
     for stage in assembly.stages:
         seconds = stage.load.update_s * factors.get(stage.machine, 1.0)

@@ -2,8 +2,8 @@
 
 Each weight's gradients go once around a ring of its holders, one in each pipeline. A ring all-reduce of b bytes over R
 holders takes 2 (R - 1) rounds of b / R bytes (Patarasuk and Yuan 2009), each as long as the slowest link of the ring
-needs. A machine that holds several weights sends their rounds one after the other; latency is counted once, since the
-rings go around at the same time.
+needs. A machine is in one sum at a time (`scheduling.sums_in_turn`). While plans are searched, what the busiest machine
+sums is taken for all of it, latency counted once: no order of the sums takes less.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fusionai.scheduling.links import Floats, Indices
+from fusionai.scheduling.sums_in_turn import begin_s
 from fusionai.scheduling.swarm.chain import Chain
 from fusionai.scheduling.swarm.work import Work
 
@@ -29,7 +30,7 @@ def holders(work: Work, chains: Sequence[Chain]) -> Indices:
 
 
 def sum_s(work: Work, holders_RA: Indices) -> float:
-    """Return the seconds of summing all gradients, infinite when neighbours of a ring cannot be linked.
+    """Return the seconds that the busiest machine sums gradients, infinite when neighbours cannot be linked.
 
     A weight that two stages of a pipeline hold (tied embeddings) has both in its ring.
     """
@@ -38,8 +39,7 @@ def sum_s(work: Work, holders_RA: Indices) -> float:
     seconds_N, delay_N = np.zeros(len(task.machines)), np.zeros(len(task.machines))
     single_A = work.single_bytes
     for size, parts in work.tied:
-        ring = np.concatenate([holders_RA[:, part] for part in parts])
-        ring = ring[np.sort(np.unique(ring, return_index=True)[1])]
+        ring = _tied_ring(holders_RA, parts)
         if (count := len(ring)) > 1:
             after = np.roll(ring, -1)
             rate = float(task.bandwidths(ring, after).min())
@@ -99,7 +99,37 @@ def report_s(work: Work, holders_RA: Indices) -> float:
     return float(seconds.max())
 
 
+def in_turn_s(work: Work, holders_RA: Indices) -> float:
+    """Return the seconds of summing all gradients over several pipelines, all machines free at the same time.
+
+    Weights with the same ring are summed together. All rings must be linked, as `sum_s` says.
+    """
+    task = work.task
+    nbytes: dict[tuple[int, ...], float] = {}
+    rings = [(float(size), holders_RA[:, part]) for part, size in enumerate(work.single_bytes) if size > 0]
+    rings += [(float(size), _tied_ring(holders_RA, parts)) for size, parts in work.tied]
+    for size, ring in rings:
+        around = tuple(dict.fromkeys(ring.tolist()))
+        if len(around) > 1:
+            nbytes[around] = nbytes.get(around, 0.0) + size
+    seconds, machines = [], [np.asarray(each) for each in nbytes]
+    for ring, size in zip(machines, nbytes.values(), strict=True):
+        after, count = np.roll(ring, -1), len(ring)
+        round_s = size / count / task.bandwidths(ring, after) + task.delays(ring, after)
+        seconds.append(2 * (count - 1) * float(round_s.max()))
+    seconds_G = np.asarray(seconds)
+    return float((begin_s(np.zeros(len(seconds)), machines, seconds_G) + seconds_G).max(initial=0.0))
+
+
+def _tied_ring(holders_RA: Indices, parts: Sequence[int]) -> Indices:
+    """Return the machines that hold a weight of several segments, pipeline by pipeline."""
+    ring = holders_RA[:, list(parts)].ravel()
+    return np.asarray(ring[np.sort(np.unique(ring, return_index=True)[1])])
+
+
 def end_s(work: Work, chains: Sequence[Chain]) -> float:
     """Return the seconds between the last backward and the next step's first forward."""
     table = holders(work, chains)
-    return sum_s(work, table) + report_s(work, table)
+    busiest_s = sum_s(work, table)
+    several = len(chains) > 1 and np.isfinite(busiest_s)
+    return (max(busiest_s, in_turn_s(work, table)) if several else busiest_s) + report_s(work, table)

@@ -49,7 +49,7 @@ _WORTH_POLISHING = 1.5
 _MOST_SITES = 64
 """Clusters of near machines up to which they are grouped one by one."""
 
-_WORKED_THROUGH = 3
+_WORKED_THROUGH = 6
 """Selections whose schedules are worked through."""
 
 _BUDGET_SHARES = (0.9, 0.75)
@@ -153,14 +153,14 @@ def _selections(solver: ChainSolver) -> list[Selection]:
     gathered(scopes(work, fence))
     guesses = [(guess, key) for key, way in ways.items() if (guess := estimated(work, way)) is not None]
     guesses.sort(key=lambda pair: pair[0].step_s)
-    # Guesses of unlike ways are not alike in how far they are off: a few of each kind are solved. Of groupings in which
-    # the same pipelines would run one is enough.
+    # Guesses of unlike ways are not alike in how far they are off: a few of each kind are solved. Groupings in which
+    # the same pipelines would run are one kind, but solved they may differ, so the first guesses are all solved.
     unlike: dict[frozenset[tuple[int, ...]], tuple[tuple[int, ...], ...]] = {}
     for guess, key in guesses:
         unlike.setdefault(frozenset(chain.machines for chain in guess.chains), key)
-    keys = list(unlike.values())
-    single, by_site = ([key for key in keys if len(key) == 1], [key for key in keys if key in of_sites])
-    first = {*keys[:_REFINED], *single[:2], *by_site[:_OF_SITES]}
+    keys = [key for _, key in guesses]
+    single, by_site = ([key for key in keys if len(key) == 1], [key for key in unlike.values() if key in of_sites])
+    first = {*keys[:_REFINED], *list(unlike.values())[:_REFINED], *single[:2], *by_site[:_OF_SITES]}
     chosen = [(guess, ways[key]) for guess, key in guesses if key in first]
     rest = [(guess, ways[key]) for guess, key in guesses if key not in first]
     found: list[Selection] = []
