@@ -58,9 +58,8 @@ def end_of_step(
             seconds, sent = exchange(channels, machines, group.size_bytes)
             sends += sent
             waiting.append((max(free_s[machine] for machine in machines), seconds, machines))
-    numbers = {
-        machine: number for number, machine in enumerate({each for *_, machines in waiting for each in machines})
-    }
+    everybody = dict.fromkeys(machine for *_, machines in waiting for machine in machines)
+    numbers = {machine: number for number, machine in enumerate(everybody)}
     ready_G, seconds_G = (np.asarray([each[place] for each in waiting]) for place in (0, 1))
     taking = [np.asarray([numbers[machine] for machine in machines]) for *_, machines in waiting]
     summed_s = max([passes_end_s, *(begin_s(ready_G, taking, seconds_G) + seconds_G).tolist()])
