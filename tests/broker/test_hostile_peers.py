@@ -241,7 +241,7 @@ def test_a_lie_about_a_link_does_not_reach_the_plans(tmp_path: Path, lie: LinkPr
                 return Probed(lie, lie)
 
             for liar in liars:
-                liar._probe = probe  # type: ignore[method-assign]
+                liar._probes.probe = probe  # type: ignore[method-assign]
             broker._prober.measure_again()
             peers = [each.identity.peer_id for each in liars]
             await broker._prober.settle(peers, timeout_s=10)

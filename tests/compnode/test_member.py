@@ -34,7 +34,7 @@ def test_a_listening_member_admits_only_whom_the_broker_names(tmp_path: Path) ->
                 await member.start()
             await broker._prober.settle([one.endpoint.peer_id, other.endpoint.peer_id], timeout_s=9)
             assert broker.status().links
-            one._expected.clear()
+            one._probes._expected.clear()
             assert one.address is not None
             with pytest.raises(AuthenticationError, match="only from machines of a job"):
                 await other.endpoint.connect(one.identity.peer_id, [one.address], timeout_s=5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar, overload
@@ -20,7 +19,6 @@ from fusionai.broker.messages import (
     Heartbeat,
     JobLost,
     Probe,
-    Probed,
     Reconsider,
     Register,
     Registered,
@@ -34,6 +32,8 @@ from fusionai.broker.tasks import Tasks
 from fusionai.broker.validation import check_name
 from fusionai.compnode.disk import free_disk_bytes
 from fusionai.compnode.hosting import BusyMeter, Hosting
+from fusionai.compnode.job_news import JobNews
+from fusionai.compnode.probes import Probes
 from fusionai.compnode.relief import ASK_TIMEOUT_S, Relief
 from fusionai.compnode.session import BrokerSession
 from fusionai.errors import AuthenticationError, ConfigError, NetworkError, ProtocolError
@@ -44,9 +44,8 @@ from fusionai.network.identity import Identity, PeerId
 from fusionai.network.lab import LabConfig
 from fusionai.network.limits import Limits
 from fusionai.network.link import Link
-from fusionai.network.probe import probe_link
 from fusionai.network.token import JoinToken
-from fusionai.scheduling.profile import DeviceProfile, DiskProfile, LinkProfile
+from fusionai.scheduling.profile import DeviceProfile, DiskProfile
 from fusionai.training.messages import JobId
 from fusionai.training.slowdown import Slowdown, Throttle
 from fusionai.training.stage_host import StageHost
@@ -58,13 +57,7 @@ log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer", bound=msgspec.Struct)
 
 PARCEL_TIMEOUT_S = 120.0
-EXPECT_S = 60.0
-"""How long a peer that will probe is admitted."""
-PROBE_CONNECT_S = 8.0
-PROBE_S = 0.4
 _TELL_TIMEOUT_S = 10.0
-_MOST_EXPECTED = 64
-_MOST_LOST = 64
 
 
 class Member:
@@ -152,11 +145,8 @@ class Member:
         self._addresses: tuple[str, ...] = ()
         self._tasks = Tasks()
         self._parcels = ParcelInbox(most=4)
-        self._expected: dict[PeerId, float] = {}
         self._busy = BusyMeter()
-        self._job_lost: dict[JobId, Callable[[str], None]] = {}
-        self._lost: dict[JobId, str] = {}
-        self._pool_changed: dict[JobId, Callable[[Reconsider], None]] = {}
+        self._news = JobNews()
         self._session = BrokerSession(
             self.endpoint,
             self.token,
@@ -175,6 +165,7 @@ class Member:
             slowdown=emulated,
             changed=self._changed,
         )
+        self._probes = Probes(self.endpoint, needed=self._hosting.admits)
         self._relief = Relief(lambda: self._hosting.holds)
 
     @property
@@ -267,18 +258,11 @@ class Member:
 
     def on_job_lost(self, job: JobId, callback: Callable[[str], None]) -> None:
         """Have `callback(reason)` called once when the broker gives a job up; at once if it did already."""
-        reason = self._lost.pop(job, None)
-        if reason is not None:
-            callback(reason)
-        else:
-            self._job_lost[job] = callback
+        self._news.on_lost(job, callback)
 
     def on_pool_changed(self, job: JobId, callback: Callable[[Reconsider], None] | None) -> None:
         """Have a callback called whenever the broker says that the pool has changed for an own job; None: no more."""
-        if callback is None:
-            self._pool_changed.pop(job, None)
-        else:
-            self._pool_changed[job] = callback
+        self._news.on_pool_changed(job, callback)
 
     def host(self, job: JobId) -> StageHost | None:
         """Return this machine's own stages of a job, if it has any."""
@@ -297,7 +281,7 @@ class Member:
 
     async def _authorise(self, peer: PeerId, credential: bytes) -> None:
         """Admit machines of own jobs and announced probes. Nobody else, the broker included: it is dialled."""
-        if self._hosting.admits(peer) or self._expected.get(peer, 0.0) > time.monotonic():
+        if self._hosting.admits(peer) or self._probes.expects(peer):
             return
         raise AuthenticationError(
             f"{self.name} takes links only from machines of a job that it works for, and {peer[:12]} is none"
@@ -326,10 +310,10 @@ class Member:
             await self._hosting.connect(decode(Connect, payload).job)
             return b""
         if kind == kind_of(Expect):
-            self._expect(decode(Expect, payload))
+            self._probes.expect(decode(Expect, payload))
             return b""
         if kind == kind_of(Probe):
-            return encode(await self._probe(decode(Probe, payload)))
+            return encode(await self._probes.probe(decode(Probe, payload)))
         raise ProtocolError(f"request {kind!r} is unknown to this member; update fusionai on one of both sides")
 
     async def on_notice(self, link: Link, kind: str, payload: bytes) -> None:
@@ -343,14 +327,12 @@ class Member:
             release = decode(Release, payload)
             # Ending a pass takes its time; the broker's next words must not wait for it.
             self._tasks.start(self._hosting.release(release.job, release.reason), "release")
-            self._lose(release.job, release.reason)
+            self._news.lost(release.job, release.reason, keep=self.role == "owner")
         elif kind == kind_of(JobLost):
             lost = decode(JobLost, payload)
-            self._lose(lost.job, lost.reason)
+            self._news.lost(lost.job, lost.reason, keep=self.role == "owner")
         elif kind == kind_of(Reconsider):
-            reconsider = decode(Reconsider, payload)
-            if (changed := self._pool_changed.get(reconsider.job)) is not None:
-                changed(reconsider)
+            self._news.pool_changed(decode(Reconsider, payload))
         elif kind == kind_of(Unrelieved):
             self._relief.refused(decode(Unrelieved, payload))
         else:
@@ -411,36 +393,6 @@ class Member:
             holds=self._hosting.holds,
             bytes_sent=self._hosting.bytes_sent,
             disk_free_bytes=None if self._disk_folder is None else free_disk_bytes(self._disk_folder),
-        )
-
-    def _lose(self, job: JobId, reason: str) -> None:
-        callback = self._job_lost.pop(job, None)
-        if callback is not None:
-            callback(reason)
-        elif self.role == "owner":
-            while len(self._lost) >= _MOST_LOST:
-                del self._lost[next(iter(self._lost))]
-            self._lost[job] = reason
-
-    def _expect(self, message: Expect) -> None:
-        now_s = time.monotonic()
-        self._expected = {peer: until_s for peer, until_s in self._expected.items() if until_s > now_s}
-        if len(self._expected) >= _MOST_EXPECTED:
-            raise ProtocolError(f"more than {_MOST_EXPECTED} probes are announced to this member")
-        self._expected[PeerId(message.peer)] = now_s + EXPECT_S
-
-    async def _probe(self, message: Probe) -> Probed:
-        peer = PeerId(message.peer)
-        before = self.endpoint.link(peer)
-        link = before or await self.endpoint.connect(peer, message.addresses, timeout_s=PROBE_CONNECT_S)
-        try:
-            found = await probe_link(link, seconds=PROBE_S)
-        finally:
-            if before is None and not self._hosting.admits(peer):
-                await link.close("the probe is over")
-        return Probed(
-            there=LinkProfile(found.rtt_s, found.up_bytes_per_s),
-            back=LinkProfile(found.rtt_s, found.down_bytes_per_s),
         )
 
 

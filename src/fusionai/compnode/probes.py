@@ -1,0 +1,55 @@
+"""This machine's part in the broker's measuring of links: whom to admit for a probe, and probing itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from fusionai.broker.messages import Expect, Probe, Probed
+from fusionai.errors import ProtocolError
+from fusionai.network.endpoint import Endpoint
+from fusionai.network.identity import PeerId
+from fusionai.network.probe import probe_link
+from fusionai.scheduling.profile import LinkProfile
+
+EXPECT_S = 60.0
+"""How long a peer that will probe is admitted."""
+PROBE_CONNECT_S = 8.0
+PROBE_S = 0.4
+_MOST_EXPECTED = 64
+
+
+class Probes:
+    """`needed` tells whether a job needs the link with a peer, which a probe then leaves open."""
+
+    def __init__(self, endpoint: Endpoint, needed: Callable[[PeerId], bool]) -> None:
+        self._endpoint = endpoint
+        self._needed = needed
+        self._expected: dict[PeerId, float] = {}
+
+    def expects(self, peer: PeerId) -> bool:
+        """Whether the broker has announced a probe by a peer."""
+        return self._expected.get(peer, 0.0) > time.monotonic()
+
+    def expect(self, message: Expect) -> None:
+        """Admit a peer for a while. Raises ProtocolError when too many are announced."""
+        now_s = time.monotonic()
+        self._expected = {peer: until_s for peer, until_s in self._expected.items() if until_s > now_s}
+        if len(self._expected) >= _MOST_EXPECTED:
+            raise ProtocolError(f"more than {_MOST_EXPECTED} probes are announced to this member")
+        self._expected[PeerId(message.peer)] = now_s + EXPECT_S
+
+    async def probe(self, message: Probe) -> Probed:
+        """Measure the link with a peer, both ways; raises NetworkError where there is none."""
+        peer = PeerId(message.peer)
+        before = self._endpoint.link(peer)
+        link = before or await self._endpoint.connect(peer, message.addresses, timeout_s=PROBE_CONNECT_S)
+        try:
+            found = await probe_link(link, seconds=PROBE_S)
+        finally:
+            if before is None and not self._needed(peer):
+                await link.close("the probe is over")
+        return Probed(
+            there=LinkProfile(found.rtt_s, found.up_bytes_per_s),
+            back=LinkProfile(found.rtt_s, found.down_bytes_per_s),
+        )
