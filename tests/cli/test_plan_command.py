@@ -15,6 +15,7 @@ from what_if_files import LLAMA, OWNER, job_file, machine, pool_file
 from fusionai.cli.main import main
 from fusionai.owner.what_if import request_of
 from fusionai.scheduling.planner import plan_training
+from fusionai.simulation.forecast.request import with_owner
 from fusionai.simulation.hardware.pool_file import read_pool
 from fusionai.training.config import read_job
 
@@ -57,7 +58,8 @@ def test_three_machines(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
 
-    request, what_if = request_of(read_job(job)), read_pool(pool)
+    request, what_if = request_of(read_job(job)), with_owner(read_pool(pool), "open")
+    assert what_if.owner is not None
     direct = plan_training(
         request.graph,
         graph_hash=request.graph_hash,
@@ -66,14 +68,14 @@ def test_three_machines(tmp_path: Path) -> None:
         optimizer_states=2,
         precision="fp32",
         pool=what_if.pool(),
-        owner=what_if.members[0],
+        owner=what_if.owner,
         privacy="open",
         front=0,
         back=len(request.graph.nodes),
         compnodes=3,
     )
     assert [each["start"] for each in found["plan"]["stages"]] == [each.start for each in direct.stages]
-    assert found["predicted_step_s"] == pytest.approx(direct.predicted_step_s, rel=0.05), "another machine drives"
+    assert found["predicted_step_s"] == pytest.approx(direct.predicted_step_s, rel=1e-9)
     assert found["tokens_per_s"] == pytest.approx(4 * 32 * 8 / found["predicted_step_s"])
     assert found["bound_share"] == pytest.approx(found["bound_step_s"] / found["predicted_step_s"])
     assert 0 < found["bound_share"] <= 1
@@ -89,6 +91,7 @@ def test_three_machines(tmp_path: Path) -> None:
     assert assumed["machines"] == ["home-1", "home-2", "lab"]
     assert "60 % of peak" in assumed["note"]
     assert "Assumed, not measured: share of a device's published peak" in ended.stderr
+    assert "Assumed, not measured: the owner's machine: the pool file has none" in ended.stderr
 
 
 def test_a_private_job(tmp_path: Path, planned: Any) -> None:

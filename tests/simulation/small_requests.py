@@ -29,9 +29,9 @@ def request(**changes: Any) -> Request:
     return Request(**{**fields, **changes})
 
 
-def private() -> Request:
+def private(**changes: Any) -> Request:
     # Embedding in front, head and loss behind.
-    return request(front=1, back=len(GRAPH.nodes) - 4, privacy="private")
+    return request(front=1, back=len(GRAPH.nodes) - 4, privacy="private", **changes)
 
 
 def load(*machines: dict[str, Any], mbps: float = 10_000, **tables: Any) -> WhatIfPool:

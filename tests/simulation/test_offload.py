@@ -9,8 +9,10 @@ import pytest
 from small_requests import load, private, request
 
 from fusionai.cli.forecast_words import sentences
+from fusionai.errors import PlacementError
 from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.estimator import backward_s, forward_s
+from fusionai.scheduling.explain import bytes_text
 from fusionai.scheduling.profile import DeviceProfile, Member
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.simulation.forecast.forecast import forecast
@@ -140,6 +142,24 @@ def test_the_owner_learns_what_its_own_card_would_reach() -> None:
     assert found.electricity_usd_per_million_tokens == pytest.approx(
         found.board_w / 1000 * 0.15 / 3600 / found.tokens_per_s * 1e6
     )
+
+
+def test_a_pool_that_is_too_small_says_what_else_could_train_the_job() -> None:
+    card_of = {"gpu": "RTX 3080", "matmul_tflops": None, "memory_gb": None, "memory_gb_per_s": None}
+    what_if = load(card_of, owner=card_of)
+    heavy = private(optimizer_states=400)
+    with pytest.raises(PlacementError) as refused:
+        forecast(heavy, what_if)
+    assert what_if.owner is not None
+    own = offloaded(heavy, what_if.owner.device)
+    assert own is not None
+    assert f"owner by itself with {bytes_text(own.main_memory_bytes)} of main memory" in str(refused.value)
+    assert f"(about {heavy.tokens_per_step / own.step_s:,.0f} tokens/s" in str(refused.value)
+    cheapest = each_rented(heavy, 1.0)[0]
+    assert f"or one rented {cheapest.hardware}" in str(refused.value)
+    with pytest.raises(PlacementError) as short:
+        forecast(heavy, what_if, what_ifs=False)
+    assert str(refused.value).startswith(f"{short.value}. What could train it: ")
 
 
 def with_memory(member: Member, memory_bytes: float) -> Member:

@@ -63,7 +63,8 @@ def sentences(found: Forecast) -> Iterator[str]:
 
 def assumed_line(each: Assumed) -> str:
     """Return an assumption in a sentence."""
-    return f"Assumed, not measured: {each.figure} ({named(each.machines)}): {each.note}."
+    whose = f" ({named(each.machines)})" if each.machines else ""
+    return f"Assumed, not measured: {each.figure}{whose}: {each.note}."
 
 
 def _pipelines(found: Forecast) -> Iterator[str]:

@@ -18,6 +18,7 @@ from fusionai.scheduling.profile import Member
 from fusionai.scheduling.swarm_plan import SwarmPlan
 from fusionai.simulation.forecast.alone import Alone, each_alone
 from fusionai.simulation.forecast.changes import best_machine, link_doubled, links_busy_s, one_more, uplinks_doubled
+from fusionai.simulation.forecast.elsewhere import elsewhere
 from fusionai.simulation.forecast.rented import Rented, each_rented
 from fusionai.simulation.forecast.request import (
     Request,
@@ -145,13 +146,18 @@ def forecast(
 
     Raises:
         ConfigError: the job is private and the pool has no owner, or the job's cuts are wrong.
-        PlacementError: no plan meets the constraints; the text says what is missing.
+        PlacementError: no plan meets the constraints; the text says what is missing, and with `what_ifs` what else
+            could train the job.
     """
     full = with_owner(what_if, request.privacy)
     started_s = clock_s()
-    part = searched(request, full)
-    setting = setting_of(part)
-    plan = plan_on(request, setting)
+    try:
+        part = searched(request, full)
+        setting = setting_of(part)
+        plan = plan_on(request, setting)
+    except PlacementError as error:
+        others = elsewhere(request, what_if) if what_ifs else ""
+        raise PlacementError(f"{error}. {others}" if others else str(error)) from error
     planned_s = clock_s()
     swarm = None if request.arranged else swarm_on(request, full)
     swarm_s = clock_s() - planned_s
@@ -307,6 +313,11 @@ def assumptions(what_if: WhatIfPool) -> tuple[Assumed, ...]:
     if given:
         note = "the pool file gives what work reaches; attention and convolution are assumed to reach half of that"
         found.append(Assumed(figure="rates of attention and convolution", note=note, machines=tuple(given)))
+    if what_if.owner is None:
+        note = (
+            "the pool file has none: to drive the job is taken to cost no time, whatever lies between it and the pool"
+        )
+        found.append(Assumed(figure="the owner's machine", note=note, machines=()))
     links = "the pool file's, each transfer alone on its lines; nobody measured them"
     found.append(Assumed(figure="links", note=links, machines=tuple(each.name for each in what_if.machines)))
     return tuple(found)

@@ -111,7 +111,7 @@ def with_owner(what_if: WhatIfPool, privacy: Literal["private", "open"]) -> What
     """Return the pool with a machine for the owner.
 
     A pool file without one serves open jobs, whose owner only drives: it feeds tokens and commits steps. A machine
-    that costs nothing then stands for the owner's: beside the first machine, dialable, its links as wide as they get.
+    that costs nothing then stands for the owner's: dialable, no time away from anybody, its links as wide as they get.
 
     Raises:
         ConfigError: a private job, whose owner's machine computes, and there is none.
@@ -132,7 +132,10 @@ def with_owner(what_if: WhatIfPool, privacy: Literal["private", "open"]) -> What
         hardware=(*what_if.hardware, None),
         up_bytes_per_s=np.append(what_if.up_bytes_per_s, np.inf),
         down_bytes_per_s=np.append(what_if.down_bytes_per_s, np.inf),
-        region=np.append(what_if.region, what_if.region[0]),
+        regions=(*what_if.regions, name),
+        region=np.append(what_if.region, len(what_if.regions)),
+        rtt_s=np.pad(what_if.rtt_s, (0, 1)),
+        cap_bytes_per_s=np.pad(what_if.cap_bytes_per_s, (0, 1), constant_values=np.inf),
     )
 
 
