@@ -43,9 +43,9 @@ from fusionai.scheduling.routing.expected_finish import ExpectedFinish
 from fusionai.scheduling.routing.job import RoutedJob
 from fusionai.scheduling.routing.membership import BalancedMembership, SwarmMembership
 from fusionai.scheduling.routing.step_estimate import step_estimate
+from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.planner import plan
 from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm.work import make_work
 from fusionai.simulation.availability import Churn, Poisson, Scripted
 from fusionai.simulation.links import Links
 from fusionai.simulation.routing.report import RoutingReport

@@ -28,11 +28,11 @@ from fusionai.scheduling.link_estimation import EstimatedLinks, LinkProbes, esti
 from fusionai.scheduling.links import LinkModel
 from fusionai.scheduling.profile import UNMEASURED
 from fusionai.scheduling.swarm.chain import Chain
+from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.outcome import outcome
 from fusionai.scheduling.swarm.planner import plan
 from fusionai.scheduling.swarm.running import run
 from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm.work import make_work
 from fusionai.scheduling.swarm_plan import SwarmPlan
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "scheduling"))

@@ -16,10 +16,14 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 from fusionai.graph.capture import capture_transformers
 from fusionai.graph.model import OpDag
 from fusionai.scheduling.links import LinkModel
-from fusionai.scheduling.profile import Member
+from fusionai.scheduling.profile import LinkProfile, Member
 from fusionai.scheduling.swarm.task import SwarmTask
+from fusionai.scheduling.swarm_plan import SwarmPlan
 from fusionai.simulation.hardware.catalogue import lookup
 from fusionai.simulation.hardware.efficiency import profile_of
+from fusionai.simulation.links import Links
+from fusionai.simulation.scenario import Scenario
+from fusionai.simulation.simulator import simulate
 
 MEGABIT = 125_000.0
 GPUS = ("RTX 4090", "RTX 2080")
@@ -135,6 +139,23 @@ def clustered_links(count: int, clusters: int, draw: random.Random) -> Clustered
 def equal_links(count: int, megabits: float) -> ClusteredLinks:
     """Return links that are all alike, half a millisecond there and back."""
     return ClusteredLinks(np.zeros(count, dtype=np.int64), np.full((1, 1), megabits * MEGABIT), np.full((1, 1), 5e-4))
+
+
+def simulated_step_s(workload: Workload, made: SwarmPlan, members: tuple[Member, ...], links: LinkModel) -> float:
+    """Return a step of a plan as the discrete-event simulator executes it, each transfer alone on its link."""
+    place = {each.peer: np.asarray(number) for number, each in enumerate(members)}
+
+    def link(source: str, target: str) -> LinkProfile:
+        if not (source and target):  # an open job's driver, with whom the planner does not reckon
+            return LinkProfile(0.0, float("inf"))
+        ends = place[source], place[target]
+        return LinkProfile(float(links.rtts_s(*ends)), float(links.bandwidths_bytes_per_s(*ends)))
+
+    devices = {each.peer: each.device for each in members}
+    report = simulate(
+        made, workload.graph, Links(link), devices, Scenario(), precision=workload.precision, optimizer_states=2
+    )
+    return report.step_s[0]
 
 
 def pool_of(seed: int) -> tuple[tuple[Member, ...], ClusteredLinks]:

@@ -41,13 +41,14 @@ from fusionai.scheduling.baselines.one_chain import chain_outcome
 from fusionai.scheduling.baselines.proportional_splits import RULES, cheapest_prefix, cut_again
 from fusionai.scheduling.links import Indices, PoolLinks
 from fusionai.scheduling.profile import LinkProfile, Pool
+from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.outcome import Outcome
 from fusionai.scheduling.swarm.planner import plan
 from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.scheduling.swarm.whole_pool import everyone_in_one_chain
-from fusionai.scheduling.swarm.work import Work, make_work
+from fusionai.scheduling.swarm.work import Work
 from fusionai.scheduling.swarm_plan import SwarmPlan
-from planner_pools import WORKLOADS, Workload, clustered_links, equal_links, gpus, pool_of
+from planner_pools import WORKLOADS, Workload, clustered_links, equal_links, gpus, pool_of, simulated_step_s
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "scheduling"))
 
@@ -117,6 +118,7 @@ def against_baselines(workload: Workload, pools: int) -> list[dict[str, Any]]:
         rows.append(
             {
                 "pool": seed,
+                "simulated_step_s": simulated_step_s(workload, made, members, links),
                 "gpus": len(members),
                 "clusters": len(links.between),
                 "step_s": made.predicted_step_s,
@@ -220,7 +222,7 @@ def of_bound(made: SwarmPlan) -> dict[str, Any]:
 
 
 def against_bound(count: int) -> dict[str, Any]:
-    """Return, by workload and links, how far plans for `count` machines are from the bound."""
+    """Return, by workload and links, how far plans for `count` machines are from the bound, and from the simulator."""
     found: dict[str, Any] = {}
     for name, make in WORKLOADS.items():
         workload = make()
@@ -233,7 +235,12 @@ def against_bound(count: int) -> dict[str, Any]:
             ("clusters", clusters),
         ):
             made, wall_s, cpu_s = timed(partial(plan, workload.task(members, links, ROUNDS * count)))
-            found[f"{name}, {kind}"] = {**of_bound(made), "plan_s": wall_s, "plan_cpu_s": cpu_s}
+            found[f"{name}, {kind}"] = {
+                **of_bound(made),
+                "simulated_step_s": simulated_step_s(workload, made, members, links),
+                "plan_s": wall_s,
+                "plan_cpu_s": cpu_s,
+            }
             print(name, kind, json.dumps(found[f"{name}, {kind}"]), file=sys.stderr, flush=True)
     return found
 

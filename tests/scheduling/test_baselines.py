@@ -13,8 +13,8 @@ from fusionai.errors import PlacementError
 from fusionai.scheduling.baselines.grid_search import _matched, _Search, best_grid, grid_search
 from fusionai.scheduling.baselines.one_chain import chain_outcome
 from fusionai.scheduling.baselines.proportional_splits import RULES, cheapest_prefix, cut_again
+from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.planner import plan
-from fusionai.scheduling.swarm.work import make_work
 
 
 def test_cutting_again_changes_cuts_alone() -> None:

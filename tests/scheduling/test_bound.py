@@ -18,9 +18,9 @@ from fusionai.scheduling.estimator import backward_s, forward_s, update_s
 from fusionai.scheduling.links import PoolLinks
 from fusionai.scheduling.planner import plan_training
 from fusionai.scheduling.profile import DeviceProfile, LinkProfile, Member, Pool
+from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.least import least_s
 from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm.work import make_work
 
 GRAPH = decoder(6)
 (WHOLE,) = cut(GRAPH, [])
@@ -35,7 +35,7 @@ def bound(*members: Member, microbatches: int = 4) -> float:
 
 def alone_s(device: DeviceProfile, microbatches: int = 4) -> float:
     passes_s = forward_s(COST, device, "fp32") + backward_s(COST, device, "fp32")
-    return microbatches * passes_s + update_s(COST, device, 2)
+    return microbatches * passes_s + update_s(COST.trainable_bytes, device, 2)
 
 
 def test_one_machine_has_its_own_time() -> None:
@@ -62,7 +62,7 @@ def test_the_better_at_each_part_does_it() -> None:
     found_s = least_step_s([computed, moved], [a, b], microbatches=4, precision="fp32", optimizer_states=2)
     divided_s = max(
         4 * sum((COST.forward_flops[k] + COST.backward_flops[k]) / fast[k] for k in COST.forward_flops),
-        4 * (COST.forward_bytes + COST.backward_bytes) / b.memory_bytes_per_s + update_s(COST, b, 2),
+        4 * (COST.forward_bytes + COST.backward_bytes) / b.memory_bytes_per_s + update_s(COST.trainable_bytes, b, 2),
     )
     assert 0 < found_s <= divided_s
     assert divided_s < 1 / (1 / alone_s(a) + 1 / alone_s(b))

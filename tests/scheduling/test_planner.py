@@ -17,6 +17,7 @@ from fusionai.graph.cuts import boundary_bytes, cut, cut_points
 from fusionai.graph.model import OpDag
 from fusionai.graph.privacy import arrange_private
 from fusionai.graph.verify import verify
+from fusionai.scheduling.estimator import update_s
 from fusionai.scheduling.explain import holding
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.planner import plan_training
@@ -80,6 +81,18 @@ def test_private_jobs_pin_the_ends_to_the_owner() -> None:
         assert not subdag.inputs
     assert subdags[-1].loss == graph.loss
     assert [len(made.stages_of(peer)) for peer in ("p-owner", "p-a", "p-b")] == [2, 1, 1]
+
+
+def test_the_owner_updates_a_weight_of_both_its_stages_once() -> None:
+    graph = decoder(6, tied=True)
+    made = plan(graph, pool(member("a"), owner=OWNER), private=True, compnodes=1)
+    untied = plan(decoder(6), pool(member("a"), owner=OWNER), private=True, compnodes=1)
+
+    def updating_s(made: Plan) -> float:
+        return sum(stage.predicted.update_s for stage in made.stages_of("p-owner"))
+
+    table_bytes = 256 * 64 * 4
+    assert updating_s(untied) - updating_s(made) == pytest.approx(update_s(table_bytes, OWNER.device, 2))
 
 
 @pytest.mark.parametrize(("rtt_s", "bytes_per_s"), [(1e-4, 1e10), (5e-3, 1e8), (5e-2, 2e6)])

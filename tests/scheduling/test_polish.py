@@ -14,11 +14,12 @@ from swarm_tasks import TwoCities, task_of
 from fusionai.scheduling.baselines.one_chain import chain_outcome
 from fusionai.scheduling.baselines.proportional_splits import RULES
 from fusionai.scheduling.swarm.chain import Chain, measured
+from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.outcome import outcome
 from fusionai.scheduling.swarm.polish import _Scale, polished
 from fusionai.scheduling.swarm.running import run
 from fusionai.scheduling.swarm.whole_pool import everyone_in_one_chain
-from fusionai.scheduling.swarm.work import Work, make_work
+from fusionai.scheduling.swarm.work import Work
 
 
 def scarce(seed: int, machines: int, layers: int, *, tied: bool = False) -> Work:

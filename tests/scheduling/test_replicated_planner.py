@@ -17,8 +17,8 @@ from fusionai.scheduling.replication.equal_stages import equal_stages
 from fusionai.scheduling.replication.job_of_cuts import job_of_cuts
 from fusionai.scheduling.replication.planner import best_stages, plan_replicated
 from fusionai.scheduling.routing.step_estimate import step_estimate
+from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.planner import plan
-from fusionai.scheduling.swarm.work import make_work
 
 
 @pytest.mark.parametrize("private", [False, True])

@@ -16,11 +16,12 @@ from fusionai.scheduling.links import Floats
 from fusionai.scheduling.profile import Member
 from fusionai.scheduling.swarm.candidates import ChainSolver
 from fusionai.scheduling.swarm.chain import measured
+from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.end_of_step import holders, in_turn_s, sum_s
 from fusionai.scheduling.swarm.planner import plan
 from fusionai.scheduling.swarm.rings import best_round_trips, rings, round_trip
 from fusionai.scheduling.swarm.selection import selected, weighed
-from fusionai.scheduling.swarm.work import Work, make_work
+from fusionai.scheduling.swarm.work import Work
 
 
 @dataclass(frozen=True)

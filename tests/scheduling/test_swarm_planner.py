@@ -18,11 +18,11 @@ from fusionai.scheduling.baselines.genetic_order import genetic_order
 from fusionai.scheduling.baselines.proportional_splits import equal_compute, equal_layers, memory_proportional
 from fusionai.scheduling.swarm.chain import Chain
 from fusionai.scheduling.swarm.clusters import clustered
+from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.end_of_step import holders, sum_s
 from fusionai.scheduling.swarm.exact import best_small_chains
 from fusionai.scheduling.swarm.planner import plan
 from fusionai.scheduling.swarm.shares import shared_out
-from fusionai.scheduling.swarm.work import make_work
 
 
 @pytest.mark.parametrize("seed", range(30))

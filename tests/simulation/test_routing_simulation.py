@@ -23,7 +23,7 @@ from fusionai.scheduling.routing.job import RoutedJob, SharedWeights
 from fusionai.scheduling.routing.membership import BalancedMembership, Membership, SwarmMembership
 from fusionai.scheduling.routing.policy import RoutePolicy
 from fusionai.scheduling.routing.step_estimate import step_estimate
-from fusionai.scheduling.swarm.work import make_work
+from fusionai.scheduling.swarm.costing import make_work
 from fusionai.simulation.availability import Churn, Outage, Poisson, Scripted
 from fusionai.simulation.links import Links
 from fusionai.simulation.routing.report import RoutingReport

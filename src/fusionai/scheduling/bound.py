@@ -265,7 +265,7 @@ def _work(
                 starting_s = microbatches * (cost.operators + cost.backward_operators) * device.overhead_s
                 adds = device.device == "cpu"
                 passes_s = microbatches * _computing_s(cost, device, precision) + (starting_s if adds else 0.0)
-                parts += [count * passes_s, count * update_s(cost, device, optimizer_states)]
+                parts += [count * passes_s, count * update_s(cost.trainable_bytes, device, optimizer_states)]
                 starts_s += 0.0 if adds else count * starting_s
             known[key] = parts, starts_s
         rows.append(known[key])

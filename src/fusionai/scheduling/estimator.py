@@ -73,13 +73,13 @@ def deferred_s(cost: StageCost, device: DeviceProfile, precision: str) -> float:
     return cost.deferred_flops / flops_rate(device, _FALLBACK_CLASS, precision) if cost.deferred_flops else 0.0
 
 
-def update_s(cost: StageCost, device: DeviceProfile, optimizer_states: int) -> float:
-    """Return the seconds of one optimizer update, the gradients' norm included.
+def update_s(trained_bytes: float, device: DeviceProfile, optimizer_states: int) -> float:
+    """Return the seconds of one optimizer update of so many bytes of weights, the gradients' norm included.
 
     It reads and writes each weight and state, reads each gradient twice (norm and update), and clears it.
     """
     passes = 2 + 2 * optimizer_states + 3
-    return passes * cost.trainable_bytes / update_bytes_per_s(device)
+    return passes * trained_bytes / update_bytes_per_s(device)
 
 
 def update_bytes_per_s(device: DeviceProfile) -> float:

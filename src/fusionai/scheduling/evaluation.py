@@ -15,6 +15,7 @@ from typing import Literal
 from fusionai.graph.cost import StageCost, stage_cost
 from fusionai.graph.cuts import boundary_bytes, cut
 from fusionai.graph.model import OpDag, Sizes, SubDag, WeightKey
+from fusionai.graph.shared_weights import repeated, waiting_bytes
 from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.estimator import (
     backward_s,
@@ -135,6 +136,11 @@ class _Stages:
             min(seconds[1], deferred_s(cost, device, task.precision)) if task.split_backward else 0.0
             for cost, device, seconds in zip(self._costs, devices, self._seconds, strict=True)
         ]
+        self._again = repeated(self._subdags, peers)
+        self._update_s = [
+            update_s(cost.trainable_bytes - again.trainable, device, task.optimizer_states)
+            for cost, again, device in zip(self._costs, self._again, devices, strict=True)
+        ]
         self._edges = self._make_edges()
 
     def _make_edges(self) -> list[Edge]:
@@ -193,18 +199,16 @@ class _Stages:
         """Return the memory that each machine must offer."""
         task, needs = self._task, dict.fromkeys(self._peers, 0.0)
         transient = dict.fromkeys(self._peers, 0)
-        held: dict[str, set[str]] = {peer: set() for peer in self._peers}
-        for subdag, cost, peer, count in zip(self._subdags, self._costs, self._peers, in_flight, strict=True):
+        for cost, again, peer, count in zip(self._costs, self._again, self._peers, in_flight, strict=True):
             # One stage at a time computes, and a weight that two of them share is held once.
             transient[peer] = max(transient[peer], cost.transient_bytes)
             device = task.member(peer).device
             memory_bytes = training_memory_bytes(cost, device, count, task.optimizer_states)
             needs[peer] += memory_bytes - cost.transient_bytes
-            for weight in {weight.key: weight for weight in subdag.weights}.values():
-                if weight.key in held[peer]:
-                    copies = 2 + task.optimizer_states if weight.trainable else 1
-                    needs[peer] -= copies * type_bytes(weight.type, task.sizes)
-                held[peer].add(weight.key)
+            needs[peer] -= (2 + task.optimizer_states) * again.trainable + again.other
+        for peer in {peer for peer, again in zip(self._peers, self._again, strict=True) if again.trainable}:
+            here = [stage for stage, each in enumerate(self._peers) if each == peer]
+            needs[peer] += waiting_bytes([self._subdags[each] for each in here], [in_flight[each] for each in here])
         return {peer: (need + transient[peer]) * MEMORY_MARGIN for peer, need in needs.items()}
 
     def _commit_s(self) -> float:
@@ -232,8 +236,8 @@ class _Stages:
             default=0.0,
         )
         updates = dict.fromkeys(self._peers, 0.0)
-        for cost, peer in zip(self._costs, self._peers, strict=True):
-            updates[peer] += update_s(cost, task.member(peer).device, task.optimizer_states)
+        for seconds, peer in zip(self._update_s, self._peers, strict=True):
+            updates[peer] += seconds
         slowest_s = max(task.link(task.owner.peer, peer).rtt_s + seconds for peer, seconds in updates.items())
         return exchange_s + slowest_s
 
@@ -293,7 +297,7 @@ class _Stages:
         return StagePrediction(
             forward_s=forward,
             backward_s=backward,
-            update_s=update_s(cost, device, task.optimizer_states),
+            update_s=self._update_s[stage],
             memory_bytes=training_memory_bytes(cost, device, in_flight, task.optimizer_states),
             send_s=self._sending_s(stage),
         )

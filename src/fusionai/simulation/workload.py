@@ -27,6 +27,8 @@ class StageLoad:
     deferred_s: float = 0.0
     """The part of `backward_s` that follows the sending of the boundary gradients."""
     update_s: float = 0.0
+    repeated_bytes: int = 0
+    """Of the trainable weights, what an earlier stage of the machine holds and updates."""
     state_bytes: int = 0
     """Weights and optimizer states: what a backup needs."""
     memory_bytes: int = 0
@@ -77,6 +79,7 @@ def unchanged(load: StageLoad, peer: str) -> StageLoad:
         in_flight=load.in_flight,
         deferred_s=load.deferred_s,
         update_s=load.update_s,
+        repeated_bytes=load.repeated_bytes,
         state_bytes=load.state_bytes,
         memory_bytes=load.memory_bytes,
         cost=load.cost,
@@ -101,7 +104,8 @@ def estimated(devices: Mapping[str, DeviceProfile], precision: str, optimizer_st
             backward_s=whole_s,
             in_flight=load.in_flight,
             deferred_s=min(whole_s, deferred_s(cost, device, precision)),
-            update_s=update_s(cost, device, optimizer_states),
+            update_s=update_s(cost.trainable_bytes - load.repeated_bytes, device, optimizer_states),
+            repeated_bytes=load.repeated_bytes,
             state_bytes=load.state_bytes,
             memory_bytes=load.memory_bytes,
             cost=cost,

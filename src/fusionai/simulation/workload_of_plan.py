@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from itertools import chain
 
 from fusionai.errors import ConfigError
 from fusionai.graph.cost import StageCost, stage_cost
 from fusionai.graph.cuts import boundary_bytes, cut
 from fusionai.graph.model import OpDag, SubDag
+from fusionai.graph.shared_weights import repeated
 from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.profile import DeviceProfile
@@ -53,24 +55,30 @@ def workload_of(
         )
         return subdags, tuple(stage_cost(subdag, plan.sizes) for subdag in subdags), edges
 
-    move = estimated(devices, precision, optimizer_states)
-    pipelines = []
-    holders: dict[str, list[tuple[int, int]]] = {}
-    weight_bytes: dict[str, int] = {}
     for number, pipeline in enumerate(pipelines_of(plan)):
         if not pipeline.stages or pipeline.stages[-1].stop != len(graph.nodes):
             raise ConfigError(
                 f"pipeline {number} ends at node {pipeline.stages[-1].stop if pipeline.stages else 0}, but the graph "
                 f"has {len(graph.nodes)}; simulate a plan with the graph that it was made for"
             )
+    move = estimated(devices, precision, optimizer_states)
+    subdags_of = [stages_at(pipeline.cuts)[0] for pipeline in pipelines_of(plan)]
+    peers = [stage.peer for pipeline in pipelines_of(plan) for stage in pipeline.stages]
+    again = repeated(chain.from_iterable(subdags_of), peers)
+    pipelines = []
+    holders: dict[str, list[tuple[int, int]]] = {}
+    weight_bytes: dict[str, int] = {}
+    for number, pipeline in enumerate(pipelines_of(plan)):
         subdags, costs, edges = stages_at(pipeline.cuts)
         loads = []
-        for stage, subdag, cost in zip(pipeline.stages, subdags, costs, strict=True):
+        here, again = again[: len(subdags)], again[len(subdags) :]
+        for stage, subdag, cost, known in zip(pipeline.stages, subdags, costs, here, strict=True):
             given = StageLoad(
                 peer=stage.peer,
                 forward_s=stage.predicted.forward_s,
                 backward_s=stage.predicted.backward_s,
                 in_flight=stage.in_flight,
+                repeated_bytes=known.trainable,
                 state_bytes=(1 + optimizer_states) * cost.trainable_bytes + cost.other_bytes,
                 memory_bytes=stage.predicted.memory_bytes,
                 cost=cost,

@@ -6,6 +6,7 @@ from __future__ import annotations
 from fusionai.errors import JobError
 from fusionai.graph.cost import stage_cost
 from fusionai.graph.model import Sizes, Weight, WeightKey
+from fusionai.graph.shared_weights import repeated
 from fusionai.graph.sizes import type_bytes
 from fusionai.training.messages import Assignment
 
@@ -30,10 +31,12 @@ def check_round(assignment: Assignment, sizes: Sizes, *, train: bool, limit_byte
         raise JobError(f"a round gives numbers for {len(sizes)} symbols; at most {MOST_SYMBOLS} are allowed")
     states = len(assignment.options.optimizer.states)
     need = working = 0
-    for subdag in assignment.subdags:
+    here = [0] * len(assignment.subdags)
+    for subdag, again in zip(assignment.subdags, repeated(assignment.subdags, here), strict=True):
         cost = stage_cost(subdag, sizes)
         in_flight = assignment.in_flight.get(subdag.index, 1) if train else 0
         need += cost.training_bytes(in_flight, states) - cost.transient_bytes
+        need -= (2 + states) * again.trainable + again.other
         working = max(working, cost.transient_bytes)
     _check(need + working, limit_bytes, f"a round at sizes {dict(list(sizes.items())[:8])} takes")
 

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from fusionai.execution.plane import MicrobatchKey
 from fusionai.graph.model import SubDag, WeightKey
-
-MOST_WAITING_BYTES = 256 << 20
-"""Beyond this, shares are added at once, and the sum may differ in its last bits."""
+from fusionai.graph.shared_weights import MOST_WAITING_BYTES
 
 
 @dataclass(slots=True)

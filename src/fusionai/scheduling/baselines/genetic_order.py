@@ -11,8 +11,8 @@ import numpy as np
 
 from fusionai.scheduling.baselines.one_chain import chain_plan, shares_to_bounds
 from fusionai.scheduling.links import Floats, Indices
+from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm.work import make_work
 from fusionai.scheduling.swarm_plan import SwarmPlan
 
 _POPULATION = 32

@@ -23,9 +23,10 @@ from fusionai.scheduling.baselines.one_chain import chain_run
 from fusionai.scheduling.baselines.proportional_splits import by_compute
 from fusionai.scheduling.links import Floats, Indices
 from fusionai.scheduling.swarm.chain import hops_of
+from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.outcome import Outcome, outcome, swarm_plan
 from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm.work import Work, make_work
+from fusionai.scheduling.swarm.work import Work
 from fusionai.scheduling.swarm_plan import SwarmPlan
 
 _POPULATION = 16

@@ -17,9 +17,10 @@ from fusionai.scheduling.baselines.one_chain import chain_outcome, chain_plan, c
 from fusionai.scheduling.links import Indices
 from fusionai.scheduling.swarm.chain import Chain, measured
 from fusionai.scheduling.swarm.clusters import clustered
+from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.outcome import Outcome, outcome
 from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm.work import Work, make_work
+from fusionai.scheduling.swarm.work import Work
 from fusionai.scheduling.swarm_plan import SwarmPlan
 
 Rule = Callable[[Work, Indices], Indices]

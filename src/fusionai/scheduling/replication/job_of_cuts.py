@@ -34,16 +34,18 @@ def job_of_cuts(work: Work, bounds: Sequence[int]) -> RoutedJob:
     shape = stages, machines
     forward, backward = np.full(shape, np.inf), np.full(shape, np.inf)
     deferred, update, in_flight = np.zeros(shape), np.zeros(shape), np.zeros(shape, dtype=np.int64)
+    trained = [cost.trainable_bytes for cost in costs]
+    trained[-1] -= work.both_ends_bytes
     known: dict[tuple[object, ...], tuple[float, float, float, float]] = {}
     for stage, cost in enumerate(costs):
         for machine, member in enumerate(task.machines):
             if (machine == task.owner_index) != (stage in pinned):
                 continue
             device = member.device
-            rates = device.device, *sorted(device.flops_per_s.items()), device.memory_bytes_per_s, device.overhead_s
-            key = stage, *rates
+            rates = device.memory_bytes_per_s, device.update_bytes_per_s, device.overhead_s, device.device
+            key = stage, *sorted(device.flops_per_s.items()), *rates
             if key not in known:
-                known[key] = _seconds(cost, device, task)
+                known[key] = _seconds(cost, trained[stage], device, task)
             room = _room(cost, device, task)
             if room >= 1:
                 in_flight[stage, machine] = room
@@ -81,13 +83,15 @@ def _entered(work: Work, ends: Sequence[int]) -> list[int]:
     return list(ends[first:last])
 
 
-def _seconds(cost: StageCost, device: DeviceProfile, task: SwarmTask) -> tuple[float, float, float, float]:
+def _seconds(
+    cost: StageCost, trained_bytes: int, device: DeviceProfile, task: SwarmTask
+) -> tuple[float, float, float, float]:
     whole_s = backward_s(cost, device, task.precision)
     return (
         forward_s(cost, device, task.precision),
         whole_s,
         min(whole_s, deferred_s(cost, device, task.precision)),
-        update_s(cost, device, task.optimizer_states),
+        update_s(trained_bytes, device, task.optimizer_states),
     )
 
 

@@ -22,10 +22,11 @@ from fusionai.scheduling.replication.cuts import Draft, drafts
 from fusionai.scheduling.replication.job_of_cuts import job_of_cuts, stage_costs
 from fusionai.scheduling.routing.job import RoutedJob
 from fusionai.scheduling.routing.step_estimate import StepEstimate, step_estimate
+from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.grouping import fenced, scopes
 from fusionai.scheduling.swarm.planner import plan
 from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm.work import Work, make_work
+from fusionai.scheduling.swarm.work import Work
 
 _MOST_STAGES = 16
 _MOST_MACHINES = 128

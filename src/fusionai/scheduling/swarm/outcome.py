@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fusionai.graph.shared_weights import waiting
 from fusionai.scheduling.estimator import training_memory_bytes, update_s
 from fusionai.scheduling.explain import seconds_text, stage_lines
 from fusionai.scheduling.plan import StagePlan, StagePrediction
@@ -51,14 +52,14 @@ def owner_need_bytes(work: Work, runs: Sequence[Running]) -> float:
         return 0.0
     stages = [0] * work.before + [-1] * work.segments.outer_after
     need = 0.0
+    most_held = 0
     for cost, stage in zip(costs, stages, strict=True):
         held = sum(each.in_flight[stage] for each in runs)
+        most_held = max(most_held, held)
         whole = training_memory_bytes(cost, task.owner.device, held, task.optimizer_states)
         need += whole - cost.transient_bytes
-    twice = set(range(work.before)) | {len(work.all_costs) - 1} if len(costs) > 1 else set()
-    for size, parts in work.weights:
-        if len(twice & set(parts)) > 1:
-            need -= (2 + task.optimizer_states) * size
+    need -= (2 + task.optimizer_states) * work.both_ends_bytes
+    need += waiting(most_held * work.both_ends_bytes)
     return (need + max(cost.transient_bytes for cost in costs)) * MEMORY_MARGIN
 
 
@@ -89,6 +90,8 @@ def swarm_plan(work: Work, found: Outcome) -> SwarmPlan:
 
 def _stages(work: Work, run: Running) -> tuple[StagePlan, ...]:
     task = work.task
+    trained = [cost.trainable_bytes for cost in run.costs]
+    trained[-1] -= work.both_ends_bytes
     return tuple(
         StagePlan(
             stage=stage,
@@ -99,7 +102,7 @@ def _stages(work: Work, run: Running) -> tuple[StagePlan, ...]:
             predicted=StagePrediction(
                 forward_s=run.seconds[stage][0],
                 backward_s=run.seconds[stage][1],
-                update_s=update_s(run.costs[stage], task.machines[machine].device, task.optimizer_states),
+                update_s=update_s(trained[stage], task.machines[machine].device, task.optimizer_states),
                 memory_bytes=training_memory_bytes(
                     run.costs[stage], task.machines[machine].device, run.in_flight[stage], task.optimizer_states
                 ),

@@ -22,6 +22,7 @@ from fusionai.scheduling.profile import Member
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.shortage import JOINED, Remedies, no_link_with_owner, nothing_fits, owner_too_small
 from fusionai.scheduling.swarm.candidates import ChainSolver, estimated, refined
+from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.exact import best_small_chains
 from fusionai.scheduling.swarm.grouping import Grouping, fenced, groupings, scopes
 from fusionai.scheduling.swarm.outcome import Outcome, outcome, owner_need_bytes, swarm_plan
@@ -29,7 +30,7 @@ from fusionai.scheduling.swarm.running import Running, run
 from fusionai.scheduling.swarm.selection import Selection, selected
 from fusionai.scheduling.swarm.shares import shared_out
 from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm.work import Work, make_work
+from fusionai.scheduling.swarm.work import Work
 from fusionai.scheduling.swarm_plan import SwarmPlan
 
 _REFINED = 14

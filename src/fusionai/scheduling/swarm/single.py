@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fusionai.scheduling.swarm.candidates import ChainSolver, estimated, refined
+from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.grouping import Grouping, fenced, groupings, scopes
 from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm.work import make_work
 
 _REFINED = 8
 """Groups whose chain is solved."""

@@ -1,0 +1,65 @@
+"""Weights that several stages of one machine use, such as tied embeddings: held once, updated once.
+
+Of each microbatch, the gradient that one of these stages gives to such a weight waits for those of the others
+(`execution.torch_plane.tied`), which takes memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+from fusionai.graph.model import SubDag, Weight, WeightKey
+from fusionai.graph.sizes import type_bytes
+
+MOST_WAITING_BYTES = 256 << 20
+"""Of gradients of one machine that wait; beyond it they are added at once, and a sum may differ in its last bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """Bytes of a stage's weights that an earlier stage of the same machine holds too."""
+
+    trainable: int = 0
+    other: int = 0
+
+
+def repeated(subdags: Iterable[SubDag], machines: Iterable[Hashable]) -> list[Repeated]:
+    """Return, by stage, what its machine has of its weights already from stages before it.
+
+    Stages are counted in the order given; those of other pipelines may follow.
+    """
+    found = []
+    held: set[tuple[Hashable, WeightKey]] = set()
+    for subdag, machine in zip(subdags, machines, strict=True):
+        weights = _weights(subdag)
+        again = [each for each in weights if (machine, each.key) in held]
+        trainable = sum(type_bytes(each.type, {}) for each in again if each.trainable)
+        other = sum(type_bytes(each.type, {}) for each in again if not each.trainable)
+        found.append(Repeated(trainable, other))
+        held |= {(machine, each.key) for each in weights}
+    return found
+
+
+def waiting_bytes(subdags: Sequence[SubDag], in_flight: Sequence[int]) -> int:
+    """Return the most that gradients of shared weights take while they wait, on the one machine of these stages.
+
+    Each waits from the backward of the last stage that uses the weight until that of the first, during which a stage
+    has at most `in_flight` microbatches under way.
+    """
+    most: dict[WeightKey, tuple[int, int]] = {}
+    for subdag, held in zip(subdags, in_flight, strict=True):
+        for weight in _weights(subdag):
+            if weight.trainable:
+                stages, so_far = most.get(weight.key, (0, 0))
+                most[weight.key] = stages + 1, max(so_far, held * type_bytes(weight.type, {}))
+    return waiting(sum(nbytes for stages, nbytes in most.values() if stages > 1))
+
+
+def waiting(nbytes: int) -> int:
+    """Return what of waiting gradients is kept."""
+    return min(MOST_WAITING_BYTES, nbytes)
+
+
+def _weights(subdag: SubDag) -> Iterable[Weight]:
+    return {weight.key: weight for weight in subdag.weights}.values()

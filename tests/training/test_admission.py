@@ -1,0 +1,51 @@
+"""What a share of a job takes of its machine, reckoned by the machine itself."""
+
+from __future__ import annotations
+
+import pytest
+from decoder_graph import SIZES, decoder
+
+from fusionai.errors import JobError
+from fusionai.execution.plane import ProgramOptions
+from fusionai.graph.cost import stage_cost
+from fusionai.graph.cuts import cut, cut_points
+from fusionai.graph.model import SubDag
+from fusionai.training.admission import check_round, check_weights
+from fusionai.training.messages import Assignment
+
+TABLE_BYTES = 256 * 64 * 4
+
+
+def test_a_weight_of_two_stages_is_counted_once() -> None:
+    graph = decoder(3, tied=True)
+    points = cut_points(graph, SIZES)
+    first, _, last = cut(graph, [points[1], points[-2]])
+    costs = [stage_cost(each, SIZES) for each in (first, last)]
+    need = sum(each.training_bytes(1, 2) - each.transient_bytes for each in costs)
+    need += max(each.transient_bytes for each in costs) - 4 * TABLE_BYTES
+    share = assigned(first, last)
+    check_round(share, SIZES, train=True, limit_bytes=need)
+    with pytest.raises(JobError, match=f"takes {need:,} bytes, but this machine offers {need - 1:,}"):
+        check_round(share, SIZES, train=True, limit_bytes=need - 1)
+
+
+def test_weights_alone_are_checked_before_any_round() -> None:
+    (whole,) = cut(decoder(3, tied=True), [])
+    need = 4 * stage_cost(whole, SIZES).trainable_bytes
+    check_weights(assigned(whole), need)
+    with pytest.raises(JobError, match="use smaller batches or more compnodes"):
+        check_weights(assigned(whole), need - 1)
+
+
+def assigned(*subdags: SubDag) -> Assignment:
+    return Assignment(
+        job="job",
+        owner="o" * 64,
+        subdags=subdags,
+        in_flight={each.index: 1 for each in subdags},
+        stage_peers=("o" * 64,) * 3,
+        tied={},
+        options=ProgramOptions(),
+        neighbours=(),
+        memory_bytes=0,
+    )
