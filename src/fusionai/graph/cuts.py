@@ -6,7 +6,7 @@ A cut at position p parts nodes [0, p) from nodes [p, N). What any stage can mak
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -157,85 +157,91 @@ def cut(graph: OpDag, positions: Sequence[int]) -> tuple[SubDag, ...]:
     Raises GraphError for other positions, for a stage that would compute nothing, and for a cut that parts the users
     of a tensor which training changes in place.
     """
-    bounds = [0, *positions, len(graph.nodes)]
-    if any(early >= late for early, late in pairwise(bounds)):
-        raise GraphError(
-            f"cuts must rise strictly between 0 and {len(graph.nodes)} (the number of operators), got {list(positions)}"
+    return Cutter(graph).cut(positions)
+
+
+class Cutter:
+    """A graph that is cut many times: what does not depend on the cuts is found once."""
+
+    def __init__(self, graph: OpDag) -> None:
+        self._graph = graph
+        self._again = local_nodes(graph)
+        """Places of the nodes that a stage makes for itself."""
+        self._made = producers(graph.nodes)
+        self._reads = [tuple(dict.fromkeys(reads(node))) for node in graph.nodes]
+        self._gradients = gradient_values(graph)
+        written = mutated_values(graph.nodes)
+        self._written = [weight for weight in graph.weights if weight.name in written]
+
+    def cut(self, positions: Sequence[int]) -> tuple[SubDag, ...]:
+        """Return the sub-DAGs of the stages between `positions`, as the function `cut` does."""
+        graph = self._graph
+        bounds = [0, *positions, len(graph.nodes)]
+        if any(early >= late for early, late in pairwise(bounds)):
+            raise GraphError(
+                f"cuts must rise strictly between 0 and {len(graph.nodes)} (the number of operators), got "
+                f"{list(positions)}"
+            )
+        stage_of = [stage for stage, (early, late) in enumerate(pairwise(bounds)) for _ in range(early, late)]
+        held = [
+            self._closure({place for place in range(early, late) if place not in self._again})
+            for early, late in pairwise(bounds)
+        ]
+        empty = [stage for stage, places in enumerate(held) if not places - self._again]
+        if empty:
+            raise GraphError(
+                f"stage {empty[0]} (operators {bounds[empty[0]]} to {bounds[empty[0] + 1]}) would compute nothing; "
+                "move the cut"
+            )
+        transfers = self._transfers(held, stage_of)
+        subdags = tuple(self._subdag(stage, sorted(places), transfers) for stage, places in enumerate(held))
+        self._refuse_parted_state(subdags)
+        return subdags
+
+    def _closure(self, own: set[int]) -> set[int]:
+        """Return the places that a stage runs: its own, and what they need of the recomputable ones."""
+        places = set(own)
+        waiting = list(own)
+        while waiting:
+            for name in self._reads[waiting.pop()]:
+                place = self._made.get(name)
+                if place is not None and place in self._again and place not in places:
+                    places.add(place)
+                    waiting.append(place)
+        return places
+
+    def _transfers(self, held: Sequence[set[int]], stage_of: Sequence[int]) -> list[Transfer]:
+        """Return every boundary tensor, straight from the stage that makes it to each that takes it."""
+        made, types = self._made, self._graph.types
+        found: dict[tuple[ValueName, int], Transfer] = {}
+        for stage, places in enumerate(held):
+            for place in sorted(places):
+                for name in self._reads[place]:
+                    maker = made.get(name)
+                    if maker is None or maker in self._again or stage_of[maker] == stage:
+                        continue
+                    found[name, stage] = Transfer(name, stage_of[maker], stage, types[name], name in self._gradients)
+        return sorted(found.values(), key=lambda each: (made[each.value], each.value, each.target))
+
+    def _subdag(self, stage: int, places: Sequence[int], transfers: Sequence[Transfer]) -> SubDag:
+        graph = self._graph
+        nodes = tuple(graph.nodes[place] for place in places)
+        taken = {name for place in places for name in self._reads[place]}
+        outputs = {output for node in nodes for output in node.outputs}
+        return SubDag(
+            index=stage,
+            symbols=graph.symbols,
+            inputs=tuple(item for item in graph.inputs if item.name in taken),
+            weights=tuple(weight for weight in graph.weights if weight.name in taken),
+            nodes=nodes,
+            types={output: graph.types[output] for node in nodes for output in node.outputs},
+            receives=tuple(each for each in transfers if each.target == stage),
+            sends=tuple(each for each in transfers if each.source == stage),
+            loss=graph.loss if graph.loss in outputs else None,
         )
-    again = local_nodes(graph)
-    made = producers(graph.nodes)
-    stage_of = [stage for stage, (early, late) in enumerate(pairwise(bounds)) for _ in range(early, late)]
-    held = [
-        _closure(graph, {place for place in range(early, late) if place not in again}, again, made)
-        for early, late in pairwise(bounds)
-    ]
-    empty = [stage for stage, places in enumerate(held) if not places - again]
-    if empty:
-        raise GraphError(
-            f"stage {empty[0]} (operators {bounds[empty[0]]} to {bounds[empty[0] + 1]}) would compute nothing; "
-            "move the cut"
-        )
-    gradients = gradient_values(graph)
-    transfers = _transfers(graph, held, again, made, stage_of, gradients)
-    subdags = tuple(_subdag(graph, stage, sorted(places), transfers) for stage, places in enumerate(held))
-    _refuse_parted_state(graph, subdags)
-    return subdags
 
-
-def _closure(graph: OpDag, own: set[int], again: frozenset[int], made: Mapping[ValueName, int]) -> set[int]:
-    """Return the places that a stage runs: its own, and what they need of the recomputable ones."""
-    places = set(own)
-    waiting = list(own)
-    while waiting:
-        for name in reads(graph.nodes[waiting.pop()]):
-            place = made.get(name)
-            if place is not None and place in again and place not in places:
-                places.add(place)
-                waiting.append(place)
-    return places
-
-
-def _transfers(
-    graph: OpDag,
-    held: Sequence[set[int]],
-    again: frozenset[int],
-    made: Mapping[ValueName, int],
-    stage_of: Sequence[int],
-    gradients: frozenset[ValueName],
-) -> list[Transfer]:
-    """Return every boundary tensor, straight from the stage that makes it to each that takes it."""
-    found: dict[tuple[ValueName, int], Transfer] = {}
-    for stage, places in enumerate(held):
-        for place in sorted(places):
-            for name in reads(graph.nodes[place]):
-                maker = made.get(name)
-                if maker is None or maker in again or stage_of[maker] == stage:
-                    continue
-                found[name, stage] = Transfer(name, stage_of[maker], stage, graph.types[name], name in gradients)
-    return sorted(found.values(), key=lambda each: (made[each.value], each.value, each.target))
-
-
-def _subdag(graph: OpDag, stage: int, places: Sequence[int], transfers: Sequence[Transfer]) -> SubDag:
-    nodes = tuple(graph.nodes[place] for place in places)
-    taken = {name for node in nodes for name in reads(node)}
-    outputs = {output for node in nodes for output in node.outputs}
-    return SubDag(
-        index=stage,
-        symbols=graph.symbols,
-        inputs=tuple(item for item in graph.inputs if item.name in taken),
-        weights=tuple(weight for weight in graph.weights if weight.name in taken),
-        nodes=nodes,
-        types={output: graph.types[output] for node in nodes for output in node.outputs},
-        receives=tuple(each for each in transfers if each.target == stage),
-        sends=tuple(each for each in transfers if each.source == stage),
-        loss=graph.loss if graph.loss in outputs else None,
-    )
-
-
-def _refuse_parted_state(graph: OpDag, subdags: Sequence[SubDag]) -> None:
-    written = mutated_values(graph.nodes)
-    for weight in graph.weights:
-        if weight.name in written:
+    def _refuse_parted_state(self, subdags: Sequence[SubDag]) -> None:
+        for weight in self._written:
             holders = [subdag.index for subdag in subdags if weight in subdag.weights]
             if len(holders) > 1:
                 raise GraphError(

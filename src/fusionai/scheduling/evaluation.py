@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Literal
 
 from fusionai.graph.cost import StageCost, stage_cost
-from fusionai.graph.cuts import boundary_bytes, cut
+from fusionai.graph.cuts import Cutter, boundary_bytes
 from fusionai.graph.model import OpDag, Sizes, SubDag, WeightKey
 from fusionai.graph.shared_weights import repeated, waiting_bytes
 from fusionai.graph.sizes import type_bytes
@@ -35,10 +35,17 @@ from fusionai.scheduling.segments import MEMORY_MARGIN
 
 
 class StageCosts:
-    """Costs of stages of one graph at one size, each counted once: many plans that are tried share stages."""
+    """Stages of one graph at one size, each costed once: many plans that are tried share stages."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], StageCost] = {}
+        self._cutter: Cutter | None = None
+
+    def cut(self, graph: OpDag, positions: Sequence[int]) -> tuple[SubDag, ...]:
+        """Return the sub-DAGs of the graph, which is the same in every call."""
+        if self._cutter is None:
+            self._cutter = Cutter(graph)
+        return self._cutter.cut(positions)
 
     def of(self, subdag: SubDag, start: int, stop: int, sizes: Sizes) -> StageCost:
         """Return the cost of nodes [start, stop), which are `subdag`."""
@@ -122,7 +129,7 @@ class _Stages:
     def __init__(self, task: Task, cuts: Sequence[int], peers: Sequence[str]) -> None:
         self._task, self._peers = task, peers
         self._bounds = [0, *cuts, len(task.graph.nodes)]
-        self._subdags = cut(task.graph, cuts)
+        self._subdags = task.costs.cut(task.graph, cuts)
         self._costs = [
             task.costs.of(subdag, *ends, task.sizes)
             for subdag, ends in zip(self._subdags, pairwise(self._bounds), strict=True)

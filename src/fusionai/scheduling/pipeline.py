@@ -76,6 +76,7 @@ class _Run:
 
     def __init__(self, stages: Sequence[StageTimes], edges: Sequence[Edge], microbatches: int) -> None:
         self.stages, self.microbatches = stages, microbatches
+        self.in_flight = [stage.in_flight for stage in stages]
         count = len(stages)
         self.out: tuple[list[list[_Way]], ...] = ([[] for _ in stages], [[] for _ in stages])
         self.needed = [[0] * count, [0] * count]
@@ -114,7 +115,8 @@ class _Run:
             if not is_forward and self._forward_is_ready(-minus_stage, start_s):
                 self.queued[1][-minus_stage] = False  # Offered again once the forward has run.
                 continue
-            end_s = max(end_s, self._pass(-minus_stage, start_s, not is_forward))
+            passed_s = self._pass(-minus_stage, start_s, not is_forward)
+            end_s = passed_s if passed_s > end_s else end_s
         if any(done < self.microbatches for done in self.done[1]):
             raise ValueError("the pipeline cannot finish: a stage waits for a later one, or may hold no microbatch")
         return PipelineTimes(end_s, self.busy_s, dict(self.link_busy_s))
@@ -122,16 +124,17 @@ class _Run:
     def _offer(self, stage: int) -> None:
         """Queue a stage's next passes, if everything that they need is on its way."""
         forwards, backwards = self.done[0][stage], self.done[1][stage]
-        if backwards < forwards and not self.queued[1][stage] and not self.missing[1][stage][backwards]:
-            self.queued[1][stage] = True
+        queued_forward, queued_backward = self.queued
+        if not queued_backward[stage] and backwards < forwards and not self.missing[1][stage][backwards]:
+            queued_backward[stage] = True
             heapq.heappush(self.queue, (self.ready_s[1][stage][backwards], False, -stage))
         if (
-            forwards < self.microbatches
-            and forwards - backwards < self.stages[stage].in_flight
-            and not self.queued[0][stage]
+            not queued_forward[stage]
+            and forwards < self.microbatches
+            and forwards - backwards < self.in_flight[stage]
             and not self.missing[0][stage][forwards]
         ):
-            self.queued[0][stage] = True
+            queued_forward[stage] = True
             heapq.heappush(self.queue, (self.ready_s[0][stage][forwards], True, -stage))
 
     def _forward_is_ready(self, stage: int, now_s: float) -> bool:
@@ -139,45 +142,77 @@ class _Run:
         return self.queued[0][stage] and self.ready_s[0][stage][self.done[0][stage]] <= now_s
 
     def _pass(self, stage: int, start_s: float, backward: bool) -> float:
+        # Planners spend most of their time here: comparisons instead of max(), and no attribute twice.
         times = self.stages[stage]
-        index = self.done[backward][stage]
+        done, link_free_s = self.done[backward], self.link_free_s
+        index = done[stage]
         seconds = times.backward_s if backward else times.forward_s
         end_s = start_s + seconds
         self.free_s[times.machine] = end_s
         self.busy_s[times.machine] += seconds
-        self.done[backward][stage] += 1
+        done[stage] = index + 1
         self.queued[backward][stage] = False
-        sent_s = max(start_s, end_s - times.deferred_s) if backward else end_s
-        for way in self.out[backward][stage]:
+        sent_s = end_s
+        if backward and times.deferred_s:
+            sent_s = end_s - times.deferred_s
+            sent_s = sent_s if sent_s > start_s else start_s
+        for target, link, occupied_s, delay_s in self.out[backward][stage]:
             arrival_s = sent_s
-            if way.link is not None:
-                self.link_free_s[way.link] = max(self.link_free_s[way.link], sent_s) + way.seconds
-                self.link_busy_s[way.link] += way.seconds
-                arrival_s = self.link_free_s[way.link] + way.delay_s
-            ready_s, missing = self.ready_s[backward][way.target], self.missing[backward][way.target]
-            ready_s[index] = max(ready_s[index], arrival_s)
+            if link is not None:
+                free_s = link_free_s[link]
+                free_s = (free_s if free_s > sent_s else sent_s) + occupied_s
+                link_free_s[link] = free_s
+                self.link_busy_s[link] += occupied_s
+                arrival_s = free_s + delay_s
+            ready_s, missing = self.ready_s[backward][target], self.missing[backward][target]
+            if arrival_s > ready_s[index]:
+                ready_s[index] = arrival_s
             missing[index] -= 1
             if not missing[index]:
-                self._offer(way.target)
+                self._offer(target)
         self._offer(stage)
         return end_s
 
 
-def pipeline_times(stages: Sequence[StageTimes], edges: Sequence[Edge], microbatches: int) -> PipelineTimes:
-    """Return the times of one round of 1F1B over `stages` joined by `edges`.
+@dataclass(frozen=True, slots=True)
+class Round:
+    """An executed schedule, from which the times of rounds of as many microbatches or more follow."""
 
-    Long rounds are not executed to the end: once the pipeline is full, each further microbatch takes as long as the
-    one before. Raises ValueError when a stage may hold no microbatch in flight.
-    """
+    executed: int
+    whole: PipelineTimes
+    half: PipelineTimes | None
+    """Of half as many microbatches; None where only a round of `executed` is asked for."""
+
+    def times(self, microbatches: int) -> PipelineTimes:
+        """Return the times of a round: once the pipeline is full, each microbatch takes as long as the one before."""
+        if self.half is None:
+            assert microbatches == self.executed
+            return self.whole
+        times = (microbatches - self.executed) / (self.executed - self.executed // 2)
+        share = microbatches / self.executed
+        return PipelineTimes(
+            self.whole.makespan_s + times * (self.whole.makespan_s - self.half.makespan_s),
+            {machine: busy_s * share for machine, busy_s in self.whole.busy_s.items()},
+            {link: busy_s * share for link, busy_s in self.whole.link_busy_s.items()},
+        )
+
+
+def executed_microbatches(stages: Sequence[StageTimes], microbatches: int) -> int:
+    """Return how many microbatches of a round are executed to the end."""
     deepest = max(len(stages), *(min(stage.in_flight, microbatches) for stage in stages))
-    executed = max(_LEAST_EXECUTED, _EXECUTED_PER_STAGE * deepest)
-    if microbatches <= executed:
-        return _Run(stages, edges, microbatches).run()
-    half, whole = (_Run(stages, edges, count).run() for count in (executed // 2, executed))
-    times = (microbatches - executed) / (executed - executed // 2)
-    share = microbatches / executed
-    return PipelineTimes(
-        whole.makespan_s + times * (whole.makespan_s - half.makespan_s),
-        {machine: busy_s * share for machine, busy_s in whole.busy_s.items()},
-        {link: busy_s * share for link, busy_s in whole.link_busy_s.items()},
-    )
+    return min(microbatches, max(_LEAST_EXECUTED, _EXECUTED_PER_STAGE * deepest))
+
+
+def executed_round(stages: Sequence[StageTimes], edges: Sequence[Edge], microbatches: int) -> Round:
+    """Execute one round of 1F1B over `stages` joined by `edges`, a long one not to its end.
+
+    Raises ValueError when a stage may hold no microbatch in flight.
+    """
+    executed = executed_microbatches(stages, microbatches)
+    half = None if executed == microbatches else _Run(stages, edges, executed // 2).run()
+    return Round(executed, _Run(stages, edges, executed).run(), half)
+
+
+def pipeline_times(stages: Sequence[StageTimes], edges: Sequence[Edge], microbatches: int) -> PipelineTimes:
+    """Return the times of one round of microbatches; see `executed_round`."""
+    return executed_round(stages, edges, microbatches).times(microbatches)

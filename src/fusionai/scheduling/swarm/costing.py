@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fusionai.graph.cost import StageCost
-from fusionai.graph.cuts import crossing_bytes, cut, cut_points
+from fusionai.graph.cuts import Cutter, crossing_bytes, cut_points
 from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.estimator import deferred_s, flops_rate
 from fusionai.scheduling.links import Floats
@@ -30,7 +30,8 @@ def make_work(task: SwarmTask) -> Work:
     """
     positions = _positions(task)
     segments = make_segments(task.graph, task.sizes, positions, optimizer_states=task.optimizer_states)
-    subdags = cut(task.graph, [position for position in positions if 0 < position < len(task.graph.nodes)])
+    cutter = Cutter(task.graph)
+    subdags = cutter.cut([position for position in positions if 0 < position < len(task.graph.nodes)])
     before = len(segments.outer) - segments.outer_after
     all_costs = (*segments.outer[:before], *segments.costs, *segments.outer[before:])
     crossings = [
@@ -45,6 +46,7 @@ def make_work(task: SwarmTask) -> Work:
     tables = _device_tables(task, segments.costs)
     return Work(
         task=task,
+        cutter=cutter,
         segments=segments,
         all_costs=all_costs,
         crossings=tuple(crossings),

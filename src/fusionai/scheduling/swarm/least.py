@@ -7,7 +7,6 @@ import math
 import numpy as np
 
 from fusionai.graph.cost import stage_cost
-from fusionai.graph.cuts import cut
 from fusionai.scheduling.bound import (
     least_step_of_pipelines_s,
     least_step_s,
@@ -26,7 +25,7 @@ def least_s(work: Work) -> float:
     Links, sums and memory count in open jobs only: the owner's machine has links of its own.
     """
     task, segments, members = work.task, work.segments, work.task.candidates
-    whole = stage_cost(cut(task.graph, [])[0], task.sizes)
+    whole = stage_cost(work.cutter.cut([])[0], task.sizes)
     computing_s = _computing_s(work)
     if task.pinned or len(members) > _MOST_LOOKED_AT:
         return computing_s

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from fusionai.graph.cost import StageCost
 from fusionai.scheduling.estimator import backward_s, deferred_s, forward_s, training_memory_bytes
 from fusionai.scheduling.in_flight import SLACKS, WORTH_MEMORY, busiest_s, least_held, round_trips_s, widened
-from fusionai.scheduling.pipeline import Edge, PipelineTimes, StageTimes, pipeline_times
+from fusionai.scheduling.pipeline import (
+    Edge,
+    PipelineTimes,
+    StageTimes,
+    executed_microbatches,
+    executed_round,
+)
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.swarm.chain import Chain
 from fusionai.scheduling.swarm.work import Work
@@ -129,9 +135,11 @@ class _Stages:
             whole = self._microbatches * (forward + backward)
             return PipelineTimes(whole, {machine: whole}, {})
         stages = self._stage_times(in_flight)
-        key = (stages, tuple(self._edges), self._microbatches)
-        if (found := self._work.schedules.get(key)) is None:
-            found = self._work.schedules[key] = pipeline_times(stages, self._edges, self._microbatches)
+        executed = executed_microbatches(stages, self._microbatches)
+        key = (stages, tuple(self._edges), executed, executed == self._microbatches)
+        if (round_ := self._work.schedules.get(key)) is None:
+            round_ = self._work.schedules[key] = executed_round(stages, self._edges, self._microbatches)
+        found = round_.times(self._microbatches)
         back = {name: str(machine) for machine, name in self._names().items()}
         return PipelineTimes(
             found.makespan_s,

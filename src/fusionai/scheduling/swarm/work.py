@@ -14,12 +14,12 @@ from itertools import pairwise
 import numpy as np
 
 from fusionai.graph.cost import StageCost
-from fusionai.graph.cuts import cut
+from fusionai.graph.cuts import Cutter
 from fusionai.graph.likeness import stage_costs
 from fusionai.scheduling.estimator import backward_s, forward_s, heap_microbatches, update_bytes_per_s
 from fusionai.scheduling.links import Floats, Indices
 from fusionai.scheduling.partition import Line
-from fusionai.scheduling.pipeline import PipelineTimes
+from fusionai.scheduling.pipeline import Round
 from fusionai.scheduling.segments import MEMORY_MARGIN, Segments
 from fusionai.scheduling.swarm.clusters import near_clusters
 from fusionai.scheduling.swarm.task import SwarmTask
@@ -41,6 +41,8 @@ class Work:
     """The graph in segments, and each machine's seconds on each of them."""
 
     task: SwarmTask
+    cutter: Cutter
+    """Of the task's graph."""
     segments: Segments
     all_costs: tuple[StageCost, ...]
     """Of all segments, the owner's among them."""
@@ -58,7 +60,7 @@ class Work:
     stage_costs: dict[tuple[int, int], StageCost]
     """Costs of ranges of positions that were really cut, as they are asked for."""
     costs_by_likeness: dict[Hashable, StageCost]
-    schedules: dict[tuple[object, ...], PipelineTimes]
+    schedules: dict[tuple[object, ...], Round]
     """Schedules that were worked through: pipelines of like machines and links have the same."""
     round_trips: dict[bytes, tuple[Floats, Floats]] = field(default_factory=dict)
     """What `rings` found for links between clusters."""
@@ -152,7 +154,7 @@ class Work:
         ranges = list(pairwise(bounds))
         if missing := [each for each in ranges if each not in self.stage_costs]:
             places = {self.positions[bound] for bound in bounds}
-            subdags = cut(self.task.graph, sorted(place for place in places if 0 < place < len(self.task.graph.nodes)))
+            subdags = self.cutter.cut(sorted(place for place in places if 0 < place < len(self.task.graph.nodes)))
             stages = [subdags[ranges.index(each) + self.before] for each in missing]
             self.stage_costs.update(
                 zip(missing, stage_costs(stages, self.task.sizes, self.costs_by_likeness), strict=True)
