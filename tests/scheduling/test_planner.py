@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from typing import Any
 
@@ -282,6 +283,22 @@ class TestErrors:
             PlacementError, match=r"needs at least .*2 compnodes .* offer .* are missing; add compnodes"
         ):
             plan(graph, pool(*(member(name, memory_bytes=offer) for name in "ab")))
+
+    def test_how_many_more_like_the_best_would_do(self) -> None:
+        graph = decoder(16)
+        offer = int(whole_need_bytes(graph, 1) / 6)
+
+        def members(count: int) -> list[Member]:
+            return [member(f"m{number}", memory_bytes=offer) for number in range(count)]
+
+        with pytest.raises(PlacementError) as refused:
+            plan(graph, pool(*members(2)))
+        found = re.search(r"add compnodes \((\d+) like m0 could hold it\)", str(refused.value))
+        assert found is not None
+        enough = int(found[1])
+        assert len(plan(graph, pool(*members(enough))).stages) == enough
+        with pytest.raises(PlacementError, match=f"{enough} like m0"):
+            plan(graph, pool(*members(enough - 1)))
 
     def test_owner_too_small(self) -> None:
         owner = member("owner", memory_bytes=50_000)

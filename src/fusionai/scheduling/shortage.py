@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fusionai.errors import PlacementError
 from fusionai.scheduling.estimator import heap_microbatches, training_memory_bytes
 from fusionai.scheduling.explain import bytes_text
@@ -121,7 +123,9 @@ def nothing_fits(
         f"training the compnodes' share of the model needs at least {bytes_text(need)}, and the {len(used)} "
         f"compnode{'s' if many else ''} that may be used offer{'' if many else 's'} {bytes_text(sum(used))}"
     )
-    help_text = f"add compnodes, {remedies.more_memory}, or lower training.batch_size"
+    enough = _enough(segments, offer / MEMORY_MARGIN, 1 + heap_microbatches(best.device))
+    like = f" ({enough} like {best.name} could hold it)" if enough > len(used) else ""
+    help_text = f"add compnodes{like}, {remedies.more_memory}, or lower training.batch_size"
     if need > sum(used):
         return PlacementError(f"{text}: {bytes_text(need - sum(used))} are missing; {help_text}")
     hidden = [each for each in members if not each.dialable]
@@ -132,6 +136,18 @@ def nothing_fits(
             f"be dialled ({_named(hidden)}); {remedies.dialable}"
         )
     return PlacementError(f"{text}, but no cut gives each a part that fits, working space included; {help_text}")
+
+
+def _enough(segments: Segments, budget_bytes: float, held: int) -> int:
+    """Return how many machines with such a budget hold the model, `held` microbatches each; each part fits one."""
+    need_PP = segments.fixed_bytes_PP + held * segments.flight_bytes_PP
+    count = start = 0
+    while start < len(segments.costs):
+        # Longer ranges need more: whoever takes all that fits leaves least to the others.
+        fitting = np.flatnonzero(need_PP[start, start + 1 :] <= budget_bytes)
+        start += 1 + (int(fitting[-1]) if len(fitting) else 0)
+        count += 1
+    return count
 
 
 def _named(members: Sequence[Member]) -> str:
