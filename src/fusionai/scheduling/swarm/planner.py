@@ -56,6 +56,8 @@ _WORKED_THROUGH = 6
 _BUDGET_SHARES = (0.9, 0.75)
 """Of each machine's memory, tried where real stages turned out larger than sums over segments."""
 
+_NO_GUESS = Selection((), (), math.inf)
+
 _OWNER_LIMITS = (4, 2, 1)
 
 
@@ -176,7 +178,9 @@ def _selections(solver: ChainSolver) -> list[Selection]:
         starts += [guess] if guess.step_s < _WORTH_POLISHING * min(best_s, solved_s) else []
         found += [each for each in (_polished(solver, start) for start in starts) if each is not None]
     if not found:
-        # Quick guesses do not look at memory within a group: whatever fits is welcome.
+        # Quick guesses cut by speed, and what is cut for memory may fit all the same: whatever does is welcome.
+        guessed = {key for _, key in guesses}
+        rest += [(_NO_GUESS, way) for key, way in ways.items() if key not in guessed]
         found = [each for each in (refined(solver, way, guess) for guess, way in rest) if each is not None]
     return found
 

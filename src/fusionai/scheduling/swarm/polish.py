@@ -136,7 +136,8 @@ class _Scale:
         held = np.minimum(np.floor(spare / flight - work.heap_N[machines]), rounds)
         with np.errstate(divide="ignore", invalid="ignore"):
             limited_s = (trips_s / held).max(axis=1)
-        total = latency + (rounds - 1) * np.maximum(period, limited_s)
+        # Of a single microbatch nothing is a multiple, not even of forever.
+        total = latency + (rounds - 1) * np.maximum(period, limited_s) if rounds > 1 else latency
         if self.sum_s_per_byte:
             total = total + self.sum_s_per_byte * work.stage_weight_bytes(bounds_WB).max(axis=1)
         else:
