@@ -115,7 +115,9 @@ def test_one_machine_is_faster_when_links_are_slow(tmp_path: Path, planned: Any)
     found, words = planned(job, "--pool", slow)
     assert found["alone"][0]["speedup"] > 10
     assert "Train on home-1 alone (or another of the 3 like it): " in words
-    assert found["what_if"]["uplinks_doubled"]["speedup"] == 1, "the downlinks are as slow"
+    assert 1 < found["what_if"]["uplinks_doubled"]["speedup"] < 1.5, (
+        "two tensors share an uplink; downlinks are as slow"
+    )
     free, words = planned(job, "--pool", slow, "--set", "placement.compnodes=0")
     assert len(free["stages"]) == 1
     assert free["alone"][0]["speedup"] == pytest.approx(1)

@@ -43,8 +43,8 @@ def sentences(found: Forecast) -> Iterator[str]:
             f"among all {found.offered:,} would take too long."
         )
     yield from _pipelines(found)
-    uplinks = found.what_if.get("uplinks_doubled")
-    faster_links = uplinks is not None and uplinks.speedup > 1 + 10 * _AS_FAST
+    links = [found.what_if.get(name) for name in ("uplinks_doubled", "bottleneck_link_doubled")]
+    faster_links = any(each is not None and each.speedup > 1 + 10 * _AS_FAST for each in links)
     if found.busiest_share < _IDLE and len(found.stages) > 1 and not faster_links:
         yield (
             f"Nothing is busy for more than {_percent(found.busiest_share)} of a step: microbatches wait for each "

@@ -84,6 +84,7 @@ def request_of(job: JobConfig) -> Request:
         tokens_per_step=training.batch_size * training.microbatches * job.data.sequence_length,
         compnodes=job.placement.compnodes,
         cuts=job.placement.cuts,
+        machines=job.placement.machines,
     )
 
 

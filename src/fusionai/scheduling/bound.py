@@ -166,7 +166,7 @@ def least_step_of_pipelines_s(
         most_pipelines: for which all machines together have memory.
         weight_bytes: of what is trained, weights that several stages read once.
         crossing_bytes: of a microbatch over the cheapest cut, in the direction with more of them.
-        bandwidth_bytes_per_s: of the best link.
+        bandwidth_bytes_per_s: of the best link, 0 where no two machines can be linked.
         delay_s: one-way latency of the best link.
         paces: of the machines, in the order of `rates_per_s`; without any the last consideration is left out.
     """
@@ -182,8 +182,10 @@ def least_step_of_pipelines_s(
             taken += 1
         passing += max(by_link, by_themselves[pipelines - 1] if pipelines <= len(by_themselves) else 0.0)
         passed = min(rate, passing)
-        passes_s = max(computing_s, microbatches / passed)
+        passes_s = max(computing_s, microbatches / passed if passed else math.inf)
         summed_s = 0.0
+        if pipelines > 1 and not bandwidth_bytes_per_s:
+            break  # Nobody can be linked, so nothing is summed.
         if pipelines > 1:
             summed_s = 2 * (pipelines - 1) * (weight_bytes / machines / bandwidth_bytes_per_s + delay_s)
             at_best_s = max(

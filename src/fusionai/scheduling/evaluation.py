@@ -84,6 +84,12 @@ class Task:
         """Return the link between two machines; within one, nothing takes time."""
         return LinkProfile(0.0, math.inf) if source == target else self.pool.link(source, target)
 
+    def lines_s(self, size_bytes: float, source: str, target: str) -> tuple[float, float]:
+        """Return the seconds that bytes take the source's uplink and the target's downlink, where they are shared."""
+        lines = self.pool.lines
+        up, down = lines.get(source), lines.get(target)
+        return size_bytes / up.up_bytes_per_s if up else 0.0, size_bytes / down.down_bytes_per_s if down else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
@@ -153,8 +159,8 @@ class _Stages:
     def _make_edges(self) -> list[Edge]:
         edges = []
         for (source, target), (forward, gradients) in boundary_bytes(self._subdags, self._task.sizes).items():
-            out = self._task.link(self._peers[source], self._peers[target])
-            home = self._task.link(self._peers[target], self._peers[source])
+            here, there = self._peers[source], self._peers[target]
+            out, home = self._task.link(here, there), self._task.link(there, here)
             edges.append(
                 Edge(
                     source,
@@ -162,6 +168,8 @@ class _Stages:
                     send_s(forward, out),
                     send_s(gradients, home) if gradients else None,
                     delay_s(out),
+                    self._task.lines_s(forward, here, there),
+                    self._task.lines_s(gradients, there, here),
                 )
             )
         return edges
@@ -267,7 +275,8 @@ class _Stages:
     def plan(self, in_flight: Sequence[int], times: PipelineTimes) -> Plan:
         """Return the plan."""
         task = self._task
-        step_s = times.makespan_s + self._commit_s()
+        commit_s = self._commit_s()
+        step_s = times.makespan_s + commit_s
         stages = tuple(
             StagePlan(
                 stage=stage,
@@ -279,7 +288,7 @@ class _Stages:
             )
             for stage, (start, stop) in enumerate(pairwise(self._bounds))
         )
-        bottleneck = self._bottleneck(times, step_s)
+        bottleneck = self._bottleneck(times, commit_s, step_s)
         names = {peer: task.member(peer).name for peer in self._peers}
         offers = {peer: task.member(peer).device.memory_bytes for peer in self._peers}
         busy = {peer: seconds / step_s for peer, seconds in times.busy_s.items()}
@@ -309,8 +318,8 @@ class _Stages:
             send_s=self._sending_s(stage),
         )
 
-    def _bottleneck(self, times: PipelineTimes, step_s: float) -> str:
-        """Name the machine or link that is busy most of a step."""
+    def _bottleneck(self, times: PipelineTimes, commit_s: float, step_s: float) -> str:
+        """Name the machine, link or line that is busy most of a step, or its end if that takes longer."""
         task = self._task
         machine, machine_s = max(times.busy_s.items(), key=lambda item: item[1])
         words = f"computing on {task.member(machine).name}"
@@ -319,4 +328,10 @@ class _Stages:
             if link_s > machine_s:
                 words = f"the link from {task.member(source).name} to {task.member(target).name}"
                 machine_s = link_s
+        if times.line_busy_s:
+            (machine, direction), line_s = max(times.line_busy_s.items(), key=lambda item: item[1])
+            if line_s > machine_s:
+                words, machine_s = f"the {direction}link of {task.member(machine).name}", line_s
+        if commit_s > machine_s:
+            words, machine_s = f"reporting to {task.owner.name} and updating, when all passes are done", commit_s
         return f"{words} (busy {machine_s / step_s:.0%} of it)"

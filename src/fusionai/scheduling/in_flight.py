@@ -71,7 +71,13 @@ def busiest_s(stages: Sequence[StageTimes], edges: Sequence[Edge]) -> float:
         busy[stage.machine] = busy.get(stage.machine, 0.0) + stage.forward_s + stage.backward_s
     for edge in edges:
         here, there = stages[edge.source].machine, stages[edge.target].machine
-        if here != there:
-            busy[here, there] = busy.get((here, there), 0.0) + edge.forward_s
-            busy[there, here] = busy.get((there, here), 0.0) + (edge.backward_s or 0.0)
+        if here == there:
+            continue
+        for ends, seconds, lines_s in (
+            ((here, there), edge.forward_s, edge.forward_lines_s),
+            ((there, here), edge.backward_s or 0.0, edge.backward_lines_s),
+        ):
+            keys = ends, (ends[0], "up"), (ends[1], "down")
+            for key, more_s in zip(keys, (seconds, *lines_s), strict=True):
+                busy[key] = busy.get(key, 0.0) + more_s
     return max(busy.values())

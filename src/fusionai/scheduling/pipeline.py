@@ -14,7 +14,13 @@ import heapq
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
+
+Line: TypeAlias = tuple[str, Literal["up", "down"]]
+"""A machine's uplink or downlink."""
+
+_LinesTaken: TypeAlias = tuple[tuple[Line, float], tuple[Line, float]]
+"""The sender's uplink and the receiver's downlink, with the seconds that a tensor takes them."""
 
 _LEAST_EXECUTED = 128
 _EXECUTED_PER_STAGE = 4
@@ -47,6 +53,10 @@ class Edge:
     """The same for the gradients; None when none travel."""
     delay_s: float
     """One-way latency."""
+    forward_lines_s: tuple[float, float] = (0.0, 0.0)
+    """Seconds that sending occupies the source's uplink and the target's downlink, which all their links share."""
+    backward_lines_s: tuple[float, float] = (0.0, 0.0)
+    """The same of the gradients, of the target's uplink and the source's downlink."""
 
 
 class _Way(NamedTuple):
@@ -57,6 +67,8 @@ class _Way(NamedTuple):
     """None within a machine."""
     seconds: float
     delay_s: float
+    lines: _LinesTaken | None
+    """The sender's uplink and the receiver's downlink, where they are shared, with the seconds that they take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +81,8 @@ class PipelineTimes:
     """Compute seconds by machine."""
     link_busy_s: dict[tuple[str, str], float]
     """Seconds that each directed link is occupied."""
+    line_busy_s: dict[Line, float]
+    """The same of uplinks and downlinks, where links share them."""
 
 
 class _Run:
@@ -82,13 +96,17 @@ class _Run:
         self.needed = [[0] * count, [0] * count]
         """Tensors that a pass needs, by direction and stage."""
         for edge in edges:
-            ways = [(edge.source, edge.target, edge.forward_s, False)]
+            ways = [(edge.source, edge.target, edge.forward_s, edge.forward_lines_s, False)]
             if edge.backward_s is not None:
-                ways.append((edge.target, edge.source, edge.backward_s, True))
-            for source, target, seconds, backward in ways:
+                ways.append((edge.target, edge.source, edge.backward_s, edge.backward_lines_s, True))
+            for source, target, seconds, lines_s, backward in ways:
                 here, there = stages[source].machine, stages[target].machine
                 link = None if here == there else (here, there)
-                self.out[backward][source].append(_Way(target, link, seconds, edge.delay_s))
+                lines: _LinesTaken | None = None
+                if link is not None and any(lines_s):
+                    lines = ((here, "up"), lines_s[0]), ((there, "down"), lines_s[1])
+                way = _Way(target, link, seconds, edge.delay_s, lines)
+                self.out[backward][source].append(way)
                 self.needed[backward][target] += 1
         self.missing = [[[number] * microbatches for number in self.needed[backward]] for backward in (0, 1)]
         self.ready_s = [[[0.0] * microbatches for _ in stages] for _ in (0, 1)]
@@ -99,6 +117,8 @@ class _Run:
         self.busy_s = {stage.machine: 0.0 for stage in stages}
         self.link_free_s: dict[tuple[str, str], float] = defaultdict(float)
         self.link_busy_s: dict[tuple[str, str], float] = defaultdict(float)
+        self.line_free_s: dict[Line, float] = defaultdict(float)
+        self.line_busy_s: dict[Line, float] = defaultdict(float)
         # (start, forward after backward, earlier stage after later); the start is a lower bound.
         self.queue: list[tuple[float, bool, int]] = []
 
@@ -119,7 +139,7 @@ class _Run:
             end_s = passed_s if passed_s > end_s else end_s
         if any(done < self.microbatches for done in self.done[1]):
             raise ValueError("the pipeline cannot finish: a stage waits for a later one, or may hold no microbatch")
-        return PipelineTimes(end_s, self.busy_s, dict(self.link_busy_s))
+        return PipelineTimes(end_s, self.busy_s, dict(self.link_busy_s), dict(self.line_busy_s))
 
     def _offer(self, stage: int) -> None:
         """Queue a stage's next passes, if everything that they need is on its way."""
@@ -156,11 +176,12 @@ class _Run:
         if backward and times.deferred_s:
             sent_s = end_s - times.deferred_s
             sent_s = sent_s if sent_s > start_s else start_s
-        for target, link, occupied_s, delay_s in self.out[backward][stage]:
+        for target, link, occupied_s, delay_s, lines in self.out[backward][stage]:
             arrival_s = sent_s
             if link is not None:
                 free_s = link_free_s[link]
-                free_s = (free_s if free_s > sent_s else sent_s) + occupied_s
+                free_s = free_s if free_s > sent_s else sent_s
+                free_s = free_s + occupied_s if lines is None else self._on_lines(lines, free_s, occupied_s)
                 link_free_s[link] = free_s
                 self.link_busy_s[link] += occupied_s
                 arrival_s = free_s + delay_s
@@ -171,6 +192,18 @@ class _Run:
             if not missing[index]:
                 self._offer(target)
         self._offer(stage)
+        return end_s
+
+    def _on_lines(self, lines: _LinesTaken, start_s: float, occupied_s: float) -> float:
+        """Return when a tensor has left that takes a link from `start_s` on: link, uplink and downlink have carried it.
+
+        Each line carries one tensor after the other; what finds the downlink taken waits in the network.
+        """
+        end_s = start_s + occupied_s
+        for line, seconds in lines:
+            self.line_free_s[line] = max(start_s, self.line_free_s[line]) + seconds
+            self.line_busy_s[line] += seconds
+            end_s = max(end_s, self.line_free_s[line])
         return end_s
 
 
@@ -194,6 +227,7 @@ class Round:
             self.whole.makespan_s + times * (self.whole.makespan_s - self.half.makespan_s),
             {machine: busy_s * share for machine, busy_s in self.whole.busy_s.items()},
             {link: busy_s * share for link, busy_s in self.whole.link_busy_s.items()},
+            {line: busy_s * share for line, busy_s in self.whole.line_busy_s.items()},
         )
 
 

@@ -10,10 +10,8 @@ lowered step by step to one: slower, but the model trains.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from functools import partial
-from itertools import pairwise, permutations
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import msgspec
@@ -21,14 +19,13 @@ import msgspec
 from fusionai.errors import ConfigError, PlacementError
 from fusionai.graph.cuts import crossing_bytes, cut_points
 from fusionai.graph.model import OpDag, Sizes
-from fusionai.scheduling.evaluation import Evaluated, Task, evaluate
+from fusionai.scheduling.candidates import as_given, each_alone, evaluated, linked_chains, search
+from fusionai.scheduling.evaluation import Evaluated, Task
 from fusionai.scheduling.explain import left_out_line
-from fusionai.scheduling.links import PoolLinks
-from fusionai.scheduling.partition import Line, Split, best_of_order, frontier, split
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.polishing import polished
 from fusionai.scheduling.profile import Member, Pool
-from fusionai.scheduling.segments import MEMORY_MARGIN, Segments, make_line, make_segments, reachable
+from fusionai.scheduling.segments import Segments, make_segments, reachable
 from fusionai.scheduling.shortage import (
     JOINED,
     Remedies,
@@ -38,8 +35,6 @@ from fusionai.scheduling.shortage import (
     owner_too_small,
     too_few,
 )
-from fusionai.scheduling.swarm.single import best_single_chains
-from fusionai.scheduling.swarm.task import SwarmTask
 
 _MOST_POSITIONS = 160
 """More cut points than this are thinned out: the solver's tables grow with their square."""
@@ -47,20 +42,8 @@ _MOST_POSITIONS = 160
 _MOST_POLISHED = 3
 """Best candidates that are polished."""
 
-_FEW_MICROBATCHES = 16
-"""Up to so many, what the last microbatch leaves to compute matters, and candidates are sought with it and without."""
-
-_FEW_MEMBERS = 6
-"""Up to so many every set and order is looked at in any case (`partition`)."""
-
-_FEW_MACHINES = 3
-"""With few microbatches and so few compnodes the best split of each order is worked through: of ideal pipelines that
-are about equally fast, schedules differ."""
-
-_TOLERANCE_OF_ORDERS = 5e-3
-
-_CORRECTIONS = 3
-"""How often the solver is told that a machine holds less than it reckoned with."""
+_MATTERS = 0.02
+"""Share of a step that the way to the farthest machine must take for plans without it to be sought."""
 
 
 def plan_training(
@@ -120,23 +103,20 @@ def plan_training(
             f"{len(members)} compnodes that can be linked with the owner's machine are to take {len(segments.costs)} "
             "shares in their order; make placement.machines and placement.cuts agree"
         )
-    chains = _linked_chains(task, segments, members, counts) if cuts is None else []
-    owner_failure: Evaluated | None = None
-    for limit in in_flight_limits(microbatches, max(counts) + len(segments.outer)):
-        if in_order:
-            fitting, too_large = _as_given(task, segments, members, limit)
-        else:
-            fitting, too_large = _search(task, segments, members, counts, limit)
-        linked = [_evaluated(task, segments, members, devices, bounds, limit) for devices, bounds in chains]
-        fitting += [each for each in linked if not each.overloaded(task)]
-        if fitting:
-            # Polishing ends in a local minimum: where it starts matters.
-            fitting = sorted(fitting, key=lambda each: each.plan.predicted_step_s)[:_MOST_POLISHED]
-            if not in_order:
-                fitting = [polished(task, segments, each, limit) for each in fitting]
-            best = min(fitting, key=lambda each: each.plan.predicted_step_s)
-            return _explained(task, best.plan, members, chosen=bool(compnodes) or cuts is not None)
-        owner_failure = too_large or owner_failure
+    best, owner_failure = _fastest(task, segments, members, counts, given=cuts is not None, in_order=in_order)
+    nearer = members
+    while best is not None and not in_order:
+        # The solver does not see that the step's end waits for whoever is farthest from its driver.
+        nearer = _nearer(task, best.plan, nearer)
+        if len(nearer) < min(counts):
+            break
+        few = [count for count in counts if count <= len(nearer)]
+        tried, _ = _fastest(task, segments, nearer, few, given=cuts is not None, in_order=False)
+        if tried is None or tried.plan.predicted_step_s >= best.plan.predicted_step_s:
+            break
+        best = tried
+    if best is not None:
+        return _explained(task, best.plan, members, chosen=bool(compnodes) or cuts is not None)
     if owner_failure:
         raise owner_too_small(owner, owner_failure.needs_bytes[owner.peer])
     raise nothing_fits(
@@ -147,6 +127,43 @@ def plan_training(
         optimizer_states=optimizer_states,
         remedies=remedies,
     )
+
+
+def _fastest(
+    task: Task, segments: Segments, members: Sequence[Member], counts: Sequence[int], *, given: bool, in_order: bool
+) -> tuple[Evaluated | None, Evaluated | None]:
+    """Return the fastest plan found, and else one for which the owner's machine is too small, if that is so.
+
+    `given`: whether the job itself says where it is cut; `in_order`: who takes which part, too.
+    """
+    apart = [] if given else linked_chains(task, segments, members, counts)
+    if 1 in counts and not in_order:
+        apart += each_alone(task, segments, members)
+    owner_failure: Evaluated | None = None
+    for limit in in_flight_limits(task.microbatches, max(counts) + len(segments.outer)):
+        if in_order:
+            fitting, too_large = as_given(task, segments, members, limit)
+        else:
+            fitting, too_large = search(task, segments, members, counts, limit)
+        others = [evaluated(task, segments, members, devices, bounds, limit) for devices, bounds in apart]
+        fitting += [each for each in others if not each.overloaded(task)]
+        if fitting:
+            # Polishing ends in a local minimum: where it starts matters.
+            fitting = sorted(fitting, key=lambda each: each.plan.predicted_step_s)[:_MOST_POLISHED]
+            if not in_order:
+                fitting = [polished(task, segments, each, limit) for each in fitting]
+            return min(fitting, key=lambda each: each.plan.predicted_step_s), None
+        owner_failure = too_large or owner_failure
+    return None, owner_failure
+
+
+def _nearer(task: Task, plan: Plan, members: Sequence[Member]) -> list[Member]:
+    """Return the members nearer to the owner's machine than the farthest of a plan; nobody if that matters little."""
+    away_s = {each.peer: task.link(task.owner.peer, each.peer).rtt_s for each in members}
+    farthest_s = max((away_s[stage.peer] for stage in plan.stages if stage.peer in away_s), default=0.0)
+    if farthest_s < _MATTERS * plan.predicted_step_s:
+        return []
+    return [each for each in members if away_s[each.peer] < farthest_s]
 
 
 def _counts(compnodes: int, cuts: Sequence[int] | None, members: Sequence[Member], remedies: Remedies) -> list[int]:
@@ -189,123 +206,6 @@ def in_flight_limits(microbatches: int, stages: int) -> list[int]:
         limits.append(limit)
         limit = limit // 2 if limit > 1 else 0
     return limits
-
-
-def _search(
-    task: Task, segments: Segments, members: Sequence[Member], counts: Sequence[int], limit: int
-) -> tuple[list[Evaluated], Evaluated | None]:
-    """Return evaluated plans that fit, and else one for which the owner's machine is too small, if that is so."""
-    budgets = [each.device.memory_bytes / MEMORY_MARGIN for each in members]
-    place = {member.peer: index for index, member in enumerate(members)}
-    owner_failure: Evaluated | None = None
-    for _ in range(1 + _CORRECTIONS):
-        found: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-        for hide_deferred in _hidings(task):
-            line = make_line(
-                segments,
-                members,
-                task.owner,
-                task.pool,
-                microbatches=task.microbatches,
-                precision=task.precision,
-                budgets_bytes=budgets,
-                in_flight_limit=limit,
-                hide_deferred=hide_deferred,
-            )
-            found |= {(each.devices, each.bounds) for each in split(line, counts)}
-            if task.microbatches <= _FEW_MICROBATCHES and len(members) <= _FEW_MACHINES:
-                found |= {(each.devices, each.bounds) for each in _best_of_orders(line, counts)}
-        tried = [_evaluated(task, segments, members, *each, limit) for each in sorted(found)]
-        if fitting := [each for each in tried if not each.overloaded(task)]:
-            return fitting, None
-        shrunk = False
-        for each in tried:
-            overloaded = each.overloaded(task)
-            if task.owner.peer in overloaded:
-                owner_failure = each
-            for peer, share in overloaded.items():
-                if peer in place:
-                    # The sums over segments were too low by this share.
-                    index = place[peer]
-                    budgets[index] = min(budgets[index], share * members[index].device.memory_bytes / MEMORY_MARGIN)
-                    shrunk = True
-        if not shrunk:
-            break
-    return [], owner_failure
-
-
-def _as_given(
-    task: Task, segments: Segments, members: Sequence[Member], limit: int
-) -> tuple[list[Evaluated], Evaluated | None]:
-    """Return the plan that gives each member one segment, in their order; see `_search`."""
-    made = _evaluated(task, segments, members, range(len(members)), range(len(members) + 1), limit)
-    overloaded = made.overloaded(task)
-    return ([] if overloaded else [made]), made if task.owner.peer in overloaded else None
-
-
-def _linked_chains(
-    task: Task, segments: Segments, members: Sequence[Member], counts: Sequence[int]
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return chains that follow the links, as members and positions; the search here goes by speed first."""
-    if len(members) <= _FEW_MEMBERS:
-        return []
-    swarm = SwarmTask(
-        graph=task.graph,
-        graph_hash=task.graph_hash,
-        sizes=task.sizes,
-        microbatches=task.microbatches,
-        optimizer_states=task.optimizer_states,
-        precision=task.precision,
-        members=tuple(members),
-        owner=task.owner,
-        links=PoolLinks(task.pool, [*(each.peer for each in members), task.owner.peer]),
-        privacy=task.privacy,
-        front=task.front,
-        back=task.back,
-    )
-    found = []
-    for chain in best_single_chains(swarm):
-        # That planner thins its positions out by itself.
-        inner = [bisect_left(segments.positions, position) for position in chain.cuts]
-        bounds = (0, *inner, len(segments.positions) - 1)
-        if len(chain.machines) in counts and all(early < late for early, late in pairwise(bounds)):
-            found.append((chain.machines, bounds))
-    return found
-
-
-def _best_of_orders(line: Line, counts: Sequence[int]) -> Iterator[Split]:
-    """Yield the best split of each order of devices."""
-    for count in counts:
-        for order in permutations(range(line.devices), count):
-            splits = frontier(line, partial(best_of_order, line, order), _TOLERANCE_OF_ORDERS)
-            if (best := min(splits, key=lambda each: each.objective_s(line.microbatches), default=None)) is not None:
-                yield best
-
-
-def _hidings(task: Task) -> tuple[bool, ...]:
-    """Return for which of the solver's numbers to search (`make_line`)."""
-    if not task.split_backward:
-        return (False,)
-    return (True, False) if task.microbatches <= _FEW_MICROBATCHES else (True,)
-
-
-def _evaluated(
-    task: Task,
-    segments: Segments,
-    members: Sequence[Member],
-    devices: Sequence[int],
-    bounds: Sequence[int],
-    limit: int,
-) -> Evaluated:
-    """Add the owner's stages to a split, given by members and positions, and evaluate it."""
-    cuts = [segments.positions[bound] for bound in bounds]
-    peers = [members[device].peer for device in devices]
-    if task.front > 0:
-        peers.insert(0, task.owner.peer)
-    if task.back < len(task.graph.nodes):
-        peers.append(task.owner.peer)
-    inner = [position for position in cuts if 0 < position < len(task.graph.nodes)]
-    return evaluate(task, inner, peers, limit)
 
 
 def _explained(task: Task, plan: Plan, members: Sequence[Member], *, chosen: bool) -> Plan:

@@ -109,6 +109,13 @@ class Member(msgspec.Struct, frozen=True):
     availability: Availability | None = None
 
 
+class Lines(msgspec.Struct, frozen=True):
+    """What all links of a machine carry together, in bytes per second."""
+
+    up_bytes_per_s: float
+    down_bytes_per_s: float
+
+
 class Pool(msgspec.Struct, frozen=True):
     """The machines offered for a job, and the links between them."""
 
@@ -117,6 +124,9 @@ class Pool(msgspec.Struct, frozen=True):
     """Measured ones, by "source>target"."""
     access: dict[str, AccessProfile] = {}
     """By peer, of one estimate: tells the links that were not measured. May hold the owner, and more peers."""
+    lines: dict[str, Lines] = {}
+    """By peer; a machine that is not here is limited by its links only. Measuring one link after the other does not
+    tell whether they share a line, so a broker gives none."""
 
     def link(self, source: str, target: str) -> LinkProfile:
         """Return the link from one peer to another: measured, else estimated, else `UNMEASURED`."""

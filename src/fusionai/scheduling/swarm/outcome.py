@@ -123,6 +123,10 @@ def _bottleneck(work: Work, found: Outcome) -> str:
         (source, target), link_s = max(last.times.link_busy_s.items(), key=lambda item: item[1])
         if link_s > busy_s:
             words, busy_s = f"the link from {names[int(source)]} to {names[int(target)]}", link_s
+    if last.times.line_busy_s:
+        (machine, direction), line_s = max(last.times.line_busy_s.items(), key=lambda item: item[1])
+        if line_s > busy_s:
+            words, busy_s = f"the {direction}link of {names[int(machine)]}", line_s
     if found.end_s > busy_s:
         pipelines = len(found.runs)
         words = f"summing gradients over {pipelines} pipelines" if pipelines > 1 else "reporting and updating"

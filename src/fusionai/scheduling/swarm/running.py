@@ -25,6 +25,8 @@ from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.swarm.chain import Chain
 from fusionai.scheduling.swarm.work import Work
 
+_NEVER = PipelineTimes(math.inf, {}, {}, {})
+
 
 @dataclass(frozen=True, slots=True)
 class Running:
@@ -61,7 +63,7 @@ def run(work: Work, chain: Chain, microbatches: int) -> Running:
     stages = _Stages(work, chain, microbatches)
     most = stages.most_in_flight()
     limit = min(chain.in_flight_limit, microbatches)
-    chosen, times = least_held(most, limit), PipelineTimes(math.inf, {}, {})
+    chosen, times = least_held(most, limit), _NEVER
     if min(most) > 0:
         times = stages.times(chosen)
         for slack in SLACKS:
@@ -124,16 +126,28 @@ class _Stages:
             if out == 0 or home == 0:
                 edges.append(Edge(source, target, math.inf, math.inf, delay))
                 continue
-            edges.append(Edge(source, target, slower * forward / out, slower * back / home if back else None, delay))
+            back_s = slower * back / home if back else None
+            out_lines_s, home_lines_s = (
+                self._lines_s(slower * forward, one, other),
+                self._lines_s(slower * back, other, one),
+            )
+            edges.append(Edge(source, target, slower * forward / out, back_s, delay, out_lines_s, home_lines_s))
         return edges
+
+    def _lines_s(self, size_bytes: float, source: int, target: int) -> tuple[float, float]:
+        """Return the seconds that bytes take the source's uplink and the target's downlink."""
+        lines = self._work.task.lines
+        if lines is None or source == target:
+            return 0.0, 0.0
+        return float(size_bytes / lines[0][source]), float(size_bytes / lines[1][target])
 
     def times(self, in_flight: Sequence[int]) -> PipelineTimes:
         if any(math.isinf(edge.forward_s) for edge in self._edges):
-            return PipelineTimes(math.inf, {}, {})
+            return _NEVER
         if len(self.machines) == 1:
             (forward, backward), machine = self._seconds[0], str(self.machines[0])
             whole = self._microbatches * (forward + backward)
-            return PipelineTimes(whole, {machine: whole}, {})
+            return PipelineTimes(whole, {machine: whole}, {}, {})
         stages = self._stage_times(in_flight)
         executed = executed_microbatches(stages, self._microbatches)
         key = (stages, tuple(self._edges), executed, executed == self._microbatches)
@@ -145,6 +159,7 @@ class _Stages:
             found.makespan_s,
             {back[name]: seconds for name, seconds in found.busy_s.items()},
             {(back[one], back[other]): seconds for (one, other), seconds in found.link_busy_s.items()},
+            {(back[machine], direction): seconds for (machine, direction), seconds in found.line_busy_s.items()},
         )
 
     def _stage_times(self, in_flight: Sequence[int]) -> tuple[StageTimes, ...]:

@@ -35,11 +35,15 @@ class SwarmTask:
     owner: Member | None
     """None only in an open job whose driver costs nothing."""
     links: LinkModel
+    """What each transfer gets alone."""
     privacy: Literal["private", "open"]
     front: int
     back: int
     remedies: Remedies = JOINED
     """What errors advise."""
+    lines: tuple[Floats, Floats] | None = None
+    """By machine as `links` numbers them, bytes per second of all that it sends together, and of all that it gets;
+    None where links share nothing."""
 
     def __post_init__(self) -> None:
         if not self.members:

@@ -10,8 +10,9 @@ import numpy as np
 
 from fusionai.graph.cuts import boundary_bytes, cut
 from fusionai.scheduling.estimator import backward_s, flops_rate, forward_s, send_s
+from fusionai.scheduling.pipeline import Line
 from fusionai.scheduling.plan import Plan
-from fusionai.scheduling.profile import LinkProfile
+from fusionai.scheduling.profile import Lines, LinkProfile
 from fusionai.simulation.forecast.request import Request, Setting
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 
@@ -23,8 +24,9 @@ def best_machine(request: Request, what_if: WhatIfPool) -> int:
     def slowness(index: int) -> tuple[float, float]:
         device = what_if.members[index].device
         seconds = forward_s(whole, device, precision) + backward_s(whole, device, precision)
-        # Small models keep no GPU busy and take the same time on each: then the one that could do more.
-        return seconds, -flops_rate(device, "matmul", precision)
+        # Small models keep no GPU busy and take the same time on each, but for rounding: then the one that could do
+        # more.
+        return float(f"{seconds:.6g}"), -flops_rate(device, "matmul", precision)
 
     return min(range(len(what_if.members)), key=slowness)
 
@@ -52,7 +54,7 @@ def uplinks_doubled(what_if: WhatIfPool) -> WhatIfPool:
 
 
 def link_doubled(setting: Setting, one: str, other: str) -> Setting:
-    """Return the setting in which the link between two peers carries twice as much, in both directions.
+    """Return the setting in which the link between two peers carries twice as much both ways, their lines as well.
 
     Gradients go back the way that activations came, so one direction alone would leave the other one to wait for.
     """
@@ -62,7 +64,13 @@ def link_doubled(setting: Setting, one: str, other: str) -> Setting:
         for source, target in ((one, other), (other, one))
         for link in (pool.link(source, target),)
     }
-    return dataclasses.replace(setting, pool=msgspec.structs.replace(pool, links={**pool.links, **faster}))
+    lines = {
+        peer: Lines(2 * each.up_bytes_per_s, 2 * each.down_bytes_per_s)
+        for peer in (one, other)
+        if (each := pool.lines.get(peer)) is not None
+    }
+    changed = msgspec.structs.replace(pool, links={**pool.links, **faster}, lines={**pool.lines, **lines})
+    return dataclasses.replace(setting, pool=changed)
 
 
 def links_busy_s(request: Request, plan: Plan, setting: Setting) -> dict[tuple[str, str], float]:
@@ -75,4 +83,19 @@ def links_busy_s(request: Request, plan: Plan, setting: Setting) -> dict[tuple[s
         if one != other:
             busy_s[one, other] += plan.microbatches * send_s(forward, setting.pool.link(one, other))
             busy_s[other, one] += plan.microbatches * send_s(gradients, setting.pool.link(other, one))
+    return dict(busy_s)
+
+
+def lines_busy_s(request: Request, plan: Plan, setting: Setting) -> dict[Line, float]:
+    """Return for how many seconds of a step a plan keeps each uplink and downlink busy, by (peer, direction)."""
+    peers, lines = [stage.peer for stage in plan.stages], setting.pool.lines
+    busy_s: defaultdict[Line, float] = defaultdict(float)
+    stages = cut(request.graph, plan.cuts)
+    for (source, target), crossing in boundary_bytes(stages, request.sizes).items():
+        ends = peers[source], peers[target]
+        for (one, other), size_bytes in zip((ends, ends[::-1]), crossing, strict=True):
+            if one != other:
+                up, down = lines.get(one), lines.get(other)
+                busy_s[one, "up"] += plan.microbatches * size_bytes / up.up_bytes_per_s if up else 0.0
+                busy_s[other, "down"] += plan.microbatches * size_bytes / down.down_bytes_per_s if down else 0.0
     return dict(busy_s)

@@ -17,12 +17,20 @@ from fusionai.scheduling.plan import Plan, StagePlan
 from fusionai.scheduling.profile import Member
 from fusionai.scheduling.swarm_plan import SwarmPlan
 from fusionai.simulation.forecast.alone import Alone, each_alone
-from fusionai.simulation.forecast.changes import best_machine, link_doubled, links_busy_s, one_more, uplinks_doubled
+from fusionai.simulation.forecast.changes import (
+    best_machine,
+    lines_busy_s,
+    link_doubled,
+    links_busy_s,
+    one_more,
+    uplinks_doubled,
+)
 from fusionai.simulation.forecast.elsewhere import elsewhere
 from fusionai.simulation.forecast.rented import Rented, each_rented
 from fusionai.simulation.forecast.request import (
     Request,
     Setting,
+    offered,
     plan_on,
     searched,
     setting_of,
@@ -146,9 +154,11 @@ def forecast(
 
     Raises:
         ConfigError: the job is private and the pool has no owner, or the job's cuts are wrong.
-        PlacementError: no plan meets the constraints; the text says what is missing, and with `what_ifs` what else
+        PlacementError: the job names a machine that the pool has not, or no plan meets the constraints: the text says
+            what is missing, and with `what_ifs` what else
             could train the job.
     """
+    what_if = offered(request, what_if)
     full = with_owner(what_if, request.privacy)
     started_s = clock_s()
     try:
@@ -165,7 +175,8 @@ def forecast(
     (rows,) = rows_of(request, plan, setting.machines)
     board_w = _board_w({stage.peer for stage in plan.stages}, full)
     tokens_per_s = request.tokens_per_step / plan.predicted_step_s
-    longest_link_s = max(links_busy_s(request, plan, setting).values(), default=0.0)
+    carrying = *links_busy_s(request, plan, setting).values(), *lines_busy_s(request, plan, setting).values()
+    longest_link_s = max(carrying, default=0.0)
     return Forecast(
         plan=plan,
         stages=rows,
@@ -318,6 +329,8 @@ def assumptions(what_if: WhatIfPool) -> tuple[Assumed, ...]:
             "the pool file has none: to drive the job is taken to cost no time, whatever lies between it and the pool"
         )
         found.append(Assumed(figure="the owner's machine", note=note, machines=()))
-    links = "the pool file's, each transfer alone on its lines; nobody measured them"
+    links = (
+        "the pool file's, what a machine sends sharing its uplink and what it gets its downlink; nobody measured them"
+    )
     found.append(Assumed(figure="links", note=links, machines=tuple(each.name for each in what_if.machines)))
     return tuple(found)

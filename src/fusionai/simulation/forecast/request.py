@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
-from fusionai.errors import ConfigError
+from fusionai.errors import ConfigError, PlacementError
 from fusionai.graph.cost import StageCost, stage_cost
 from fusionai.graph.cuts import cut, cut_points
 from fusionai.graph.likeness import stage_costs
@@ -29,6 +30,8 @@ from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 
 _DRIVER = "the owner's machine"
 """Who drives an open job where the pool file has no owner."""
+
+_MOST_NAMED = 8
 
 MOST_SEARCHED = 64
 """Machines up to which one pipeline is sought among all of them: the search's time grows with their square."""
@@ -52,6 +55,8 @@ class Request:
     compnodes: int = 0
     """How many machines to use; 0: as many as serve best."""
     cuts: tuple[int, ...] | None = None
+    machines: tuple[str, ...] = ()
+    """Names of the only ones to use, with `cuts` in the order of the parts; all of the pool if empty."""
 
     @cached_property
     def whole_cost(self) -> StageCost:
@@ -88,6 +93,11 @@ class Request:
     def arranged(self) -> bool:
         """Whether the job itself says how many machines serve, or where it is cut: then in one pipeline."""
         return bool(self.compnodes) or self.cuts is not None
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the job says which machine takes which part."""
+        return bool(self.machines) and self.cuts is not None
 
     def using(self, compnodes: int) -> Request:
         """Return the same request for another number of machines."""
@@ -139,6 +149,24 @@ def with_owner(what_if: WhatIfPool, privacy: Literal["private", "open"]) -> What
     )
 
 
+def offered(request: Request, what_if: WhatIfPool) -> WhatIfPool:
+    """Return the machines of a pool that the job wants, in its order.
+
+    Raises:
+        PlacementError: it names one that the pool does not have.
+    """
+    if not request.machines:
+        return what_if
+    known = {each.name: index for index, each in enumerate(what_if.members)}
+    if missing := [name for name in request.machines if name not in known]:
+        near = get_close_matches(missing[0], known, n=3)
+        raise PlacementError(
+            f"placement.machines names {', '.join(missing)}, but the pool file has no such machine; "
+            + (f"did you mean {' or '.join(near)}?" if near else f"its machines are {_first_few(list(known))}")
+        )
+    return part_of(what_if, [known[name] for name in request.machines])
+
+
 def part_of(what_if: WhatIfPool, members: Sequence[int]) -> WhatIfPool:
     """Return the pool of some of the members, by their numbers, and the owner's machine if there is one."""
     kept = [*members, *(() if what_if.owner_index is None else (what_if.owner_index,))]
@@ -160,7 +188,7 @@ def searched(request: Request, what_if: WhatIfPool) -> WhatIfPool:
 
     Raises PlacementError when no single chain holds the model.
     """
-    if len(what_if.members) <= MOST_SEARCHED:
+    if len(what_if.members) <= MOST_SEARCHED or request.in_order:
         return what_if
     chain = single_chains(_swarm_task(request, what_if), MOST_SEARCHED)
     if not chain:
@@ -200,6 +228,7 @@ def plan_on(request: Request, setting: Setting) -> Plan:
         back=request.back,
         compnodes=request.compnodes,
         cuts=request.cuts,
+        in_order=request.in_order,
         remedies=DESCRIBED,
     )
 
@@ -227,6 +256,7 @@ def _swarm_task(request: Request, what_if: WhatIfPool) -> SwarmTask:
         front=request.front,
         back=request.back,
         remedies=DESCRIBED,
+        lines=(what_if.up_bytes_per_s, what_if.down_bytes_per_s),
     )
 
 
@@ -247,4 +277,8 @@ def plan_at_home(request: Request, owner: Member) -> Plan:
 
 def _undivided(request: Request) -> Request:
     """Return the request for one machine, without cut positions to search: only the stages that will run are costed."""
-    return dataclasses.replace(request, compnodes=0, cuts=())
+    return dataclasses.replace(request, compnodes=0, cuts=(), machines=())
+
+
+def _first_few(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")

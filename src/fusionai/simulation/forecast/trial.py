@@ -15,7 +15,7 @@ from fusionai.simulation.availability import Poisson, Scripted
 from fusionai.simulation.bandwidth_sweep import SweepPoint, sweep_bandwidth
 from fusionai.simulation.codecs import Codec, Dense, TopK
 from fusionai.simulation.forecast.forecast import Assumed, assumptions
-from fusionai.simulation.forecast.request import Request, plan_on, searched, setting_of, swarm_on, with_owner
+from fusionai.simulation.forecast.request import Request, offered, plan_on, searched, setting_of, swarm_on, with_owner
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 from fusionai.simulation.jitter import Jitter
 from fusionai.simulation.links import Links, links_of_what_if
@@ -113,6 +113,7 @@ def trial(
         ConfigError: the job is private and the pool has no owner, a value is wrong, or the job's cuts are.
         PlacementError: no plan meets the constraints; the text says what is missing.
     """
+    what_if = offered(request, what_if)
     full = with_owner(what_if, request.privacy)
     if pipelines and request.arranged:
         raise ConfigError(

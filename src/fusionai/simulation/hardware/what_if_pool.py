@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusionai.errors import ConfigError
-from fusionai.scheduling.profile import LinkProfile, Member, Pool
+from fusionai.scheduling.profile import Lines, LinkProfile, Member, Pool
 from fusionai.simulation.hardware.catalogue import Hardware
 
 MOST_WRITTEN_OUT = 1000
@@ -85,4 +85,8 @@ class WhatIfPool:
             for target_index, target in enumerate(machines)
             if source_index != target_index
         }
-        return Pool(self.members, links)
+        lines = {
+            machine.peer: Lines(float(up), float(down))
+            for machine, up, down in zip(machines, self.up_bytes_per_s, self.down_bytes_per_s, strict=True)
+        }
+        return Pool(self.members, links, lines=lines)
