@@ -132,6 +132,10 @@ class TestManyPipelines:
         alone = [False] * 6 + [True, True]
         assert self.least(rates, alone, crossing_bytes=5.0, most_pipelines=4) == pytest.approx(100 / (7 + 3 + 2 + 2))
 
+    def test_without_links_there_is_one_machine(self) -> None:
+        found = self.least([9.0, 7.0, 5.0], [True, True, True], crossing_bytes=5.0, bandwidth_bytes_per_s=0.0)
+        assert found == pytest.approx(100 / 9)
+
     def test_more_pipelines_pay_for_their_sum(self) -> None:
         # One pipeline: 100 / 2 s. R of them: 50 / R s and a sum of 2 (R - 1) 40 / 8 / 10 s.
         found = self.least([9.0] * 8, crossing_bytes=5.0, weight_bytes=40.0)

@@ -171,6 +171,8 @@ def forecast(
     planned_s = clock_s()
     swarm = None if request.arranged else swarm_on(request, full)
     swarm_s = clock_s() - planned_s
+    # One pipeline is a number of pipelines, too.
+    several = swarm if swarm is None or swarm.predicted_step_s < plan.predicted_step_s else plan
     bound_step_s = _bound_s(request, full)
     (rows,) = rows_of(request, plan, setting.machines)
     board_w = _board_w({stage.peer for stage in plan.stages}, full)
@@ -191,10 +193,10 @@ def forecast(
         planning_s=planned_s - started_s,
         offered=len(full.members),
         considered=len(part.members),
-        pipelines=_pipelines(request, swarm, full) if swarm else (),
-        pipelines_step_s=swarm.predicted_step_s if swarm else None,
-        pipelines_tokens_per_s=request.tokens_per_step / swarm.predicted_step_s if swarm else None,
-        pipelines_bottleneck=swarm.bottleneck if swarm else "",
+        pipelines=_pipelines(request, several, full) if several else (),
+        pipelines_step_s=several.predicted_step_s if several else None,
+        pipelines_tokens_per_s=request.tokens_per_step / several.predicted_step_s if several else None,
+        pipelines_bottleneck=several.bottleneck if several else "",
         pipelines_planning_s=swarm_s,
         alone=each_alone(request, what_if, full, plan.predicted_step_s) if what_ifs else (),
         rented=each_rented(request, plan.predicted_step_s) if what_ifs else (),
@@ -266,10 +268,10 @@ def _stage_rows(
     )
 
 
-def _pipelines(request: Request, plan: SwarmPlan, what_if: WhatIfPool) -> tuple[PipelineRow, ...]:
+def _pipelines(request: Request, plan: Plan | SwarmPlan, what_if: WhatIfPool) -> tuple[PipelineRow, ...]:
     return tuple(
         PipelineRow(stages=rows, microbatches=each.microbatches, predicted_s=each.predicted_s)
-        for each, rows in zip(plan.pipelines, rows_of(request, plan, what_if.machines), strict=True)
+        for each, rows in zip(pipelines_of(plan), rows_of(request, plan, what_if.machines), strict=True)
     )
 
 
