@@ -49,7 +49,7 @@ def each_alone(request: Request, what_if: WhatIfPool, full: WhatIfPool, pool_ste
     """
     found = [_with_member(request, full, group, pool_step_s) for group in _groups(request, full)]
     if what_if.owner is not None:
-        found.insert(0, _at_home(request, what_if.owner, pool_step_s))
+        found.insert(0, at_home(request, what_if.owner, pool_step_s))
     return tuple(sorted(found, key=_order))
 
 
@@ -87,7 +87,8 @@ def _with_member(request: Request, what_if: WhatIfPool, group: list[int], pool_s
     return _fit(request, member, len(group), step_s, pool_step_s, with_owner=with_owner)
 
 
-def _at_home(request: Request, owner: Member, pool_step_s: float) -> Alone:
+def at_home(request: Request, owner: Member, pool_step_s: float) -> Alone:
+    """Return what the owner's machine would do with the whole job."""
     if missing := lacking(request, request.whole_cost, owner.device):
         return _unfit(request, owner, 1, missing, with_owner=False)
     try:
