@@ -9,7 +9,7 @@ import msgspec
 from fusionai.errors import PlacementError
 from fusionai.graph.cost import StageCost
 from fusionai.scheduling.estimator import flops_rate, training_memory_bytes
-from fusionai.scheduling.explain import bytes_text
+from fusionai.scheduling.explain import WITH_MARGIN, shortage_texts
 from fusionai.scheduling.profile import DeviceProfile, Member
 from fusionai.scheduling.segments import MEMORY_MARGIN, reachable
 from fusionai.simulation.forecast.offload import Offload, offloaded
@@ -103,8 +103,8 @@ def lacking(request: Request, cost: StageCost, device: DeviceProfile) -> str:
     need = training_memory_bytes(cost, device, 1, request.optimizer_states) * MEMORY_MARGIN
     if need <= device.memory_bytes:
         return ""
-    missing = bytes_text(need - device.memory_bytes)
-    return f"needs at least {bytes_text(need)} and offers {bytes_text(device.memory_bytes)}: {missing} are missing"
+    needed, offered, missing = shortage_texts(need, device.memory_bytes)
+    return f"{WITH_MARGIN}, needs at least {needed} and offers {offered}: {missing} are missing"
 
 
 def _fit(request: Request, member: Member, alike: int, step_s: float, pool_step_s: float, *, with_owner: bool) -> Alone:
