@@ -210,7 +210,17 @@ def test_bad_pools(
         ("model.config.model_type=lama", 2, "model.config is no configuration of 'lama'"),
         ("data.sequence_length=8192", 2, "the model takes at most 4096 positions"),
         ("placement.compnodes=9", 3, "asks for 9 compnodes, but only 2"),
-        ("model.config.num_attention_heads=0", 2, ""),
+        ("model.config.num_attention_heads=0", 2, "model.config.num_attention_heads must be at least 1, got 0"),
+        ("model.config.num_key_value_heads=0", 2, "model.config.num_key_value_heads must be at least 1, got 0"),
+        ("model.config.vocab_size=-1", 2, "model.config.vocab_size must be at least 1, got -1"),
+        ("model.config.intermediate_size=0", 2, "model.config.intermediate_size must be at least 1, got 0"),
+        ("model.config.num_hidden_layers=-1", 2, "model.config.num_hidden_layers must be at least 1, got -1"),
+        ("model.config.num_key_value_heads=3", 2, "num_key_value_heads must divide num_attention_heads, which is 4"),
+        ("model.config.hidden_act=sillu", 2, "model.config.hidden_act is 'sillu', no activation of transformers; try"),
+        ("model.config.to_dict=1", 2, "model.config.to_dict is no field of 'llama'"),
+        # What has no check of its own.
+        ("model.config.pad_token_id=999999", 2, "[model.config] makes no model: AssertionError: Padding_idx must be"),
+        ("model.config.hidden_size=1000000000000000", 2, "[model.config] makes no model: RuntimeError: Storage size"),
     ],
 )
 def test_bad_jobs(override: str, status: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

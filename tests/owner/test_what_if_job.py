@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,36 @@ def test_a_pretrained_folder_needs_no_more_than_its_configuration(tmp_path: Path
     empty.mkdir()
     table["model"] = {"path": str(empty)}
     with pytest.raises(ConfigError, match="holds no transformers configuration"):
+        request_of(job_from(table, source="job.toml"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"num_key_value_heads": 0}, "makes no model: ZeroDivisionError"),
+        ({"hidden_act": "foo"}, "makes no model: transformers knows no hidden_act = 'foo'"),
+        ({"vocab_size": 0}, "makes no model: "),
+    ],
+)
+def test_a_folder_with_a_configuration_that_makes_no_model(wrong: dict[str, Any], says: str, tmp_path: Path) -> None:
+    """No table of the job file has these fields: the folder is named, by whoever stumbles."""
+    fields = {"vocab_size": 500, "architectures": ["LlamaForCausalLM"], **LLAMA, **wrong}
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    table = {"name": "t", "model": {"path": str(tmp_path)}, "data": {"sequence_length": 16}}
+    with pytest.raises(ConfigError) as refused:
+        request_of(job_from(table, source="job.toml"))
+    assert f"the configuration of {tmp_path} {says}" in str(refused.value)
+
+
+def test_weights_are_refused_where_a_configuration_makes_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\[model.config\] makes no model: AssertionError"):
+        prepare_language_model(job(tmp_path / "text.txt", pad_token_id=999), RunFolder(tmp_path / "run"))
+
+
+def test_a_configuration_without_a_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}), encoding="utf-8")
+    table = {"name": "t", "model": {"path": str(tmp_path)}}
+    with pytest.raises(ConfigError, match=r"ViTConfig has no vocab_size.*model\.path"):
         request_of(job_from(table, source="job.toml"))
 
 

@@ -19,7 +19,7 @@ from fusionai.graph.model import OpDag
 from fusionai.graph.privacy import arrange_private
 from fusionai.graph.verify import verify
 from fusionai.scheduling.estimator import update_s
-from fusionai.scheduling.explain import holding
+from fusionai.scheduling.explain import holding, shortage_texts
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.planner import plan_training
 from fusionai.scheduling.profile import LinkProfile, Member, Pool
@@ -255,6 +255,21 @@ def test_the_explanation_names_machines_layers_and_the_limit() -> None:
     assert "the link from" in slow_links.bottleneck
 
 
+@pytest.mark.parametrize(
+    ("need_bytes", "offered_bytes", "texts"),
+    [
+        (104_166_999.5, 104_000_000, ("104.17 MB", "104 MB", "167 kB")),
+        (13_421_100, 13_400_000, ("13.422 MB", "13.4 MB", "21.1 kB")),
+        (25_605_000_000, 16_000_000_000, ("25.7 GB", "16 GB", "9.61 GB")),
+        (1_000_000_001, 999_999_999, ("1.000000001 GB", "999.999999 MB", "2 bytes")),
+        (2_300_000, 8, ("2.3 MB", "8 bytes", "2.3 MB")),
+        (104_010_000, 104_050_000, ("104.01 MB", "104.05 MB", "0 bytes")),  # enough, and reads so
+    ],
+)
+def test_small_shortages_show_in_the_digits(need_bytes: float, offered_bytes: int, texts: tuple[str, ...]) -> None:
+    assert shortage_texts(need_bytes, offered_bytes) == texts
+
+
 def test_holding_prefers_parts_over_wholes() -> None:
     graph = decoder(3)
     assert holding(graph.nodes) == "layers.0-2, embed, head, loss"
@@ -300,6 +315,41 @@ class TestErrors:
         with pytest.raises(PlacementError, match=f"{enough} like m0"):
             plan(graph, pool(*members(enough - 1)))
 
+    def test_both_shortages_are_said_at_once_and_the_advice_suffices(self) -> None:
+        graph = decoder(16)
+        with pytest.raises(PlacementError) as refused:
+            plan(graph, pool(member("a", memory_bytes=20_000), member("b", memory_bytes=20_000)))
+        found = re.search(
+            r"^with a margin of 15 %, .* largest part needs (\S+) (.B), but the best compnode, a, offers 20 kB, and "
+            r"training .* needs at least .*2 compnodes .* offer 40 kB: .* are missing; add compnodes, one with at "
+            r"least \1 \2 \((\d+) with \1 \2 each could hold the model\)",
+            str(refused.value),
+        )
+        assert found is not None, refused.value
+        offer = int(float(found[1]) * {"kB": 1e3, "MB": 1e6}[found[2]])
+        members = [member(f"m{number}", memory_bytes=offer) for number in range(int(found[3]))]
+        assert plan(graph, pool(*members)).stages
+
+    def test_a_part_is_too_large_for_machines_that_hold_enough_together(self) -> None:
+        graph, members = decoder(2, hidden=256), [member(f"m{number}", memory_bytes=9_500_000) for number in range(20)]
+        with pytest.raises(PlacementError) as refused:
+            plan(graph, pool(*members))
+        found = re.search(r"offers 9.5 MB; add a compnode that offers at least (\S+) MB, raise", str(refused.value))
+        assert found is not None, refused.value
+        assert "are missing" not in str(refused.value)
+        with pytest.raises(PlacementError) as again:
+            plan(graph, pool(*members, member("more", memory_bytes=int(float(found[1]) * 1e6))))
+        assert "largest part" not in str(again.value)
+
+    def test_the_memory_that_an_error_asks_for_suffices(self) -> None:
+        graph, offer = decoder(4), 1000
+        with pytest.raises(PlacementError) as refused:
+            plan(graph, pool(member("a", memory_bytes=offer)))
+        needs = re.findall(r"needs (?:at least )?([\d.]+) ([kM])B", str(refused.value))
+        assert len(needs) == 2, refused.value
+        offer = max(round(float(each) * {"k": 1e3, "M": 1e6}[unit]) for each, unit in needs)
+        assert plan(graph, pool(member("a", memory_bytes=offer))).stages
+
     def test_owner_too_small(self) -> None:
         owner = member("owner", memory_bytes=50_000)
         with pytest.raises(PlacementError, match=r"owner's own stages.*need .*offers 50 kB.*privacy = \"open\""):
@@ -307,7 +357,7 @@ class TestErrors:
 
     def test_owner_cannot_be_linked(self) -> None:
         owner = member("owner", dialable=False)
-        with pytest.raises(PlacementError, match=r"none of the 1 .*--listen"):
+        with pytest.raises(PlacementError, match=r"^the only free compnode, a, cannot be linked with .*--listen"):
             plan(decoder(4), pool(member("a", dialable=False)), owner=owner)
 
     def test_compnodes_cannot_be_linked(self) -> None:

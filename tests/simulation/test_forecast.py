@@ -179,7 +179,7 @@ def test_large_pools_say_among_whom_was_sought() -> None:
 
 
 def test_a_pool_file_without_room_says_what_to_change_in_it() -> None:
-    said = r"offers 1 MB; add a compnode .* raise their `memory` in the pool file"
+    said = r"offers 1 MB, and .* are missing; add compnodes, one with .* raise their `memory` in the pool file"
     for count in (3, 80):
         what_if = load({"count": count, "memory_gb": 0.001, "name": "m"})
         with pytest.raises(PlacementError, match=said):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -19,6 +20,7 @@ from fusionai.simulation.forecast.forecast import forecast
 from fusionai.simulation.forecast.offload import BUS_BYTES_PER_S, MAIN_MEMORY_BYTES_PER_S, offloaded
 from fusionai.simulation.forecast.rented import each_rented
 from fusionai.simulation.forecast.request import plan_at_home
+from fusionai.simulation.forecast.trial import Circumstances, trial
 from fusionai.simulation.hardware.catalogue import everything, lookup
 from fusionai.simulation.hardware.efficiency import profile_of
 
@@ -160,6 +162,30 @@ def test_a_pool_that_is_too_small_says_what_else_could_train_the_job() -> None:
     with pytest.raises(PlacementError) as short:
         forecast(heavy, what_if, what_ifs=False)
     assert str(refused.value).startswith(f"{short.value}. What could train it: ")
+
+
+def test_an_owner_that_holds_the_job_is_not_told_to_offload() -> None:
+    """Nobody can be linked with it: its own device is a way out, at the speed of a plan for it alone."""
+    card_of = {"gpu": "RTX 3080", "matmul_tflops": None, "memory_gb": None, "memory_gb_per_s": None, "dialable": False}
+    what_if = load(card_of, owner=card_of)
+    assert what_if.owner is not None
+    tokens_per_s = private().tokens_per_step / plan_at_home(private(), what_if.owner).predicted_step_s
+    own = f"owner by itself, whose {what_if.owner.device.name} holds the whole job (about {tokens_per_s:,.0f} tokens/s)"
+    for text in (
+        refusal(lambda: forecast(private(), what_if)),
+        refusal(lambda: trial(private(), what_if, Circumstances(steps=1), job_steps=1, pipelines=False, clock_s=float)),
+        refusal(lambda: trial(private(), what_if, Circumstances(steps=1), job_steps=1, pipelines=True, clock_s=float)),
+    ):
+        assert f". What could train it: {own}, or one rented " in text
+        assert "offloads" not in text
+        assert text.endswith("A cloud would see the data, which this job keeps on the owner's machine")
+    assert "A cloud" not in refusal(lambda: forecast(request(), what_if))
+
+
+def refusal(asked: Callable[[], object]) -> str:
+    with pytest.raises(PlacementError) as refused:
+        asked()
+    return str(refused.value)
 
 
 def with_memory(member: Member, memory_bytes: float) -> Member:

@@ -39,6 +39,10 @@ def test_round_trip_writes_every_default_out() -> None:
         (GOOD + '[model]\npath = "x"\n', "model"),
         ('name = "x"\n[model]\n', "model.path"),
         ('name = "x"\n[model.config]\nhidden_size = 3\n', "model_type"),
+        (
+            'name = "x"\n[model.config]\nmodel_type = "gpt2"\nn_layer = 0\n',
+            "model.config.n_layer must be at least 1, got 0",
+        ),
         ('name = "../x"\n[model]\npath = "y"\n', "name"),
         (GOOD + '[placement]\nprivacy = "secret"\n', "privacy"),
         (GOOD + "[placement]\ncuts = [5, 3]\n", "placement.cuts"),

@@ -9,8 +9,8 @@ from fusionai.simulation.duration import duration_text
 from fusionai.simulation.forecast.alone import Alone
 from fusionai.simulation.forecast.forecast import USD_PER_KWH, Assumed, Change, Forecast
 from fusionai.simulation.forecast.offload import BUS_BYTES_PER_S
-from fusionai.simulation.forecast.rented import Rented
-from fusionai.simulation.report_tables import usd_text
+from fusionai.simulation.forecast.rented import SEEN_BY_CLOUD, Rented
+from fusionai.simulation.report_tables import rate_text, usd_text
 
 _AS_FAST = 0.02
 """Of a speed: what differs by less is called as fast. Predictions are not that good."""
@@ -26,7 +26,7 @@ def sentences(found: Forecast) -> Iterator[str]:
     """Yield what a forecast says, a sentence a line."""
     yield ""
     yield (
-        f"A step takes about {seconds_text(found.predicted_step_s)}: {_tokens(found.tokens_per_s)}. "
+        f"A step takes about {seconds_text(found.predicted_step_s)}: {rate_text(found.tokens_per_s)}. "
         f"What limits it: {found.bottleneck}."
     )
     steps = f"All {found.job_steps:,} steps" if found.job_steps > 1 else "The one step"
@@ -85,7 +85,7 @@ def _pipelines(found: Forecast) -> Iterator[str]:
     stages = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
     yield (
         f"With {count} pipelines of {stages} stage{'' if lengths[-1] == 1 else 's'} each, on {len(machines)} machines, "
-        f"a step would take {seconds_text(step_s)}: {_tokens(found.pipelines_tokens_per_s)}, "
+        f"a step would take {seconds_text(step_s)}: {rate_text(found.pipelines_tokens_per_s)}, "
         f"{_times(found.predicted_step_s / step_s)} faster. What would limit it: {found.pipelines_bottleneck}. "
         "Training runs one pipeline today, so this is not what a broker would do yet; `fusionai simulate --pipelines` "
         "executes it."
@@ -128,7 +128,7 @@ def _offloaded(found: Forecast) -> Iterator[str]:
     )
     yield (
         f"With its weights and optimizer states in main memory ({bytes_text(best.offload.main_memory_bytes)} of it), "
-        f"{_alone_name(best)} would reach about {_tokens(found.tokens_per_s / ratio)}, limited by "
+        f"{_alone_name(best)} would reach about {rate_text(found.tokens_per_s / ratio)}, limited by "
         f"{best.offload.limit}: {than_it}. (Assumed: {BUS_BYTES_PER_S / 1e9:.0f} GB/s to main memory each way. This "
         "system does not offload; others do, and report up to 2.8 times that.)"
     )
@@ -145,7 +145,7 @@ def _rented(found: Forecast) -> Iterator[str]:
     if cheapest.main_memory_bytes or fastest.main_memory_bytes:
         words += ". The prices may be of machines with less main memory"
     if found.plan.privacy == "private":
-        words += ". A cloud would see the data, which this job keeps on the owner's machine"
+        words += f". {SEEN_BY_CLOUD}"
     yield f"{words}."
     if found.electricity_usd_per_million_tokens is not None:
         yield (
@@ -162,7 +162,7 @@ def _rented_card(each: Rented) -> str:
     )
     return (
         f"one {each.hardware} ({usd_text(each.usd_per_hour)} an hour in {each.priced[:7]}){state}: "
-        f"{_tokens(each.tokens_per_s)}, {than_it}, {usd_text(each.usd_per_million_tokens)} per million tokens"
+        f"{rate_text(each.tokens_per_s)}, {than_it}, {usd_text(each.usd_per_million_tokens)} per million tokens"
     )
 
 
@@ -172,24 +172,20 @@ def _alone_name(best: Alone) -> str:
 
 
 def _rate(each: Alone) -> str:
-    return f"{_tokens(each.tokens_per_s or 0.0)} alone"
+    return f"{rate_text(each.tokens_per_s or 0.0)} alone"
 
 
 def _change(change: Change) -> str:
     what = f"{change.what[0].upper()}{change.what[1:]}"
     if change.speedup < 1 + _AS_FAST / 10:
         return f"{what}: no faster."
-    return f"{what}: {change.speedup - 1:.1%} faster ({_tokens(change.tokens_per_s)})."
+    return f"{what}: {change.speedup - 1:.1%} faster ({rate_text(change.tokens_per_s)})."
 
 
 def named(names: tuple[str, ...]) -> str:
     """Return the first few names, and how many more there are."""
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return ", ".join(names[:_MOST_NAMED]) + more
-
-
-def _tokens(tokens_per_s: float) -> str:
-    return f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s >= 10 else f"{tokens_per_s:.2g} tokens/s"
 
 
 def _percent(share: float) -> str:

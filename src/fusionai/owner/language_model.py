@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from fusionai.graph.capture import capture_transformers
+from fusionai.errors import FusionError
 from fusionai.owner.checkpointing import CheckpointFiles
 from fusionai.owner.model_configuration import (
     ALL_FILES,
     MODEL_CLASSES,
     cannot_be_made,
+    captured_model,
     configuration,
     empty_model,
     model_folder,
@@ -44,7 +45,7 @@ def prepare_language_model(job: JobConfig, folder: RunFolder, *, resume: Path | 
     config = configuration(job.model, job.data, vocabulary_of(tokenizer), source)
     text = _packed_text(job, tokenizer, folder)
     model, weights = _model(job, config, source)
-    captured = capture_transformers(model, job.model.task, name=job.name)
+    captured = captured_model(job, model)
     if reader is not None:
         check_same_graph(captured.graph, reader)
         weights = CheckpointWeights(reader, captured)
@@ -122,5 +123,8 @@ def _model(job: JobConfig, config: Any, source: Path | None) -> tuple[Any, Weigh
             return model, files
         log.info("the files of %s name weights otherwise than the model; transformers loads them", source)
         return kind.from_pretrained(source, dtype=torch.float32), None
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_be_made(error) from error
+    except FusionError:
+        raise
+    except Exception as error:
+        # As for an empty model, memory that does not suffice included.
+        raise cannot_be_made(job.model, config, error) from error

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers.activations import ACT2FN
 
-from fusionai.errors import ConfigError
+from fusionai.errors import ConfigError, FusionError
+from fusionai.graph.capture import Captured, capture_transformers
 from fusionai.training.config import DataConfig, JobConfig, ModelConfig
+
+log = logging.getLogger(__name__)
 
 MODEL_CLASSES: dict[str, Any] = {
     "causal": transformers.AutoModelForCausalLM,
@@ -23,6 +29,9 @@ ALL_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt")
 
 CONFIGURATION_FILES = ("config.json",)
 """What is fetched to plan for it."""
+
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+"""Fields that name an activation, in whatever kind of configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +87,21 @@ def configuration(model: ModelConfig, data: DataConfig, vocabulary: Vocabulary |
     if source is not None:
         try:
             config = transformers.AutoConfig.from_pretrained(source)
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            # As below; the file may say anything.
             raise ConfigError(f"{source} holds no transformers configuration: {first_line(error)}") from error
     else:
         assert vocabulary is not None
         config = _from_fields(dict(model.config or {}), vocabulary)
-    if vocabulary is not None and vocabulary.size > config.vocab_size:
+    entries = getattr(config.get_text_config(), "vocab_size", None)
+    if not isinstance(entries, int):
         raise ConfigError(
-            f"model.config.vocab_size is {config.vocab_size}, but the tokenizer has {vocabulary.size} tokens; "
+            f"{type(config).__name__} has no vocab_size, so this is no language model; name another in "
+            f"{'model.config.model_type' if source is None else 'model.path'}"
+        )
+    if vocabulary is not None and vocabulary.size > entries:
+        raise ConfigError(
+            f"model.config.vocab_size is {entries}, but the tokenizer has {vocabulary.size} tokens; "
             "raise it, or leave it out to take the tokenizer's"
         )
     longest = getattr(config, "max_position_embeddings", None)
@@ -104,14 +120,29 @@ def _from_fields(fields: dict[str, Any], vocabulary: Vocabulary) -> Any:
         fields.setdefault(name, getattr(vocabulary, name))
     try:
         plain = transformers.AutoConfig.for_model(kind)
-        unknown = sorted(name for name in fields if not hasattr(plain, name))
+        unknown = sorted(name for name in fields if not hasattr(plain, name) or callable(getattr(plain, name)))
         config = transformers.AutoConfig.for_model(kind, **fields)
     except Exception as error:
         # transformers raises whatever its many configurations do; the text says which field it is about.
         raise ConfigError(f"model.config is no configuration of {kind!r}: {_message(error)}") from error
     if unknown:
         raise ConfigError(f"model.config.{unknown[0]} is no field of {kind!r} configurations")
+    _check_fields(fields, config)
     return config
+
+
+def _check_fields(fields: Mapping[str, Any], config: Any) -> None:
+    """Refuse, by name, what transformers takes into a configuration and stumbles over in the model."""
+    for name in _ACTIVATIONS:
+        if isinstance(given := fields.get(name), str) and given not in ACT2FN:
+            near = difflib.get_close_matches(given, ACT2FN, n=3) or ["gelu", "relu", "silu"]
+            raise ConfigError(f"model.config.{name} is {given!r}, no activation of transformers; try {', '.join(near)}")
+    heads, shared = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    if "num_key_value_heads" in fields and isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        raise ConfigError(
+            f"model.config.num_key_value_heads must divide num_attention_heads, which is {heads}, got {shared}: all "
+            "keys and values serve equally many queries"
+        )
 
 
 def empty_model(job: JobConfig, config: Any) -> Any:
@@ -123,13 +154,50 @@ def empty_model(job: JobConfig, config: Any) -> Any:
     try:
         with torch.device("meta"):
             return MODEL_CLASSES[job.model.task].from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_be_made(error) from error
+    except Exception as error:
+        # As for configurations: transformers and torch raise whatever the code of a model runs into.
+        raise cannot_be_made(job.model, config, error) from error
 
 
-def cannot_be_made(error: BaseException) -> ConfigError:
-    """Return what is to be said when transformers refuses to make a model."""
-    return ConfigError(f"the model cannot be made: {first_line(error)}")
+def captured_model(job: JobConfig, model: Any) -> Captured:
+    """Return the graph of a configuration's module, with its weights.
+
+    Raises:
+        ConfigError: the module was made, but does not run: its fields contradict each other.
+        GraphError: it cannot become an OP-DAG.
+    """
+    try:
+        return capture_transformers(model, job.model.task, name=job.name)
+    except FusionError:
+        raise
+    except Exception as error:
+        raise cannot_be_made(job.model, model.config, error) from error
+
+
+def cannot_be_made(model: ModelConfig, config: Any, error: BaseException) -> ConfigError:
+    """Return what is to be said when transformers or torch refuse to make a model, or to run it."""
+    log.debug("no model", exc_info=error)
+    where = "[model.config]" if model.path is None else f"the configuration of {model.path}"
+    kind = type(config).__name__
+    # A key that is not found is the value of a field that names one of a few; its text is only the key.
+    field = next((name for name, value in _named(config.to_dict()) if error.args and value == error.args[0]), None)
+    if isinstance(error, KeyError) and field is not None:
+        return ConfigError(
+            f"{where} makes no model: transformers knows no {field} = {error.args[0]!r}; see the fields of {kind}"
+        )
+    return ConfigError(
+        f"{where} makes no model: {type(error).__name__}: {_message(error)}; see which of its fields contradict each "
+        f"other, and the fields of transformers' {kind}"
+    )
+
+
+def _named(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the texts in a configuration by their fields, those of its tables too."""
+    for name, value in fields.items():
+        if isinstance(value, str):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, Mapping):
+            yield from _named(value, f"{prefix}{name}.")
 
 
 def first_line(error: BaseException) -> str:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from fusionai.graph.capture import capture_transformers
 from fusionai.graph.encoding import content_hash
 from fusionai.graph.privacy import arrange_private
 from fusionai.owner.model_configuration import (
     CONFIGURATION_FILES,
     Vocabulary,
+    captured_model,
     configuration,
     empty_model,
     model_folder,
@@ -65,7 +65,7 @@ def request_of(job: JobConfig) -> Request:
     """Return what a job asks of planners, the graph captured and arranged as training does."""
     source = model_folder(job.model, CONFIGURATION_FILES)
     config = configuration(job.model, job.data, _vocabulary(job, source), source)
-    graph = capture_transformers(empty_model(job, config), job.model.task, name=job.name).graph
+    graph = captured_model(job, empty_model(job, config)).graph
     front, back = 0, len(graph.nodes)
     if job.placement.privacy == "private":
         graph, front, back = arrange_private(graph)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from fusionai.graph.model import Node
 from fusionai.scheduling.plan import StagePlan
+from fusionai.scheduling.segments import MEMORY_MARGIN
 
 _BLOCK = re.compile(r"^(?P<list>.*?)\.(?P<index>\d+)(?:\.|$)")
+
+
+WITH_MARGIN = f"with a margin of {100 * (MEMORY_MARGIN - 1):.0f} %"
+"""What is said once in every text that compares what is needed to what is offered."""
 
 
 def holding(nodes: Iterable[Node]) -> str:
@@ -56,12 +62,32 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
-def bytes_text(size_bytes: float) -> str:
-    """Return bytes for people, in decimal units."""
+def bytes_text(size_bytes: float, digits: int = 3) -> str:
+    """Return bytes for people, in decimal units and with so many significant digits."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size_bytes >= factor:
-            return f"{size_bytes / factor:.3g} {unit}"
+            return f"{size_bytes / factor:.{digits}g} {unit}"
     return f"{size_bytes:.0f} bytes"
+
+
+def shortage_texts(need_bytes: float, offered_bytes: int) -> tuple[str, str, str]:
+    """Return what is needed, what is offered, and how much less that is, for people.
+
+    The first two get digits enough to show a small difference, either way. Needs are rounded up and offers down: who
+    offers what the text says offers enough.
+    """
+    need = math.ceil(need_bytes)
+    missing = need - offered_bytes
+    # The last digit is worth at most a tenth of the difference.
+    digits = max(3, len(str(need)) - len(str(abs(missing))) + 2)
+    up = bytes_text(-_floored(-need, digits), digits)
+    return up, bytes_text(_floored(offered_bytes, digits), digits), bytes_text(max(0, -_floored(-missing, 3)))
+
+
+def _floored(size_bytes: int, digits: int) -> int:
+    """Return the next integer towards minus infinity that has so many significant digits."""
+    step: int = 10 ** max(0, len(str(abs(size_bytes))) - digits)
+    return size_bytes // step * step
 
 
 def left_out_line(spare: Sequence[str], unlinked: Sequence[str], *, chosen: bool) -> tuple[str, ...]:

@@ -123,6 +123,11 @@ def usd_text(amount: float) -> str:
     return f"{amount:,.2f} USD" if amount >= 1 or amount == 0 else f"{amount:.2g} USD"
 
 
+def rate_text(tokens_per_s: float) -> str:
+    """Return tokens per second for people; of few, two digits."""
+    return f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s >= 10 else f"{tokens_per_s:.2g} tokens/s"
+
+
 def _note_rest(table: Table, count: int) -> None:
     if count > _MOST_ROWS:
         table.add_row(f"... and {count - _MOST_ROWS:,} more", *[""] * (len(table.columns) - 1))

@@ -17,10 +17,35 @@ from fusionai.errors import ConfigError
 from fusionai.execution.plane import OptimizerConfig
 from fusionai.training.learning_rate import ScheduleConfig
 
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    # What some kinds of model call them: GPT-2, OPT, T5, XLM, DistilBERT.
+    *("n_embd", "n_inner", "n_positions", "n_ctx", "n_layer", "n_layers", "n_head", "n_heads"),
+    *("d_model", "d_kv", "d_ff", "ffn_dim", "dim", "hidden_dim", "num_layers", "num_heads", "num_kv_heads"),
+)
+"""Integer fields of transformers configurations that are at least 1 wherever they exist."""
+
 
 def _at_least(field: str, value: int, least: int) -> None:
     if value < least:
         raise ConfigError(f"{field} must be at least {least}, got {value}")
+
+
+def _check_sizes(config: dict[str, Any]) -> None:
+    """Refuse sizes that no model has, by name: transformers takes most, and fails far from the cause or not at all."""
+    for name in _SIZES:
+        value = config.get(name)
+        # Other types are for transformers to refuse: a field may be a list of each layer's.
+        if type(value) is int and value < 1:
+            raise ConfigError(
+                f"model.config.{name} must be at least 1, got {value}; correct it, or leave it out for "
+                f"{_default_of(name, config)}"
+            )
+
+
+def _default_of(name: str, config: dict[str, Any]) -> str:
+    return "the tokenizer's" if name == "vocab_size" else f"the default of {config['model_type']!r} configurations"
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -37,6 +62,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ConfigError("model: give either model.path or model.config, and not both")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ConfigError('model.config.model_type is missing; for example model_type = "llama"')
+        if self.config is not None:
+            _check_sizes(self.config)
 
 
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fusionai.errors import PlacementError
-from fusionai.scheduling.explain import bytes_text
+from fusionai.scheduling.explain import WITH_MARGIN, shortage_texts
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.serving.evaluation import Evaluator
 
@@ -19,10 +19,11 @@ def nothing_fits(evaluator: Evaluator) -> PlacementError:
     linked = task.linked_NN[task.gateway, : task.gateway]
     if not linked.any():
         owner = "" if task.owner is None else f", {task.owner.name}"
+        many = len(task.members) > 1
+        who = f"none of the {len(task.members)} compnodes can" if many else "the only compnode cannot"
         return PlacementError(
-            f"none of the {len(task.members)} compnodes can be linked with the gateway's machine{owner}: one side of "
-            "each link must listen where the other can dial it; start `fusionai join` with --listen HOST:PORT, and "
-            "--advertise behind a router"
+            f"{who} be linked with the gateway's machine{owner}: one side of each link must listen where the other can "
+            "dial it; start `fusionai join` with --listen HOST:PORT, and --advertise behind a router"
         )
     cache_S = task.model.kv_bytes_S * task.load.reserved_tokens
     working = float(evaluator.times.fixed_bytes[0, 0, 0])
@@ -31,24 +32,24 @@ def nothing_fits(evaluator: Evaluator) -> PlacementError:
     offers = np.asarray([member.device.memory_bytes for member in task.members])
     best = int(offers.argmax())
     if single[largest] > offers[best]:
+        needed, offered, missing = shortage_texts(single[largest], int(offers[best]))
         return PlacementError(
-            f"the largest part of {task.model.name} ({_part(evaluator, largest)}) needs "
-            f"{bytes_text(single[largest])} with the cache of one request of {task.load.reserved_tokens:.0f} tokens, "
-            f"but the best compnode, {task.members[best].name}, offers {bytes_text(offers[best])}, "
-            f"{bytes_text(single[largest] - offers[best])} too little; add a compnode with more memory, or raise its "
-            "--memory"
+            f"{WITH_MARGIN}, the largest part of {task.model.name} ({_part(evaluator, largest)}) needs {needed}, with "
+            f"the cache of one request of {task.load.reserved_tokens:.0f} tokens, but the best compnode, "
+            f"{task.members[best].name}, offers {offered}, {missing} too little; add a compnode that offers {needed}, "
+            "or raise its --memory"
         )
     need = MEMORY_MARGIN * float((task.model.weight_bytes_S + cache_S)[front:back].sum())
     usable = np.maximum(offers - MEMORY_MARGIN * working, 0.0)
+    needed, offered, missing = shortage_texts(need, int(usable.sum()))
     text = (
-        f"serving {task.model.name} needs {bytes_text(need)} for weights and the caches of one request, and "
-        f"the {len(offers)} compnode{'s' if len(offers) > 1 else ''} offer{'' if len(offers) > 1 else 's'} "
-        f"{bytes_text(float(usable.sum()))} beyond their working space"
+        f"{WITH_MARGIN}, serving {task.model.name} needs {needed} for weights and the caches of one request, and the "
+        f"{f'{len(offers)} compnodes offer' if len(offers) > 1 else 'only compnode offers'} {offered} beyond their "
+        "working space"
     )
     if need > usable.sum():
         return PlacementError(
-            f"{text}: {bytes_text(need - float(usable.sum()))} are missing; add compnodes, raise their --memory, or "
-            "serve a smaller model"
+            f"{text}: {missing} are missing; add compnodes, raise their --memory, or serve a smaller model"
         )
     hidden = [member.name for member in task.members if not member.dialable]
     if len(hidden) > 1:

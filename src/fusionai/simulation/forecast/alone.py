@@ -9,7 +9,7 @@ import msgspec
 from fusionai.errors import PlacementError
 from fusionai.graph.cost import StageCost
 from fusionai.scheduling.estimator import flops_rate, training_memory_bytes
-from fusionai.scheduling.explain import bytes_text
+from fusionai.scheduling.explain import WITH_MARGIN, shortage_texts
 from fusionai.scheduling.profile import DeviceProfile, Member
 from fusionai.scheduling.segments import MEMORY_MARGIN, reachable
 from fusionai.simulation.forecast.offload import Offload, offloaded
@@ -49,7 +49,7 @@ def each_alone(request: Request, what_if: WhatIfPool, full: WhatIfPool, pool_ste
     """
     found = [_with_member(request, full, group, pool_step_s) for group in _groups(request, full)]
     if what_if.owner is not None:
-        found.insert(0, _at_home(request, what_if.owner, pool_step_s))
+        found.insert(0, at_home(request, what_if.owner, pool_step_s))
     return tuple(sorted(found, key=_order))
 
 
@@ -87,7 +87,8 @@ def _with_member(request: Request, what_if: WhatIfPool, group: list[int], pool_s
     return _fit(request, member, len(group), step_s, pool_step_s, with_owner=with_owner)
 
 
-def _at_home(request: Request, owner: Member, pool_step_s: float) -> Alone:
+def at_home(request: Request, owner: Member, pool_step_s: float) -> Alone:
+    """Return what the owner's machine would do with the whole job."""
     if missing := lacking(request, request.whole_cost, owner.device):
         return _unfit(request, owner, 1, missing, with_owner=False)
     try:
@@ -102,8 +103,8 @@ def lacking(request: Request, cost: StageCost, device: DeviceProfile) -> str:
     need = training_memory_bytes(cost, device, 1, request.optimizer_states) * MEMORY_MARGIN
     if need <= device.memory_bytes:
         return ""
-    missing = bytes_text(need - device.memory_bytes)
-    return f"needs at least {bytes_text(need)} and offers {bytes_text(device.memory_bytes)}: {missing} are missing"
+    needed, offered, missing = shortage_texts(need, device.memory_bytes)
+    return f"{WITH_MARGIN}, needs at least {needed} and offers {offered}: {missing} are missing"
 
 
 def _fit(request: Request, member: Member, alike: int, step_s: float, pool_step_s: float, *, with_owner: bool) -> Alone:

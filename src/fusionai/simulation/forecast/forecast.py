@@ -25,7 +25,7 @@ from fusionai.simulation.forecast.changes import (
     one_more,
     uplinks_doubled,
 )
-from fusionai.simulation.forecast.elsewhere import elsewhere
+from fusionai.simulation.forecast.elsewhere import saying_elsewhere
 from fusionai.simulation.forecast.rented import Rented, each_rented
 from fusionai.simulation.forecast.request import (
     Request,
@@ -166,8 +166,9 @@ def forecast(
         setting = setting_of(part)
         plan = plan_on(request, setting)
     except PlacementError as error:
-        others = elsewhere(request, what_if) if what_ifs else ""
-        raise PlacementError(f"{error}. {others}" if others else str(error)) from error
+        if not what_ifs:
+            raise
+        raise saying_elsewhere(error, request, what_if) from error
     planned_s = clock_s()
     swarm = None if request.arranged else swarm_on(request, full)
     swarm_s = clock_s() - planned_s

@@ -12,6 +12,9 @@ from fusionai.simulation.forecast.request import Request, plan_at_home
 from fusionai.simulation.hardware.catalogue import everything
 from fusionai.simulation.hardware.efficiency import profile_of
 
+SEEN_BY_CLOUD = "A cloud would see the data, which this job keeps on the owner's machine"
+"""What is said where a private job is offered a rented card."""
+
 
 class Rented(msgspec.Struct, frozen=True, kw_only=True):
     """One card of a cloud, on demand, with nothing else."""

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from fusionai.errors import ConfigError
+from fusionai.errors import ConfigError, PlacementError
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.segments import reachable
 from fusionai.scheduling.swarm_plan import SwarmPlan
 from fusionai.simulation.availability import Poisson, Scripted
 from fusionai.simulation.bandwidth_sweep import SweepPoint, sweep_bandwidth
 from fusionai.simulation.codecs import Codec, Dense, TopK
+from fusionai.simulation.forecast.elsewhere import saying_elsewhere
 from fusionai.simulation.forecast.forecast import Assumed, assumptions
 from fusionai.simulation.forecast.request import Request, offered, plan_on, searched, setting_of, swarm_on, with_owner
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
@@ -111,7 +112,7 @@ def trial(
 
     Raises:
         ConfigError: the job is private and the pool has no owner, a value is wrong, or the job's cuts are.
-        PlacementError: no plan meets the constraints; the text says what is missing.
+        PlacementError: no plan meets the constraints; the text says what is missing, and what else could train the job.
     """
     what_if = offered(request, what_if)
     full = with_owner(what_if, request.privacy)
@@ -121,7 +122,10 @@ def trial(
             "placement.compnodes=0 and leave placement.cuts out, or leave --pipelines out"
         )
     started_s = clock_s()
-    plan = swarm_on(request, full) if pipelines else plan_on(request, setting_of(searched(request, full)))
+    try:
+        plan = swarm_on(request, full) if pipelines else plan_on(request, setting_of(searched(request, full)))
+    except PlacementError as error:
+        raise saying_elsewhere(error, request, what_if) from error
     planning_s = clock_s() - started_s
     prices, unrented = _prices(full, plan, given)
     scenario = _scenario(request, full, plan, given, prices)
