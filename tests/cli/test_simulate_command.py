@@ -131,6 +131,29 @@ def test_options_reach_the_simulator(tmp_path: Path, simulated: Any) -> None:
     assert "bandwidth" in said
 
 
+LINES = "Tensors of a machine share its line"
+
+
+def test_why_a_step_is_not_as_predicted(tmp_path: Path, simulated: Any) -> None:
+    pair = files(tmp_path, machine(name="home", count=2), placement={"privacy": "open", "compnodes": 2})
+    found, said = simulated(*pair, "--steps", "3")
+    assert found["undisturbed_step_s"] == pytest.approx(found["report"]["median_step_s"])
+    assert found["disturbed_by"] == []
+    assert (abs(found["undisturbed_step_s"] / found["predicted_step_s"] - 1) > 0.005) == (LINES in said)
+    assert "What makes the difference" not in said
+    churned, said = simulated(*pair, "--steps", "9", "--seed", "1", "--detection", "1ms", "--churn", "50ms,20ms")
+    assert churned["report"]["median_step_s"] > 1.1 * found["undisturbed_step_s"]
+    assert churned["undisturbed_step_s"] == found["undisturbed_step_s"]
+    assert "What makes the difference: machines that leave" in said
+
+
+def test_equal_steps_need_no_explanation(tmp_path: Path, simulated: Any) -> None:
+    alone = files(tmp_path, machine(name="home"), placement={"privacy": "open", "compnodes": 1})
+    found, said = simulated(*alone, "--steps", "3")
+    assert found["undisturbed_step_s"] == pytest.approx(found["predicted_step_s"], rel=0.005)
+    assert LINES not in said
+
+
 @pytest.mark.parametrize(
     ("words", "texts"),
     [
