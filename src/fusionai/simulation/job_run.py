@@ -207,7 +207,7 @@ class JobRun:
                 self._accounts.replayed(failure.backup, failure.replay_compute_s)
 
     def _finish(self, tally: Tally) -> None:
-        self._accounts.add(tally, committed=True)
+        self._accounts.add(tally, self._now_s, committed=True)
         self._computed_s.append(tally.computed_s)
         self._now_s += tally.length_s
         self._step += 1
@@ -219,7 +219,7 @@ class JobRun:
         traffic = self._channels.end_step(at_s)
         tally = Tally(at_s, min(at_s, executor.end_s), executor.busy_s, {}, traffic)
         self._accounts.lost_s += tally.computed_s
-        self._accounts.add(tally, committed=False)
+        self._accounts.add(tally, self._now_s, committed=False)
         self._now_s += at_s
 
     def _give_up(self, executor: PassExecutor, failures: list[Takeover], at_s: float) -> None:
