@@ -131,6 +131,15 @@ def test_options_reach_the_simulator(tmp_path: Path, simulated: Any) -> None:
     assert "bandwidth" in said
 
 
+@pytest.mark.parametrize(
+    ("text", "low", "high"), [("1e-3-10", 1e-3, 10), ("1E-3-1e-2", 1e-3, 1e-2), ("0.5-2", 0.5, 2), ("1-1e+2", 1, 100)]
+)
+def test_ranges_of_a_sweep(text: str, low: float, high: float, tmp_path: Path, simulated: Any) -> None:
+    found, _ = simulated(*files(tmp_path), "--steps", "1", "--sweep", text)
+    factors = [each["factor"] for each in found["sweep"]]
+    assert (factors[0], factors[-1]) == (low, high)
+
+
 LINES = "Tensors of a machine share its line"
 
 
@@ -165,6 +174,10 @@ def test_equal_steps_need_no_explanation(tmp_path: Path, simulated: Any) -> None
         (["--codec", "zip"], ["--codec 'zip' is unknown", "topk:RATIO"]),
         (["--codec", "topk:0.5"], ["--codec 'topk:0.5'", "at least 1"]),
         (["--jitter", "much"], ["--jitter 'much' is no share"]),
+        (["--sweep", "1e-3-1e-4"], ["--sweep '1e-3-1e-4' is no range", "LOW < HIGH"]),
+        (["--sweep", "1e-3"], ["--sweep '1e-3' is no range"]),
+        (["--churn", "0s"], ["--churn must be above 0, got '0s'"]),
+        (["--detection", "0s"], ["--detection must be above 0, got '0s'"]),
         (["--sweep", "10-1"], ["--sweep '10-1' is no range", "LOW < HIGH"]),
         (["--usd-per-kwh", "-1"], ["--usd-per-kwh must be at least 0"]),
         (["--timeline", "none/there/x.svg"], ["--timeline", "is no folder; name a file in a folder"]),

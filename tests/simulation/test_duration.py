@@ -16,9 +16,15 @@ def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text, name="--x") == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("text", ["", "6", "h", "-1h", "0s", "1e400s", "nan s", "1 week", "1h20min"])
+@pytest.mark.parametrize("text", ["", "6", "h", "-1h", "1e400s", "nan s", "1 week", "1h20min"])
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--x .* is no duration; write such as"):
+        parse_duration(text, name="--x")
+
+
+@pytest.mark.parametrize("text", ["0s", "0.0 h", " 0ms "])
+def test_no_time_at_all(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--x must be above 0, got .*; write such as"):
         parse_duration(text, name="--x")
 
 

@@ -17,7 +17,9 @@ def parse_duration(text: str, *, name: str) -> float:
         ConfigError: the text is no duration above 0; `name` says whose it is.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(ms|s|min|h|d)\s*", text)
-    seconds = float(match[1]) * _UNITS_S[match[2]] if match else 0.0
+    seconds = float(match[1]) * _UNITS_S[match[2]] if match else math.nan
+    if seconds == 0:
+        raise ConfigError(f"{name} must be above 0, got {text!r}; write such as 90s, 20min, 1.5h or 2d")
     if not 0 < seconds < math.inf:
         raise ConfigError(f"{name} {text!r} is no duration; write such as 90s, 20min, 1.5h or 2d")
     return seconds
