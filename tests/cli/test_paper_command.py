@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,8 @@ def test_one_model(tmp_path: Path) -> None:
     assert small["machines"] < large["machines"] == 50, "fewer cards have less to sum"
     assert large["limit"] == "summing gradients"
     text = page.read_text(encoding="utf-8")
+    made_by = shlex.join(["fusionai", *(word for word in words if word != "--json")])
+    assert f"Made by `{made_by}` on" in text
     assert "predicted, none is measured" in text
     assert "A reconstruction, not the paper's words" in text
     assert "**bert-large, training, 512 sequences a step, dense**: does not at 100 Mbps" in text
@@ -57,6 +60,7 @@ def test_one_model(tmp_path: Path) -> None:
 def test_the_page_of_the_documentation_is_of_this_code() -> None:
     """Not its figures, which a new one would change; what is in it."""
     text = PAGE.read_text(encoding="utf-8")
+    assert "Made by `fusionai paper --write docs/paper.md` on" in text
     for needed in ("bert-large", "gpt2-xl", "llama-8b", "gpt3-175b", "2,975", "3,024", "compute-only", "10 Mbps"):
         assert needed in text
 

@@ -132,6 +132,38 @@ def test_options_reach_the_simulator(tmp_path: Path, simulated: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "low", "high"), [("1e-3-10", 1e-3, 10), ("1E-3-1e-2", 1e-3, 1e-2), ("0.5-2", 0.5, 2), ("1-1e+2", 1, 100)]
+)
+def test_ranges_of_a_sweep(text: str, low: float, high: float, tmp_path: Path, simulated: Any) -> None:
+    found, _ = simulated(*files(tmp_path), "--steps", "1", "--sweep", text)
+    factors = [each["factor"] for each in found["sweep"]]
+    assert (factors[0], factors[-1]) == (low, high)
+
+
+LINES = "Tensors of a machine share its line"
+
+
+def test_why_a_step_is_not_as_predicted(tmp_path: Path, simulated: Any) -> None:
+    pair = files(tmp_path, machine(name="home", count=2), placement={"privacy": "open", "compnodes": 2})
+    found, said = simulated(*pair, "--steps", "3")
+    assert found["undisturbed_step_s"] == pytest.approx(found["report"]["median_step_s"])
+    assert found["disturbed_by"] == []
+    assert (abs(found["undisturbed_step_s"] / found["predicted_step_s"] - 1) > 0.005) == (LINES in said)
+    assert "What makes the difference" not in said
+    churned, said = simulated(*pair, "--steps", "9", "--seed", "1", "--detection", "1ms", "--churn", "50ms,20ms")
+    assert churned["report"]["median_step_s"] > 1.1 * found["undisturbed_step_s"]
+    assert churned["undisturbed_step_s"] == found["undisturbed_step_s"]
+    assert "What makes the difference: machines that leave" in said
+
+
+def test_equal_steps_need_no_explanation(tmp_path: Path, simulated: Any) -> None:
+    alone = files(tmp_path, machine(name="home"), placement={"privacy": "open", "compnodes": 1})
+    found, said = simulated(*alone, "--steps", "3")
+    assert found["undisturbed_step_s"] == pytest.approx(found["predicted_step_s"], rel=0.005)
+    assert LINES not in said
+
+
+@pytest.mark.parametrize(
     ("words", "texts"),
     [
         (["--steps", "0"], ["--steps must be at least 1, got 0"]),
@@ -142,6 +174,10 @@ def test_options_reach_the_simulator(tmp_path: Path, simulated: Any) -> None:
         (["--codec", "zip"], ["--codec 'zip' is unknown", "topk:RATIO"]),
         (["--codec", "topk:0.5"], ["--codec 'topk:0.5'", "at least 1"]),
         (["--jitter", "much"], ["--jitter 'much' is no share"]),
+        (["--sweep", "1e-3-1e-4"], ["--sweep '1e-3-1e-4' is no range", "LOW < HIGH"]),
+        (["--sweep", "1e-3"], ["--sweep '1e-3' is no range"]),
+        (["--churn", "0s"], ["--churn must be above 0, got '0s'"]),
+        (["--detection", "0s"], ["--detection must be above 0, got '0s'"]),
         (["--sweep", "10-1"], ["--sweep '10-1' is no range", "LOW < HIGH"]),
         (["--usd-per-kwh", "-1"], ["--usd-per-kwh must be at least 0"]),
         (["--timeline", "none/there/x.svg"], ["--timeline", "is no folder; name a file in a folder"]),

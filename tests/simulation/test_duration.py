@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fusionai.errors import ConfigError
+from fusionai.scheduling.explain import seconds_text
 from fusionai.simulation.duration import duration_text, parse_duration
 
 
@@ -16,9 +17,15 @@ def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text, name="--x") == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("text", ["", "6", "h", "-1h", "0s", "1e400s", "nan s", "1 week", "1h20min"])
+@pytest.mark.parametrize("text", ["", "6", "h", "-1h", "1e400s", "nan s", "1 week", "1h20min"])
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--x .* is no duration; write such as"):
+        parse_duration(text, name="--x")
+
+
+@pytest.mark.parametrize("text", ["0s", "0.0 h", " 0ms "])
+def test_no_time_at_all(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--x must be above 0, got .*; write such as"):
         parse_duration(text, name="--x")
 
 
@@ -28,3 +35,23 @@ def test_what_is_no_duration(text: str) -> None:
 )
 def test_words(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0123, "12.3 ms"),
+        (1.5, "1.50 s"),
+        (635.17, "635.17 s"),
+        (7199.0, "7199.00 s"),
+        (15728.71, "4.37 h"),
+        (8.04e4 * 86400, "220 years"),
+        (20613761553.65, "653 years"),
+        (3.2e13, "1,010,000 years"),
+        (400 * 86400, "400 d"),
+    ],
+)
+def test_seconds_in_words(seconds: float, text: str) -> None:
+    assert seconds_text(seconds) == text
+    if seconds >= 7200:
+        assert duration_text(seconds) == text

@@ -136,6 +136,21 @@ def test_without_a_backup_the_job_waits() -> None:
     assert "no machine" in gone.ended_because
 
 
+def test_an_absence_is_no_bubble() -> None:
+    # m1 is gone for nearly all of the run; while it is there it idles as it does without deaths, and a second or two.
+    still = simulate_workload(PIPELINE, FREE, Scenario(steps=3))
+    bubble = {each.peer: each.bubble for each in still.machines}
+    assert bubble["m1"] == pytest.approx(1 - 12.0 / STEP_S)
+    report = simulate_workload(PIPELINE, FREE, Scenario(steps=3, churn=died("m1", Outage(5.0, 5005.0))))
+    (m1,) = (each for each in report.machines if each.peer == "m1")
+    assert m1.absent_s == pytest.approx(5000.0)
+    there_s = report.elapsed_s - m1.absent_s
+    assert there_s < 5 * STEP_S
+    # Its steps are passes alone, so it idles in no other time.
+    assert m1.bubble == pytest.approx(m1.idle_s / there_s)
+    assert m1.bubble == pytest.approx(1 - m1.busy_s / there_s) != pytest.approx(1.0, abs=0.2)
+
+
 def test_a_spare_that_comes_later_and_one_too_small() -> None:
     churn = Scripted({"m1": (Outage(5.0),), "late": (Outage(0.0, 40.0),)})
     report = simulate_workload(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -73,6 +74,15 @@ def test_pictures_are_svg_and_do_not_change() -> None:
     assert picture == timeline_svg(report, {"m1": "kitchen"})
     points = sweep_bandwidth(run, uniform(bytes_per_s=5.0), (0.5, 1.0))
     assert "bandwidth of all links" in throughput_svg(points)
+
+
+def test_names_that_matplotlib_has_no_font_for() -> None:
+    pytest.importorskip("matplotlib")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture = timeline_svg(run(uniform(bytes_per_s=5.0)), {"m1": "机器", "m0": "🖥"})
+    shown = {text for each in ElementTree.fromstring(picture).iter() for text in each.itertext()}
+    assert {"机器", "🖥"} <= {text.strip() for text in shown}
 
 
 def test_pictures_without_their_library(monkeypatch: pytest.MonkeyPatch) -> None:

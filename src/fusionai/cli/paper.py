@@ -41,10 +41,24 @@ def run(arguments: argparse.Namespace) -> int:
     from fusionai.simulation.headline.report import headline
 
     found = headline([partial(captured, name) for name in dict.fromkeys(arguments.models)], rates)
-    text = page(found, datetime.datetime.now(datetime.UTC).date())
+    text = page(found, datetime.datetime.now(datetime.UTC).date(), command=_command(arguments))
     if arguments.write is not None:
         write_file("--write", arguments.write, text)
     screen = console(arguments)
     screen.print(text, highlight=False, markup=False, soft_wrap=True)
     print_result(arguments, found)
     return 0
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """Return the command line that makes this page again."""
+    import shlex
+
+    words = ["fusionai", "paper"]
+    if tuple(arguments.models) != _MODELS:
+        words += ["--models", *arguments.models]
+    if tuple(arguments.rates) != _RATES:
+        words += ["--rates", *(f"{rate:.12g}" for rate in arguments.rates)]
+    if arguments.write is not None:
+        words += ["--write", str(arguments.write)]
+    return shlex.join(words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -199,8 +200,9 @@ def _factors(text: str) -> tuple[float, ...]:
     """Return the factors of a sweep, evenly apart on a logarithmic scale, 1 among them if it lies between."""
     from fusionai.errors import ConfigError
 
-    low_text, _, high_text = text.partition("-")
-    low, high = _number(low_text), _number(high_text)
+    # The first "-" may be of an exponent: 1e-3-10.
+    match = re.fullmatch(r"(.*?[^eE])-(.+)", text)
+    low, high = (_number(match[1]), _number(match[2])) if match else (None, None)
     if low is None or high is None or not 1e-6 <= low < high <= 1e6:
         raise ConfigError(
             f"--sweep {text!r} is no range of factors; write LOW-HIGH with 0.000001 <= LOW < HIGH <= 1000000, such as "

@@ -10,6 +10,15 @@ from fusionai.simulation.duration import duration_text
 from fusionai.simulation.forecast.trial import Trial
 from fusionai.simulation.report_tables import usd_text
 
+_AS_LONG = 0.005
+"""Of a step: what differs by less needs no explanation."""
+
+_DISTURBANCES = {
+    "--churn": "machines that leave, and the snapshots made because they may (--churn)",
+    "--jitter": "speeds that vary (--jitter)",
+    "--codec": "how tensors are sent (--codec)",
+}
+
 
 def sentences(found: Trial) -> Iterator[str]:
     """Yield what a trial says, a sentence a line."""
@@ -20,12 +29,7 @@ def sentences(found: Trial) -> Iterator[str]:
             f"This plan has {found.pipelines} pipelines. Training runs one today, so it is not what a broker would do "
             "yet."
         )
-    yield (
-        f"The planner predicted {seconds_text(found.predicted_step_s)} for a step; simulated, the median is "
-        f"{seconds_text(report.median_step_s)}. Tensors of a machine share its line here, and in the plan they do not."
-        if report.steps
-        else f"The planner predicted {seconds_text(found.predicted_step_s)} for a step."
-    )
+    yield _steps(found)
     if not report.finished:
         yield (
             f"The job did not get through: {report.ended_because}. Machines that stay longer (--churn), more spare "
@@ -47,3 +51,24 @@ def sentences(found: Trial) -> Iterator[str]:
         yield f"Nobody publishes a rent for: {named(found.unrented)}; they count with electricity alone."
     yield ""
     yield from (assumed_line(each) for each in found.assumed)
+
+
+def _steps(found: Trial) -> str:
+    """Say how long a step takes, and why that is not what the planner predicted."""
+    text = f"The planner predicted {seconds_text(found.predicted_step_s)} for a step"
+    if not found.report.step_s:
+        return f"{text}."
+    median_s, undisturbed_s = found.report.median_step_s, found.undisturbed_step_s
+    text += f"; simulated, the median is {seconds_text(median_s)}."
+    disturbed = bool(found.disturbed_by) and _differ(median_s, undisturbed_s)
+    if lines := _differ(undisturbed_s, found.predicted_step_s):
+        text += " Tensors of a machine share its line here, and in the plan they do not"
+        text += f": that alone makes it {seconds_text(undisturbed_s)}." if disturbed else "."
+    if disturbed:
+        causes = ", ".join(_DISTURBANCES[each] for each in found.disturbed_by)
+        text += f" What makes the {'rest of the ' if lines else ''}difference: {causes}."
+    return text
+
+
+def _differ(one_s: float, other_s: float) -> bool:
+    return abs(one_s - other_s) > _AS_LONG * other_s

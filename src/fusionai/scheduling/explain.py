@@ -57,9 +57,19 @@ def stage_lines(
     )
 
 
+_LONG_S = {"years": 365.25 * 86400.0, "d": 86400.0, "h": 3600.0}
+
+
 def seconds_text(seconds: float) -> str:
-    """Return seconds for people."""
+    """Return seconds for people: from two hours on in the largest of hours, days and years of which there are two."""
+    for unit, length_s in _LONG_S.items():
+        if seconds >= 2 * length_s:
+            return f"{_three_digits(seconds / length_s)} {unit}"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{float(f'{value:.3g}'):,.0f}"
 
 
 def bytes_text(size_bytes: float, digits: int = 3) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -33,6 +34,35 @@ class Tally:
         return sum(self.pass_busy_s.values()) + sum(self.update_s.values())
 
 
+class PassTime:
+    """The time between steps' starts and their last backwards, in seconds of the run."""
+
+    __slots__ = ("_before_s", "_starts_s", "_total_s")
+
+    def __init__(self) -> None:
+        self._starts_s: list[float] = []
+        self._before_s: list[float] = []
+        """Of the steps before each."""
+        self._total_s = 0.0
+
+    def add(self, start_s: float, passes_s: float) -> None:
+        """Count the passes of a step that began at `start_s`, after all counted so far."""
+        self._starts_s.append(start_s)
+        self._before_s.append(self._total_s)
+        self._total_s += passes_s
+
+    def within(self, spans_s: Sequence[tuple[float, float]]) -> float:
+        """Return how much of that time lies in spans of the run, from when to when each."""
+        return sum(self._until(end_s) - self._until(start_s) for start_s, end_s in spans_s)
+
+    def _until(self, now_s: float) -> float:
+        place = bisect_right(self._starts_s, now_s) - 1
+        if place < 0:
+            return 0.0
+        after_s = self._before_s[place + 1] if place + 1 < len(self._before_s) else self._total_s
+        return min(self._before_s[place] + now_s - self._starts_s[place], after_s)
+
+
 @dataclass(slots=True)
 class Accounts:
     """Everything that the report is made of."""
@@ -44,11 +74,13 @@ class Accounts:
     failures: list[FailureReport] = field(default_factory=list)
     timeline: list[PassReport] = field(default_factory=list)
     _tallies: list[tuple[Tally, int]] = field(default_factory=list)
+    _passes: PassTime = field(default_factory=PassTime)
     _replayed_s: dict[str, float] = field(default_factory=dict)
     _outside: list[dict[tuple[str, str], Traffic]] = field(default_factory=list)
 
-    def add(self, tally: Tally, *, committed: bool) -> None:
-        """Count a step; the same tally again is the same step repeated."""
+    def add(self, tally: Tally, start_s: float, *, committed: bool) -> None:
+        """Count a step that began at `start_s` of the run; the same tally again is the same step repeated."""
+        self._passes.add(start_s, tally.passes_end_s)
         if self._tallies and self._tallies[-1][0] is tally:
             self._tallies[-1] = tally, self._tallies[-1][1] + 1
         else:
@@ -106,6 +138,7 @@ class Accounts:
             there_s = max(0.0, elapsed_s - absent_s)
             price = scenario.prices.machines.get(peer, _FREE)
             idle_s = max(0.0, there_s - busy)
+            there_in_passes_s = passes_s - self._passes.within(presence.gone(peer, elapsed_s))
             machines.append(
                 MachineReport(
                     peer=peer,
@@ -113,7 +146,7 @@ class Accounts:
                     idle_s=idle_s,
                     absent_s=absent_s,
                     utilisation=busy / there_s if there_s else 0.0,
-                    bubble=max(0.0, 1 - pass_busy_s.get(peer, 0.0) / passes_s) if passes_s else 0.0,
+                    bubble=_idle_share(pass_busy_s.get(peer, 0.0), there_in_passes_s),
                     sent_bytes=sent.get(peer, 0.0),
                     received_bytes=received.get(peer, 0.0),
                     energy_j=price.power_w * (busy + scenario.prices.idle_share * idle_s),
@@ -156,6 +189,10 @@ class Accounts:
             timeline=tuple(self.timeline),
             executed_steps=self.executed_steps,
         )
+
+
+def _idle_share(busy_s: float, there_s: float) -> float:
+    return max(0.0, 1 - busy_s / there_s) if there_s > 0 else 0.0
 
 
 def _add(

@@ -99,9 +99,12 @@ class Presence:
 
     def absent_s(self, peer: str, until_s: float) -> float:
         """Return for how long a machine was gone in [0, until_s)."""
+        return sum(up_s - down_s for down_s, up_s in self.gone(peer, until_s))
+
+    def gone(self, peer: str, until_s: float) -> list[tuple[float, float]]:
+        """Return from when to when a machine was gone in [0, until_s)."""
         self._next(peer, until_s)
-        drawn = self._drawn[peer]
-        return sum(max(0.0, min(each.up_s, until_s) - each.down_s) for each in drawn if each.down_s < until_s)
+        return [(each.down_s, min(each.up_s, until_s)) for each in self._drawn[peer] if each.down_s < until_s]
 
     def _next(self, peer: str, now_s: float) -> Outage | None:
         """Return the first outage that ends after `now_s`."""

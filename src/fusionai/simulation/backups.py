@@ -154,17 +154,3 @@ def compute_s(lost: Sequence[Stage]) -> float:
         (stage.microbatches * (stage.forward_s + stage.backward_s) + stage.load.update_s) * stage.factor
         for stage in lost
     )
-
-
-def count_replay(assembly: Assembly, lost: Sequence[Stage], steps: int) -> None:
-    """Count the bytes that neighbours send again for `steps` past steps."""
-    for stage in lost:
-        for lane in (*stage.into[0], *stage.into[1]):
-            if lane.channel is not None:
-                size_bytes = steps * stage.microbatches * lane.sent_bytes
-                assembly.channels.count(lane.channel.source, lane.channel.target, size_bytes)
-
-
-def transfer_s(assembly: Assembly, backup: str, parts: Sequence[tuple[str, float]]) -> float:
-    """Send states to a backup from several peers at once; return the seconds until all is there."""
-    return max((assembly.channels.bulk(peer, backup, size_bytes) for peer, size_bytes in parts), default=0.0)

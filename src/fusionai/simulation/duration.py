@@ -6,6 +6,7 @@ import math
 import re
 
 from fusionai.errors import ConfigError
+from fusionai.scheduling.explain import seconds_text
 
 _UNITS_S = {"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -17,7 +18,9 @@ def parse_duration(text: str, *, name: str) -> float:
         ConfigError: the text is no duration above 0; `name` says whose it is.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(ms|s|min|h|d)\s*", text)
-    seconds = float(match[1]) * _UNITS_S[match[2]] if match else 0.0
+    seconds = float(match[1]) * _UNITS_S[match[2]] if match else math.nan
+    if seconds == 0:
+        raise ConfigError(f"{name} must be above 0, got {text!r}; write such as 90s, 20min, 1.5h or 2d")
     if not 0 < seconds < math.inf:
         raise ConfigError(f"{name} {text!r} is no duration; write such as 90s, 20min, 1.5h or 2d")
     return seconds
@@ -25,7 +28,9 @@ def parse_duration(text: str, *, name: str) -> float:
 
 def duration_text(seconds: float) -> str:
     """Return seconds for people, in the largest unit of which there are two, or one of milliseconds."""
-    for unit in ("d", "h", "min", "s"):
+    if seconds >= 2 * _UNITS_S["h"]:
+        return seconds_text(seconds)
+    for unit in ("min", "s"):
         if seconds >= 2 * _UNITS_S[unit]:
             return f"{seconds / _UNITS_S[unit]:.3g} {unit}"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

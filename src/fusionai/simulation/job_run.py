@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import msgspec
 
 from fusionai.simulation.accounts import Accounts, Tally
-from fusionai.simulation.assembly import Assembly, Stage
+from fusionai.simulation.assembly import Assembly
 from fusionai.simulation.availability import Presence
-from fusionai.simulation.backups import Backups, compute_s, count_replay, replay_s, transfer_s
+from fusionai.simulation.backups import Backups
 from fusionai.simulation.channels import Channels
 from fusionai.simulation.jitter import Factors
 from fusionai.simulation.links import Links
@@ -25,6 +24,7 @@ from fusionai.simulation.report import FailureReport, PassReport, Report
 from fusionai.simulation.scenario import Scenario
 from fusionai.simulation.snapshots import Snapshots, neighbours
 from fusionai.simulation.step_end import StepEnd, end_of_step
+from fusionai.simulation.takeover import Takeover
 from fusionai.simulation.workload import Workload
 
 DONE = "all steps are done"
@@ -32,27 +32,6 @@ DONE = "all steps are done"
 
 class _Stalled(Exception):
     """The job cannot go on; the text says why."""
-
-
-@dataclass(slots=True)
-class _Open:
-    """A failure whose recovery is not over."""
-
-    report: FailureReport
-    stages: list[Stage]
-    backup: str
-    replay_from_s: float
-    replay_until_s: float
-    """Seconds of the run between which the backup computes finished steps again."""
-    replay_compute_s: float
-    """What it computes meanwhile."""
-
-    def cut_short(self, machine: str, at_s: float) -> None:
-        """Take a death that may have come while the backup was still replaying."""
-        if machine == self.backup and at_s < self.replay_until_s:
-            length_s = self.replay_until_s - self.replay_from_s
-            self.replay_compute_s *= max(0.0, at_s - self.replay_from_s) / length_s if length_s else 0.0
-            self.replay_from_s = self.replay_until_s = min(self.replay_from_s, at_s)
 
 
 class JobRun:
@@ -65,7 +44,7 @@ class JobRun:
         self._workload = workload
         self._scenario = scenario
         self._recovery = scenario.recovery
-        self._channels = Channels(links)
+        self._channels = Channels(links, may_be_cut=True)
         self._assembly = Assembly(workload, self._channels, scenario.codec_of)
         self._presence = Presence(scenario.churn)
         self._backups = Backups(workload, self._presence, offers_bytes or {})
@@ -159,13 +138,18 @@ class JobRun:
         else:
             executor = PassExecutor(self._assembly, factors=factors, dies_s=deaths_s, record=record)
         self._accounts.executed_steps += 1
-        failures: list[_Open] = []
+        failures: list[Takeover] = []
         while True:
             machine, death_s = min(deaths_s.items(), key=lambda item: (item[1], item[0]), default=("", math.inf))
-            if executor.run(until_s=death_s):
+            opened = min(failures, key=lambda failure: failure.next_s, default=None)
+            next_s = opened.next_s if opened else math.inf
+            if executor.run(until_s=min(death_s, next_s)):
                 end = self._end(executor)
                 if end.committed_s <= death_s:
                     break
+            elif opened and next_s < death_s:
+                opened.go_on(executor, self._assembly, self._now_s)
+                continue
             elif death_s == math.inf:
                 raise ValueError("the pipeline cannot finish: a stage may hold nothing in flight (in_flight is 0)")
             if machine == self._workload.driver:
@@ -179,7 +163,7 @@ class JobRun:
                 self._give_up(executor, failures, death_s)
                 raise _Stalled(why)
             for failure in failures:
-                failure.cut_short(machine, self._now_s + death_s)
+                failure.cut_short(machine, death_s)
             if not self._replace(self._recovery, executor, deaths_s, machine, death_s, failures):
                 self._give_up(executor, failures, death_s)
                 raise _Stalled(
@@ -197,20 +181,20 @@ class JobRun:
             factors=executor.factors,
         )
 
-    def _commit(self, executor: PassExecutor, end: StepEnd, failures: list[_Open], *, repeatable: bool) -> None:
+    def _commit(self, executor: PassExecutor, end: StepEnd, failures: list[Takeover], *, repeatable: bool) -> None:
         for source, target, size_bytes in end.sends:
             self._channels.count(source, target, size_bytes)
         self._record(executor)
         self._accounts.lost_s += executor.lost_s
         self._accounts.recomputed_s += executor.again_s
         self._close(failures)
-        tally = Tally(end.committed_s, executor.end_s, executor.busy_s, end.update_s, self._channels.take_traffic())
-        self._snapshots.settle(tally.length_s)
-        self._channels.end_step(tally.length_s)
+        self._snapshots.settle(end.committed_s)
+        traffic = self._channels.end_step(end.committed_s)
+        tally = Tally(end.committed_s, executor.end_s, executor.busy_s, end.update_s, traffic)
         self._quiet = tally if repeatable else None if failures else self._quiet
         self._finish(tally)
 
-    def _close(self, failures: list[_Open]) -> None:
+    def _close(self, failures: list[Takeover]) -> None:
         """Report the failures of a step that is over."""
         for failure in failures:
             caught_up_s = self._now_s + max(stage.caught_up_s for stage in failure.stages)
@@ -223,7 +207,7 @@ class JobRun:
                 self._accounts.replayed(failure.backup, failure.replay_compute_s)
 
     def _finish(self, tally: Tally) -> None:
-        self._accounts.add(tally, committed=True)
+        self._accounts.add(tally, self._now_s, committed=True)
         self._computed_s.append(tally.computed_s)
         self._now_s += tally.length_s
         self._step += 1
@@ -231,14 +215,14 @@ class JobRun:
     def _cut_off(self, executor: PassExecutor, at_s: float) -> None:
         """End a step without committing it."""
         self._record(executor)
-        tally = Tally(at_s, min(at_s, executor.end_s), executor.busy_s, {}, self._channels.take_traffic())
-        self._accounts.lost_s += tally.computed_s
-        self._accounts.add(tally, committed=False)
         self._snapshots.settle(at_s)
-        self._channels.end_step(at_s)
+        traffic = self._channels.end_step(at_s)
+        tally = Tally(at_s, min(at_s, executor.end_s), executor.busy_s, {}, traffic)
+        self._accounts.lost_s += tally.computed_s
+        self._accounts.add(tally, self._now_s, committed=False)
         self._now_s += at_s
 
-    def _give_up(self, executor: PassExecutor, failures: list[_Open], at_s: float) -> None:
+    def _give_up(self, executor: PassExecutor, failures: list[Takeover], at_s: float) -> None:
         """End the run in the middle of a step; passes that had begun elsewhere end."""
         self._close(failures)
         self._cut_off(executor, max(at_s, executor.end_s))
@@ -267,7 +251,7 @@ class JobRun:
         deaths_s: dict[str, float],
         machine: str,
         death_s: float,
-        failures: list[_Open],
+        failures: list[Takeover],
     ) -> bool:
         """Let a backup take a dead machine's stages, in the middle of the step; return whether one can.
 
@@ -278,6 +262,10 @@ class JobRun:
         assembly = self._assembly
         lost = executor.lose(machine)
         self._snapshots.lose_sender(machine, death_s)
+        self._channels.lose(machine, death_s)
+        executor.look_again(death_s)
+        for failure in failures:
+            failure.look_again(death_s)
         report = FailureReport(
             peer=machine,
             step=self._step,
@@ -305,37 +293,23 @@ class JobRun:
                 else "no machine that could take its stages over ever comes"
             )
             report = msgspec.structs.replace(report, state_from=why)
-            failures.append(_Open(report, lost, machine, died_s, died_s, 0.0))
+            failures.append(Takeover(report, lost, machine, (), math.inf))
             return False
         for stage, load in zip(lost, backup.loads, strict=True):
             assembly.move(stage, load)
             stage.factor = executor.factors.get(load.peer, 1.0)
-        restored_s = begin_s + sum(transfer_s(assembly, backup.peer, source.parts) for source in sources)
-        steps = self._step - min(source.step for source in sources)
-        count_replay(assembly, lost, steps)
-        ready_s = restored_s + steps * replay_s(assembly, lost)
         del deaths_s[machine]
         executor.dies_s.pop(machine, None)
         next_s = self._presence.next_down_s(backup.peer, begin_s)
         if next_s < math.inf:
             deaths_s[backup.peer] = executor.dies_s[backup.peer] = next_s - self._now_s
-        for stage in lost:
-            executor.restore(stage, ready_s - self._now_s)
-        opened = _Open(
-            msgspec.structs.replace(
-                report,
-                backup=backup.peer,
-                state_from="; ".join(dict.fromkeys(source.words for source in sources)),
-                restored_s=restored_s,
-                replayed_steps=steps,
-            ),
-            lost,
-            backup.peer,
-            restored_s,
-            ready_s,
-            steps * compute_s(lost),
+        report = msgspec.structs.replace(
+            report,
+            backup=backup.peer,
+            state_from="; ".join(dict.fromkeys(source.words for source in sources)),
+            replayed_steps=self._step - min(source.step for source in sources),
         )
-        failures.append(opened)
+        failures.append(Takeover(report, lost, backup.peer, sources, begin_s - self._now_s))
         return True
 
     def _restart(self, executor: PassExecutor, machine: str, death_s: float) -> None:
@@ -347,6 +321,7 @@ class JobRun:
         lost = self._assembly.held_by(machine)
         backup = self._backups.choose(self._assembly, lost, known_s)
         self._snapshots.lose_sender(machine, death_s)
+        self._channels.lose(machine, death_s)
         self._cut_off(executor, death_s)
         checkpoint = self._snapshots.whole_step
         report = FailureReport(
@@ -370,10 +345,10 @@ class JobRun:
         for stage in self._assembly.stages:
             state_bytes[stage.machine] = state_bytes.get(stage.machine, 0.0) + stage.load.state_bytes
         loading_s = max(
-            transfer_s(self._assembly, peer, ((self._workload.driver, size_bytes),))
+            self._channels.send_state(self._workload.driver, peer, size_bytes, 0.0)
             for peer, size_bytes in state_bytes.items()
         )
-        self._accounts.outside(self._channels.take_traffic())
+        self._accounts.outside(self._channels.end_step(loading_s))
         undone_s = sum(self._computed_s[checkpoint:])
         self._accounts.lost_s += undone_s
         del self._computed_s[checkpoint:]

@@ -230,6 +230,18 @@ class PassExecutor:
                 lane.made_s = [math.inf] * stage.microbatches
         return lost
 
+    def look_again(self, now_s: float) -> None:
+        """Let tensors that wait for a link, which a death may have freed, look again whether it is."""
+        if not self._shared:
+            return
+        for place, event in enumerate(self._queue):
+            if event[1] == _SENDING:
+                _, _, _, number, index, _ = event  # type: ignore[misc]
+                lane = self._assembly.lanes[number]
+                due_s = max(now_s, lane.made_s[index], lane.target.available_s)
+                self._queue[place] = min(event[0], due_s), *event[1:]
+        heapq.heapify(self._queue)
+
     def restore(self, stage: Stage, at_s: float) -> None:
         """Let a lost stage, moved by now, compute from `at_s` on; neighbours send again what they kept for it."""
         stage.factor = self.factors.get(stage.machine, 1.0)

@@ -7,6 +7,7 @@ text, so pictures can be compared and kept under version control.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -125,6 +126,8 @@ def _svg(figure: Figure) -> str:
     text = io.StringIO()
     # Identifiers and the date would otherwise differ from one call to the next.
     settings: dict[str, Any] = {"svg.hashsalt": "fusionai", "svg.fonttype": "none"}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # Names are written as text, and whoever shows the picture has a font for them; only their width is a guess.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from", category=UserWarning)
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()

@@ -18,7 +18,7 @@ class MachineReport(msgspec.Struct, frozen=True, kw_only=True):
     utilisation: float
     """Busy share of the time it was there."""
     bubble: float
-    """Idle share of the time from a step's start to the last backward of any pipeline."""
+    """Idle share of the time from a step's start to the last backward of any pipeline, as far as it was there."""
     sent_bytes: float
     received_bytes: float
     energy_j: float

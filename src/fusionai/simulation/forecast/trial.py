@@ -77,6 +77,10 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     predicted_step_s: float
     """By the planner, for a step without variation and failures."""
     predicted_tokens_per_s: float
+    undisturbed_step_s: float
+    """Simulated, for a step without variation, failures, snapshots and codecs."""
+    disturbed_by: tuple[str, ...]
+    """Options that may make the simulated steps take longer or shorter than that."""
     planning_s: float
     names: dict[str, str]
     """Machines by peer, as the pool file names them; the report has peers."""
@@ -146,12 +150,17 @@ def trial(
 
     links = links_of_what_if(full)
     report = execute(links)
+    undisturbed = execute(
+        links, replace(scenario, steps=1, codec=Dense(), churn=Scripted(), recovery=Replay(), jitter=None)
+    )
     plain = replace(scenario, timeline_steps=0)
     return Trial(
         plan=plan,
         pipelines=len(pipelines_of(plan)),
         predicted_step_s=plan.predicted_step_s,
         predicted_tokens_per_s=request.tokens_per_step / plan.predicted_step_s,
+        undisturbed_step_s=undisturbed.median_step_s,
+        disturbed_by=_disturbances(given),
         planning_s=planning_s,
         names={each.peer: each.name for each in full.machines},
         report=report,
@@ -189,6 +198,16 @@ def _scenario(
         # What churn keeps from its end is given up within seconds, not minutes.
         most_failures=max(1000, 10 * given.steps, 20 * len(what_if.machines)),
     )
+
+
+def _disturbances(given: Circumstances) -> tuple[str, ...]:
+    """Return the options given that change how long a step takes."""
+    options = {
+        "--churn": given.mean_up_s is not None,
+        "--jitter": bool(given.jitter or given.drift),
+        "--codec": given.top_k is not None,
+    }
+    return tuple(option for option, used in options.items() if used)
 
 
 def _prices(what_if: WhatIfPool, plan: Plan | SwarmPlan, given: Circumstances) -> tuple[Prices, tuple[str, ...]]:

@@ -11,9 +11,9 @@ from fusionai.simulation.headline.report import Headline, Row
 _CLAIM = "The abstract of FusionAI (arXiv 2309.01172) says that 50 RTX 3080 reach the throughput of 4 H100."
 
 
-def page(found: Headline, date: datetime.date) -> str:
-    """Return the page; it ends with a line break."""
-    return "\n".join(_lines(found, date)) + "\n"
+def page(found: Headline, date: datetime.date, *, command: str) -> str:
+    """Return the page; it ends with a line break. `command` is what made it."""
+    return "\n".join(_lines(found, date, command)) + "\n"
 
 
 def holds(row: Row, found: Headline) -> bool:
@@ -21,12 +21,11 @@ def holds(row: Row, found: Headline) -> bool:
     return row.fits and row.ratio_to_4xh100_pcie >= found.comparable
 
 
-def _lines(found: Headline, date: datetime.date) -> Iterator[str]:
+def _lines(found: Headline, date: datetime.date, command: str) -> Iterator[str]:
     yield from (
         "# 50 RTX 3080 against 4 H100",
         "",
-        f"Made by `fusionai paper --write docs/paper.md` on {date.isoformat()}. All figures are predicted, none "
-        f"is measured.",
+        f"Made by `{command}` on {date.isoformat()}. All figures are predicted, none is measured.",
         "",
         f"{_CLAIM} Its models, batches and links",
         "were not available to us, so nothing below is the paper's: it is what this project's cost model says.",
