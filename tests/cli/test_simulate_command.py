@@ -140,7 +140,7 @@ def test_ranges_of_a_sweep(text: str, low: float, high: float, tmp_path: Path, s
     assert (factors[0], factors[-1]) == (low, high)
 
 
-LINES = "Tensors of a machine share its line"
+LINES = "Of tensors that find a line free, the plan sends another one first"
 
 
 def test_why_a_step_is_not_as_predicted(tmp_path: Path, simulated: Any) -> None:

@@ -62,7 +62,7 @@ def _steps(found: Trial) -> str:
     text += f"; simulated, the median is {seconds_text(median_s)}."
     disturbed = bool(found.disturbed_by) and _differ(median_s, undisturbed_s)
     if lines := _differ(undisturbed_s, found.predicted_step_s):
-        text += " Tensors of a machine share its line here, and in the plan they do not"
+        text += " Of tensors that find a line free, the plan sends another one first"
         text += f": that alone makes it {seconds_text(undisturbed_s)}." if disturbed else "."
     if disturbed:
         causes = ", ".join(_DISTURBANCES[each] for each in found.disturbed_by)
