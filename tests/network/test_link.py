@@ -9,6 +9,7 @@ import os
 import random
 import struct
 import time
+from asyncio import sslproto
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -292,6 +293,27 @@ def test_handler_may_close_its_own_link() -> None:
             assert b.got.events.count("close") == 1
 
     run(main())
+
+
+def test_a_connection_that_was_cut_is_not_closed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio's TLS transports forget their connection when they are closed twice; Python 3.11.2 then cannot abort."""
+    again: list[object] = []
+    close = sslproto._SSLProtocolTransport.close  # type: ignore[attr-defined]
+
+    def counted(transport: Any) -> None:
+        if transport.is_closing():
+            again.append(transport)
+        close(transport)
+
+    monkeypatch.setattr(sslproto._SSLProtocolTransport, "close", counted)  # type: ignore[attr-defined]
+
+    async def main() -> None:
+        async with pair() as (a, b, link_a, link_b):
+            link_a._control.abort(PeerLost("cut"))
+            await until(lambda: link_a.closed and link_b.closed and bool(a.got.closed and b.got.closed))
+
+    asyncio.run(main())
+    assert not again
 
 
 @pytest.mark.parametrize("error", [ProtocolError("shape [2] came with 3 bytes"), KeyError("bug")])

@@ -231,7 +231,9 @@ class Connection(asyncio.BufferedProtocol):
                 if self._lane is not None:
                     await self._lane.flush()
                 if self._transport is not None:
-                    self._transport.close()
+                    # A TLS transport of asyncio that is closed twice forgets its connection, and cannot abort it.
+                    if not self._transport.is_closing():
+                        self._transport.close()
                     await self._gone.wait()
         except TimeoutError:
             pass
