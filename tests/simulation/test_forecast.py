@@ -173,6 +173,10 @@ def test_large_pools_say_among_whom_was_sought() -> None:
     assert found.considered < found.offered == 92
     assert {each.machine for each in found.stages} <= {"fast-1", "fast-2"}
     assert any(f"among the {found.considered} machines" in each for each in sentences(found))
+    (left_out,) = (each for each in sentences(found) if each.startswith("Left out: "))
+    assert left_out.startswith(
+        f"Left out: {92 - len(found.stages)} of 92 machines: {92 - found.considered} that were not searched"
+    )
     assert {each.machine for each in found.alone} == {"fast-1", "slow-1"}
     # Numbers of machines that the best chains do not have are still obeyed.
     assert len(forecast(request(compnodes=4), what_if, what_ifs=False).stages) == 4

@@ -9,6 +9,7 @@ from small_requests import load, private, request
 
 from fusionai.cli.trial_words import sentences
 from fusionai.errors import ConfigError
+from fusionai.simulation.forecast.forecast import forecast
 from fusionai.simulation.forecast.request import Request, plan_on, setting_of, swarm_on, with_owner
 from fusionai.simulation.forecast.trial import Circumstances, Trial, trial
 from fusionai.simulation.hardware.catalogue import lookup
@@ -34,6 +35,15 @@ def test_the_plan_is_that_of_a_forecast() -> None:
         assert found.report.median_step_s == pytest.approx(found.predicted_step_s, rel=0.05)
         assert found.job is not None
         assert found.job.elapsed_s == pytest.approx(250 * found.report.elapsed_s)
+
+
+def test_machines_are_busy_as_the_forecast_says() -> None:
+    for asked, what_if in ((request(compnodes=2), POOL), (private(), load({"count": 2}, owner={}))):
+        found = tried(asked, what_if)
+        busy = {row.machine: row.busy for row in forecast(asked, what_if, what_ifs=False).stages}
+        simulated = {found.names[each.peer]: each.utilisation for each in found.report.machines}
+        # Passes and the update, once a machine.
+        assert {name: simulated[name] for name in busy} == pytest.approx(busy, rel=0.02)
 
 
 def test_many_pipelines() -> None:

@@ -51,7 +51,7 @@ def sentences(found: Forecast) -> Iterator[str]:
             "other's way through the machines. More of them a step (training.microbatches), more memory to hold them "
             "or fewer machines (placement.compnodes) may help more than a faster one."
         )
-    yield from (f"{line[0].upper()}{line[1:]}." for line in found.plan.explanation if line.startswith("left out: "))
+    yield from _left_out(found)
     if found.alone:
         yield _alone(found)
         yield from _offloaded(found)
@@ -65,6 +65,16 @@ def assumed_line(each: Assumed) -> str:
     """Return an assumption in a sentence."""
     whose = f" ({named(each.machines)})" if each.machines else ""
     return f"Assumed, not measured: {each.figure}{whose}: {each.note}."
+
+
+def _left_out(found: Forecast) -> Iterator[str]:
+    """Yield who has no part in the plan, and why; of a pool that was searched in part, how many of all."""
+    lines = [line.removeprefix("left out: ") for line in found.plan.explanation if line.startswith("left out: ")]
+    if found.considered < found.offered:
+        unused = found.offered - len({stage.peer for stage in found.plan.stages} - {found.plan.owner})
+        apart = f"{found.offered - found.considered:,} that were not searched for one pipeline"
+        lines = [f"{unused:,} of {found.offered:,} machines: {', and '.join([apart, *lines])}"]
+    yield from (f"Left out: {line}." for line in lines)
 
 
 def _pipelines(found: Forecast) -> Iterator[str]:

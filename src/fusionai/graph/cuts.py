@@ -77,6 +77,16 @@ def cut_points(graph: OpDag, sizes: Sizes, within: tuple[int, int] | None = None
     return search.points(ends[0] + 1, ends[-1] + 1, before, after)
 
 
+def thinned(graph: OpDag, sizes: Sizes, points: Sequence[int], most: int) -> list[int]:
+    """Return at most `most` of many cut points: the cheapest of each stretch, so that the good ones are kept evenly."""
+    if len(points) <= most:
+        return list(points)
+    crossing = crossing_bytes(graph, sizes)
+    step = len(points) / most
+    stretches = [points[int(k * step) : int((k + 1) * step)] for k in range(most)]
+    return [min(stretch, key=lambda point: crossing[point]) for stretch in stretches if stretch]
+
+
 def _work_before(graph: OpDag, sizes: Sizes) -> list[float]:
     """Return, for each position, the work of all nodes before it, as FLOPs of forward and backward."""
     whole = cut(graph, [])[0]

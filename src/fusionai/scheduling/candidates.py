@@ -33,6 +33,9 @@ _TOLERANCE_OF_ORDERS = 5e-3
 _CORRECTIONS = 3
 """How often the solver is told that a machine holds less than it reckoned with."""
 
+_EXCHANGES, _EXCHANGES_OF_MANY = 40, 5
+"""Orders of machines that are tried from the best one found, with few members and with many."""
+
 _MOST_ALONE = 32
 """Kinds of machines that are looked at alone."""
 
@@ -44,6 +47,8 @@ def search(
     budgets = [each.device.memory_bytes / MEMORY_MARGIN for each in members]
     place = {member.peer: index for index, member in enumerate(members)}
     owner_failure: Evaluated | None = None
+    # Where chains follow the links, exchanges by speed found nothing better in any of twenty random pools.
+    exchanges = _EXCHANGES if len(members) <= _FEW_MEMBERS else _EXCHANGES_OF_MANY
     for _ in range(1 + _CORRECTIONS):
         found: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
         for hide_deferred in _hidings(task):
@@ -58,7 +63,7 @@ def search(
                 in_flight_limit=limit,
                 hide_deferred=hide_deferred,
             )
-            found |= {(each.devices, each.bounds) for each in split(line, counts)}
+            found |= {(each.devices, each.bounds) for each in split(line, counts, exchanges=exchanges)}
             if task.microbatches <= _FEW_MICROBATCHES and len(members) <= _FEW_MACHINES:
                 found |= {(each.devices, each.bounds) for each in _best_of_orders(line, counts)}
         tried = [evaluated(task, segments, members, *each, limit) for each in sorted(found)]

@@ -291,7 +291,7 @@ class _Stages:
         bottleneck = self._bottleneck(times, commit_s, step_s)
         names = {peer: task.member(peer).name for peer in self._peers}
         offers = {peer: task.member(peer).device.memory_bytes for peer in self._peers}
-        busy = {peer: seconds / step_s for peer, seconds in times.busy_s.items()}
+        busy = {peer: seconds / step_s for peer, seconds in self._computing_s(times).items()}
         return Plan(
             graph_hash=task.graph_hash,
             sizes=task.sizes,
@@ -318,10 +318,17 @@ class _Stages:
             send_s=self._sending_s(stage),
         )
 
+    def _computing_s(self, times: PipelineTimes) -> dict[str, float]:
+        """Return the seconds of a step in which each machine computes: its passes, and the update once."""
+        found = dict(times.busy_s)
+        for peer, seconds in zip(self._peers, self._update_s, strict=True):
+            found[peer] += seconds
+        return found
+
     def _bottleneck(self, times: PipelineTimes, commit_s: float, step_s: float) -> str:
         """Name the machine, link or line that is busy most of a step, or its end if that takes longer."""
         task = self._task
-        machine, machine_s = max(times.busy_s.items(), key=lambda item: item[1])
+        machine, machine_s = max(self._computing_s(times).items(), key=lambda item: item[1])
         words = f"computing on {task.member(machine).name}"
         if times.link_busy_s:
             (source, target), link_s = max(times.link_busy_s.items(), key=lambda item: item[1])

@@ -10,6 +10,11 @@ from fusionai.graph.model import Node
 from fusionai.scheduling.plan import StagePlan
 from fusionai.scheduling.segments import MEMORY_MARGIN
 
+_MOST_LISTED = 5
+"""Names that a sentence lists one by one, and then runs of names."""
+
+_NUMBERED = re.compile(r"^(?P<prefix>.*?)(?P<number>0|[1-9]\d*)$")
+
 _BLOCK = re.compile(r"^(?P<list>.*?)\.(?P<index>\d+)(?:\.|$)")
 
 
@@ -100,12 +105,39 @@ def _floored(size_bytes: int, digits: int) -> int:
     return size_bytes // step * step
 
 
+def brief_names(names: Sequence[str]) -> str:
+    """Return names for a sentence: a few one by one, many in runs: "a-1 to a-30, b-3, 31 in all"."""
+    if len(names) <= _MOST_LISTED:
+        return ", ".join(names)
+    runs = _runs(names)
+    shown = [first if first == last else f"{first} to {last}" for first, last, _ in runs[:_MOST_LISTED]]
+    rest = sum(count for _, _, count in runs[_MOST_LISTED:])
+    return f"{', '.join(shown)}{f' and {rest:,} more' if rest else ''}, {len(names):,} in all"
+
+
+def _runs(names: Sequence[str]) -> list[tuple[str, str, int]]:
+    """Return runs of names numbered one after the other, each as its first, its last and their count."""
+    found: list[tuple[str, str, int]] = []
+    following = ""
+    for name in names:
+        if name == following:
+            first, _, count = found.pop()
+            found.append((first, name, count + 1))
+        else:
+            found.append((name, name, 1))
+        numbered = _NUMBERED.match(name)
+        following = f"{numbered['prefix']}{int(numbered['number']) + 1}" if numbered else ""
+    return found
+
+
 def left_out_line(spare: Sequence[str], unlinked: Sequence[str], *, chosen: bool) -> tuple[str, ...]:
     """Return lines on the compnodes without a part; `chosen`: the job says how many to use."""
     lines = []
     if spare:
         why = "the job asks for fewer" if chosen else "with more compnodes a step would not be shorter"
-        lines.append(f"left out: {', '.join(spare)} ({why})")
+        lines.append(f"left out: {brief_names(spare)} ({why})")
     if unlinked:
-        lines.append(f"left out: {', '.join(unlinked)} (no link with the owner's machine: neither side can be dialled)")
+        lines.append(
+            f"left out: {brief_names(unlinked)} (no link with the owner's machine: neither side can be dialled)"
+        )
     return tuple(lines)

@@ -29,9 +29,6 @@ Floats = NDArray[np.float64]
 EXACT_WORK = 5e7
 """Element operations of one threshold above which orders are searched instead of enumerated (~0.3 s)."""
 
-_ORDER_SEARCH_STEPS = 40
-"""Rounds of local search over device orders; each tries one neighbour order."""
-
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -94,8 +91,17 @@ class Split:
         return self.latency_s + (microbatches - 1) * self.bottleneck_s
 
 
-def split(line: Line, counts: Sequence[int], *, tolerance: float = 1e-3, keep: int = 4) -> list[Split]:
+def split(
+    line: Line,
+    counts: Sequence[int],
+    *,
+    tolerance: float = 1e-3,
+    keep: int = 4,
+    exchanges: int = 40,
+) -> list[Split]:
     """Return the best splits over any of `counts` devices, best first, at most `keep`; empty when none is possible.
+
+    `exchanges`: neighbour orders to try where there are too many to try all.
 
     The first is optimal up to the relative `tolerance`, when the search is exact (see the module).
     """
@@ -108,7 +114,7 @@ def split(line: Line, counts: Sequence[int], *, tolerance: float = 1e-3, keep: i
         found = list(frontier(line, lambda limit_s: _best_of_sets(line, counts, limit_s), tolerance))
     else:
         for count in _few(counts):
-            found += _search_orders(line, count, max(tolerance, 5e-3))
+            found += _search_orders(line, count, max(tolerance, 5e-3), exchanges)
     unique = {(each.devices, each.bounds): each for each in found}
     return sorted(unique.values(), key=lambda each: each.objective_s(line.microbatches))[:keep]
 
@@ -262,21 +268,22 @@ def best_of_order(line: Line, order: Sequence[int], limit_s: float) -> Split | N
     if line.outer_s > limit_s:
         return None
     outside, last = line.devices, line.positions - 1
-    hops = usable_hops(line, limit_s)
+    path = np.asarray([outside, *order, outside])
+    used = path[:-1], path[1:]
+    # Only the hops of this order: there are as many as devices, of all their square.
+    hops = np.where(line.hop_busy_s_EEP[used] <= limit_s, line.hop_s_EEP[used], np.inf)
     latency_P = np.full(line.positions, np.inf)
     latency_P[last] = 0.0
-    after = outside
     choices: list[NDArray[np.intp]] = []
     for left, device in enumerate(reversed(order), start=1):
         held = line.in_flight(left) + line.heap_microbatches_D[device]
         need_PP = line.fixed_bytes_PP + held * line.flight_bytes_PP
         allowed = (line.seconds_DPP[device] <= limit_s) & (need_PP <= line.budget_bytes_D[device])
-        onward_P = hops[device, after] + latency_P
+        onward_P = hops[-left] + latency_P
         total_PP = np.where(allowed, line.delay_s_DPP[device], np.inf) + onward_P[None]
         choices.append(np.argmin(total_PP, axis=1))
-        latency_P = np.min(total_PP, axis=1)
-        after = device
-    if not np.isfinite(latency_P[0] + hops[outside, after, 0]):
+        latency_P = np.take_along_axis(total_PP, choices[-1][:, None], axis=1)[:, 0]
+    if not np.isfinite(latency_P[0] + hops[0, 0]):
         return None
     bounds = [0]
     for choice in reversed(choices):
@@ -284,7 +291,7 @@ def best_of_order(line: Line, order: Sequence[int], limit_s: float) -> Split | N
     return make_split(line, order, bounds)
 
 
-def _search_orders(line: Line, count: int, tolerance: float) -> list[Split]:
+def _search_orders(line: Line, count: int, tolerance: float, exchanges: int) -> list[Split]:
     """Return splits over `count` devices, from chains of near neighbours improved by swaps.
 
     The fastest devices are taken; the order starts as a chain of cheapest hops from each of a few devices, or by
@@ -307,7 +314,7 @@ def _search_orders(line: Line, count: int, tolerance: float) -> list[Split]:
     starts.add(tuple(int(device) for device in memory[:count]))
     best_order, best = min(((order, solve(order)) for order in sorted(starts)), key=lambda pair: value(pair[1]))
     random = np.random.default_rng(count)
-    for _ in range(_ORDER_SEARCH_STEPS if count > 1 or spare else 0):
+    for _ in range(exchanges if count > 1 or spare else 0):
         order = list(best_order)
         place = int(random.integers(count))
         outsiders = [device for device in spare if device not in order]

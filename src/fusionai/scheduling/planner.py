@@ -17,7 +17,7 @@ from typing import Literal
 import msgspec
 
 from fusionai.errors import ConfigError, PlacementError
-from fusionai.graph.cuts import crossing_bytes, cut_points
+from fusionai.graph.cuts import cut_points, thinned
 from fusionai.graph.model import OpDag, Sizes
 from fusionai.scheduling.candidates import as_given, each_alone, evaluated, linked_chains, search
 from fusionai.scheduling.evaluation import Evaluated, Task
@@ -190,13 +190,7 @@ def cut_positions(task: Task, cuts: Sequence[int] | None) -> list[int]:
             )
         return positions
     points = cut_points(task.graph, task.sizes, within=(task.front, task.back))
-    if len(points) > _MOST_POSITIONS:
-        # The cheapest point of each stretch: an even choice that keeps the good ones.
-        crossing = crossing_bytes(task.graph, task.sizes)
-        step = len(points) / _MOST_POSITIONS
-        stretches = [points[int(k * step) : int((k + 1) * step)] for k in range(_MOST_POSITIONS)]
-        points = [min(stretch, key=lambda point: crossing[point]) for stretch in stretches if stretch]
-    return [task.front, *points, task.back]
+    return [task.front, *thinned(task.graph, task.sizes, points, _MOST_POSITIONS), task.back]
 
 
 def in_flight_limits(microbatches: int, stages: int) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fusionai.scheduling.explain import bytes_text, seconds_text
+from fusionai.scheduling.explain import brief_names, bytes_text, seconds_text
 from fusionai.scheduling.serving.estimator import CHUNK_TOKENS
 from fusionai.scheduling.serving.evaluation import Evaluated, Evaluator, Share
 from fusionai.scheduling.serving.flow import SINK, SOURCE
@@ -168,7 +168,7 @@ def _lines(
     lines.append(f"what limits it: {bottleneck}")
     if left_out:
         why = "with them it would not be faster" if route is None else "a further machine would make a stream slower"
-        lines.append(f"left out: {', '.join(names[peer] for peer in left_out)} ({why})")
+        lines.append(f"left out: {brief_names([names[peer] for peer in left_out])} ({why})")
     return tuple(lines)
 
 

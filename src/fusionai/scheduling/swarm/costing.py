@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fusionai.graph.cost import StageCost
-from fusionai.graph.cuts import Cutter, crossing_bytes, cut_points
+from fusionai.graph.cuts import Cutter, cut_points, thinned
 from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.estimator import deferred_s, flops_rate
 from fusionai.scheduling.links import Floats
@@ -67,12 +67,7 @@ def _positions(task: SwarmTask) -> list[int]:
     """Return the positions considered, the cheapest of each stretch where there are too many."""
     points = cut_points(task.graph, task.sizes, within=(task.front, task.back))
     most = _MOST_POSITIONS if len(task.members) <= _MANY_MACHINES else _MOST_POSITIONS_OF_MANY
-    if len(points) > most:
-        crossing = crossing_bytes(task.graph, task.sizes)
-        step = len(points) / most
-        stretches = [points[int(k * step) : int((k + 1) * step)] for k in range(most)]
-        points = [min(stretch, key=lambda point: crossing[point]) for stretch in stretches if stretch]
-    return [task.front, *points, task.back]
+    return [task.front, *thinned(task.graph, task.sizes, points, most), task.back]
 
 
 def _device_tables(task: SwarmTask, costs: Sequence[StageCost]) -> list[Floats]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fusionai.graph.shared_weights import waiting
 from fusionai.scheduling.estimator import training_memory_bytes, update_s
-from fusionai.scheduling.explain import seconds_text, stage_lines
+from fusionai.scheduling.explain import brief_names, seconds_text, stage_lines
 from fusionai.scheduling.plan import StagePlan, StagePrediction
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.swarm.end_of_step import end_s
@@ -18,8 +18,6 @@ from fusionai.scheduling.swarm_plan import PipelinePlan, SwarmPlan
 
 _MOST_EXPLAINED = 12
 """Pipelines whose stages the explanation lists."""
-
-_MOST_NAMED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +87,7 @@ def swarm_plan(work: Work, found: Outcome) -> SwarmPlan:
 
 
 def _stages(work: Work, run: Running) -> tuple[StagePlan, ...]:
-    task = work.task
-    trained = [cost.trainable_bytes for cost in run.costs]
-    trained[-1] -= work.both_ends_bytes
+    task, updates_s = work.task, _updates_s(work, run)
     return tuple(
         StagePlan(
             stage=stage,
@@ -102,7 +98,7 @@ def _stages(work: Work, run: Running) -> tuple[StagePlan, ...]:
             predicted=StagePrediction(
                 forward_s=run.seconds[stage][0],
                 backward_s=run.seconds[stage][1],
-                update_s=update_s(trained[stage], task.machines[machine].device, task.optimizer_states),
+                update_s=updates_s[stage],
                 memory_bytes=training_memory_bytes(
                     run.costs[stage], task.machines[machine].device, run.in_flight[stage], task.optimizer_states
                 ),
@@ -113,11 +109,24 @@ def _stages(work: Work, run: Running) -> tuple[StagePlan, ...]:
     )
 
 
+def _updates_s(work: Work, run: Running) -> list[float]:
+    """Return, by stage, the seconds of the update; what both of the owner's stages hold is updated in the first."""
+    trained = [cost.trainable_bytes for cost in run.costs]
+    trained[-1] -= work.both_ends_bytes
+    devices = [work.task.machines[machine].device for machine in run.machines]
+    return [
+        update_s(nbytes, device, work.task.optimizer_states) for nbytes, device in zip(trained, devices, strict=True)
+    ]
+
+
 def _bottleneck(work: Work, found: Outcome) -> str:
     """Name what is busy most of a step: a machine or link of the last pipeline, or the end of the step."""
     names = [each.name for each in work.task.machines]
     last = max(found.runs, key=lambda each: each.times.makespan_s)
-    machine, busy_s = max(last.times.busy_s.items(), key=lambda item: item[1])
+    computing_s = dict(last.times.busy_s)
+    for index, seconds in zip(last.machines, _updates_s(work, last), strict=True):
+        computing_s[str(index)] += seconds
+    machine, busy_s = max(computing_s.items(), key=lambda item: item[1])
     words = f"computing on {names[int(machine)]}"
     if last.times.link_busy_s:
         (source, target), link_s = max(last.times.link_busy_s.items(), key=lambda item: item[1])
@@ -153,6 +162,5 @@ def _explanation(
         f"{bottleneck} limits it"
     )
     if left_out:
-        more = f" and {len(left_out) - _MOST_NAMED} more" if len(left_out) > _MOST_NAMED else ""
-        lines.append(f"left out: {', '.join(left_out[:_MOST_NAMED])}{more} (with them a step would not be shorter)")
+        lines.append(f"left out: {brief_names(left_out)} (with them a step would not be shorter)")
     return tuple(lines)

@@ -27,7 +27,7 @@ from fusionai.scheduling.swarm.exact import best_small_chains
 from fusionai.scheduling.swarm.grouping import Grouping, fenced, groupings, scopes
 from fusionai.scheduling.swarm.outcome import Outcome, outcome, owner_need_bytes, swarm_plan
 from fusionai.scheduling.swarm.running import Running, run
-from fusionai.scheduling.swarm.selection import Selection, selected
+from fusionai.scheduling.swarm.selection import NO_GUESS, Selection, selected
 from fusionai.scheduling.swarm.shares import shared_out
 from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.scheduling.swarm.work import Work
@@ -55,8 +55,6 @@ _WORKED_THROUGH = 6
 
 _BUDGET_SHARES = (0.9, 0.75)
 """Of each machine's memory, tried where real stages turned out larger than sums over segments."""
-
-_NO_GUESS = Selection((), (), math.inf)
 
 _OWNER_LIMITS = (4, 2, 1)
 
@@ -180,7 +178,7 @@ def _selections(solver: ChainSolver) -> list[Selection]:
     if not found:
         # Quick guesses cut by speed, and what is cut for memory may fit all the same: whatever does is welcome.
         guessed = {key for _, key in guesses}
-        rest += [(_NO_GUESS, way) for key, way in ways.items() if key not in guessed]
+        rest += [(NO_GUESS, way) for key, way in ways.items() if key not in guessed]
         found = [each for each in (refined(solver, way, guess) for guess, way in rest) if each is not None]
     return found
 

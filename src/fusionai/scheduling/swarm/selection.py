@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,10 @@ class Selection:
     step_s: float
     sum_s_per_byte: float = 0.0
     """Seconds of summing gradients at the end of the step for each byte that the machine with most weights holds."""
+
+
+NO_GUESS = Selection((), (), math.inf)
+"""Of chains that nobody could guess: by speed alone they fit nowhere."""
 
 
 def weighed(work: Work, chains: Sequence[Chain]) -> Selection | None:

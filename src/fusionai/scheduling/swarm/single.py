@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fusionai.scheduling.swarm.candidates import ChainSolver, estimated, refined
 from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.grouping import Grouping, fenced, groupings, scopes
+from fusionai.scheduling.swarm.selection import NO_GUESS
 from fusionai.scheduling.swarm.task import SwarmTask
 
 _REFINED = 8
@@ -41,7 +42,8 @@ def best_single_chains(task: SwarmTask) -> list[SingleChain]:
             # The first of many groups is a chain of near machines, too.
             first = grouping.groups[0]
             ways.setdefault(tuple(first.tolist()), Grouping((first,)))
-    guesses = [(guess, way) for way in ways.values() if (guess := estimated(work, way)) is not None]
+    # What fits nowhere when it is cut by speed may fit when it is cut for memory, and is solved last.
+    guesses = [(estimated(work, way) or NO_GUESS, way) for way in ways.values()]
     guesses.sort(key=lambda pair: pair[0].step_s)
     found: list[SingleChain] = []
     for guess, way in guesses:

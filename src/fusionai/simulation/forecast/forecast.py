@@ -60,7 +60,7 @@ class StageRow(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     """Of a microbatch, forward and backward."""
     busy: float
-    """Share of a step for which the machine computes, in all of its stages."""
+    """Share of a step for which the machine computes, in all of its stages: passes, and the update once."""
 
 
 class PipelineRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -238,7 +238,8 @@ def rows_of(request: Request, plan: Plan | SwarmPlan, machines: Sequence[Member]
     busy_s: defaultdict[str, float] = defaultdict(float)
     for pipeline in pipelines_of(plan):
         for stage in pipeline.stages:
-            busy_s[stage.peer] += pipeline.microbatches * (stage.predicted.forward_s + stage.predicted.backward_s)
+            passes_s = pipeline.microbatches * (stage.predicted.forward_s + stage.predicted.backward_s)
+            busy_s[stage.peer] += passes_s + stage.predicted.update_s
 
     @cache
     def held(start: int, stop: int) -> str:
