@@ -38,10 +38,11 @@ from fusionai.graph.model import OpDag
 from fusionai.scheduling.links import LinkModel
 from fusionai.scheduling.replication.equal_stages import equal_stages
 from fusionai.scheduling.replication.planner import best_stages
+from fusionai.scheduling.routing.balanced import BalancedConfig, BalancedMembership
 from fusionai.scheduling.routing.ema_heap import EmaHeap
 from fusionai.scheduling.routing.expected_finish import ExpectedFinish
 from fusionai.scheduling.routing.job import RoutedJob
-from fusionai.scheduling.routing.membership import BalancedMembership, SwarmMembership
+from fusionai.scheduling.routing.membership import SwarmMembership
 from fusionai.scheduling.routing.step_estimate import step_estimate
 from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.planner import plan
@@ -125,7 +126,9 @@ def run(job: RoutedJob, holders: Any, variant: Variant, links: Links, scenario: 
         job,
         holders,
         ExpectedFinish(job) if variant.ours_routes else EmaHeap(),
-        BalancedMembership(job) if variant.ours_places else SwarmMembership(job, sum(map(len, holders))),
+        BalancedMembership(job, BalancedConfig(replays=variant.rules.roll_back == "if faster"))
+        if variant.ours_places
+        else SwarmMembership(job, sum(map(len, holders))),
         replace(scenario, rules=variant.rules),
         links=links,
     )

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from fusionai.errors import ConfigError
+from fusionai.scheduling.routing.balanced import BalancedMembership
 from fusionai.scheduling.routing.ema_heap import EmaHeap, EmaHeapConfig
 from fusionai.scheduling.routing.expected_finish import ExpectedFinish
-from fusionai.scheduling.routing.job import DRIVER, RoutedJob, SharedWeights
-from fusionai.scheduling.routing.membership import BalancedMembership, Placement, Staffing, SwarmMembership
+from fusionai.scheduling.routing.job import DRIVER, RoutedJob, SharedWeights, StageMemory
+from fusionai.scheduling.routing.membership import Placement, Staffing, SwarmMembership
 from fusionai.scheduling.routing.policy import Hop
 from fusionai.scheduling.routing.step_estimate import step_estimate
 
@@ -184,6 +185,83 @@ def test_an_empty_stage_comes_first() -> None:
     # Nobody is spare: the stage with two holders gives one.
     assert balanced.placements(Staffing(0.0, ((0, 1), ()), ())) == (Placement(0, 1),)
     assert balanced.placements(Staffing(0.0, ((0,), ()), ())) == ()
+
+
+def roomy(machines: int, stages: int, offered: float = 10.0) -> StageMemory:
+    """Return memory of which a stage needs 2 bytes, and 1 for each microbatch that it holds."""
+    return StageMemory(np.full((stages, machines), 2.0), np.ones(stages), np.full(machines, offered))
+
+
+def test_room_for_two_stages() -> None:
+    alone = job(2, 3)
+    assert alone.room(0, 0, [0]) == 8
+    assert alone.room(0, 0, [1]) == 0  # what it has room for is not known
+    made = job(2, 3, memory=roomy(2, 3))
+    # Two stages leave 6 bytes, three 4: of each stage equally many.
+    assert made.room(0, 0, [0, 1]) == made.room(1, 0, [0]) == 3
+    assert made.room(0, 0, [0, 1, 2]) == 1
+    assert job(2, 3, memory=roomy(2, 3, 5.5)).room(0, 0, [1]) == 0
+    # A stage that does not fit alone does not fit with another either.
+    small = np.full((3, 2), 8, dtype=np.int64)
+    small[1, 0] = 0
+    assert job(2, 3, memory=roomy(2, 3), in_flight=small).room(0, 0, [1]) == 0
+    # The owner's pinned stages are counted each by itself.
+    assert job(2, 3, pinned=frozenset({0, 2}), memory=roomy(2, 3)).room(0, 0, [2]) == 8
+
+
+def test_the_estimate_of_a_machine_with_two_stages() -> None:
+    made = job(3, 2, memory=roomy(3, 2))
+    # 6 s for each of 8 microbatches, nothing over a link.
+    assert step_estimate(made, [[0], [0]]).step_s == pytest.approx(8 * 6)
+    # Machine 2 helps with the first stage at 1/3 a second, machine 0 gives each stage 1/6.
+    assert step_estimate(made, [[0, 2], [0]]).period_s == pytest.approx(6.0)
+    full = job(3, 2, memory=roomy(3, 2, 5.0))
+    assert step_estimate(full, [[0], [0]]).step_s == math.inf
+
+
+def test_a_holder_takes_an_empty_stage_too() -> None:
+    weights = (SharedWeights((0,), 1.0), SharedWeights((1,), 1.0), SharedWeights((2,), 1.0))
+    made = job(3, 2, memory=roomy(3, 2), weights=weights[:2])
+    assert BalancedMembership(made).placements(Staffing(0.0, ((0,), ()), ())) == (Placement(0, 1, keeps=True),)
+    # A machine of the pool that is as near does it alone.
+    assert BalancedMembership(made).placements(Staffing(0.0, ((0,), ()), (2,))) == (Placement(2, 1),)
+    # One far away would take longer for each tensor than machine 0 for both stages.
+    far = np.array(made.bandwidth)
+    far[2, :2] = far[:2, 2] = 0.005
+    apart = dataclasses.replace(made, bandwidth=far)
+    assert BalancedMembership(apart).placements(Staffing(0.0, ((0,), ()), (2,))) == (Placement(0, 1, keeps=True),)
+    # Two stages are empty: whoever is near takes both, not one of them and somebody far the other.
+    three = job(3, 3, memory=roomy(3, 3), bandwidth=far, weights=weights)
+    found = BalancedMembership(three).placements(Staffing(0.0, ((0,), (), ()), (2,)))
+    assert found == (Placement(0, 1, keeps=True), Placement(0, 2, keeps=True))
+
+
+def test_who_comes_back_relieves_whoever_holds_two_stages() -> None:
+    made = job(3, 2, memory=roomy(3, 2))
+    (found,) = BalancedMembership(made).placements(Staffing(0.0, ((0,), (0,)), (2,)))
+    assert (found.machine, found.replaces, found.at_once) == (2, 0, False)
+
+
+def test_who_is_behind_a_slow_link_is_relieved_at_once() -> None:
+    far = np.ones((3, 3))
+    np.fill_diagonal(far, np.inf)
+    far[1], far[:, 1] = 1e-3, 1e-3
+    made = job(3, 2, bandwidth=far)
+    # A step would take 8,000 s; loading takes 5 s from a snapshot near by, what is done again 30 s.
+    assert BalancedMembership(made).placements(Staffing(0.0, ((0,), (1,)), (2,))) == (
+        Placement(2, 1, replaces=1, at_once=True),
+    )
+
+
+def test_two_who_hold_the_step_up_are_relieved_together() -> None:
+    far = np.ones((5, 5))
+    np.fill_diagonal(far, np.inf)
+    far[:2, 2:] = far[2:, :2] = 0.02  # 0 and 1 are near each other, and far from 2, 3 and 4
+    made = job(5, 3, bandwidth=far, state_bytes=(0.1, 0.1, 0.1))
+    view = Staffing(100.0, ((0,), (2,), (1,)), (3, 4))
+    moved = BalancedMembership(made).moves(view)
+    assert {(each.stage, each.replaces) for each in moved} == {(0, 0), (2, 1)}
+    assert {each.machine for each in moved} == {3, 4}
 
 
 def test_who_would_slow_the_sum_down_stays_in_the_pool() -> None:

@@ -17,10 +17,11 @@ from workloads import random_case
 from fusionai.errors import ConfigError
 from fusionai.scheduling.pipeline import Edge, StageTimes, pipeline_times
 from fusionai.scheduling.replication.planner import best_stages
+from fusionai.scheduling.routing.balanced import BalancedMembership
 from fusionai.scheduling.routing.ema_heap import EmaHeap
 from fusionai.scheduling.routing.expected_finish import ExpectedFinish
-from fusionai.scheduling.routing.job import RoutedJob, SharedWeights
-from fusionai.scheduling.routing.membership import BalancedMembership, Membership, SwarmMembership
+from fusionai.scheduling.routing.job import RoutedJob, SharedWeights, StageMemory
+from fusionai.scheduling.routing.membership import Membership, SwarmMembership
 from fusionai.scheduling.routing.policy import RoutePolicy
 from fusionai.scheduling.routing.step_estimate import step_estimate
 from fusionai.scheduling.swarm.costing import make_work
@@ -237,6 +238,57 @@ def test_the_same_seed_gives_the_same_report() -> None:
     assert once(1) != once(2)
 
 
+def memory_for_two(machines: int, stages: int, room: int) -> StageMemory:
+    """Return memory in which two stages have room for `room` microbatches each, and three for none."""
+    return StageMemory(np.full((stages, machines), 5.0), np.ones(stages), np.full(machines, 10.0 + 2 * room))
+
+
+def test_a_survivor_holds_two_stages() -> None:
+    # Nobody is spare. Known at 4 s, the state is there at 6 s, a step's snapshot with it: nothing is rolled back.
+    job = replace(routed(2, 2, microbatches=4, state_bytes=2.0), memory=memory_for_two(2, 2, 4))
+    report = run(job, [[0], [1]], churn=died(("m1", 3.0)), steps=3)
+    assert report.finished
+    # One machine: 4 microbatches at 3 s on each of two stages.
+    assert report.step_s[1:] == pytest.approx((24.0, 24.0))
+    assert report.busy_s["m0"] == pytest.approx(3 * 24.0)
+
+
+def test_taking_a_stage_more_gives_up_what_there_is_no_room_for() -> None:
+    # Machine 0 holds four microbatches when machine 1 dies; with both stages there is room for one of each.
+    job = replace(routed(2, 2, microbatches=4, state_bytes=2.0), memory=memory_for_two(2, 2, 1))
+    report = run(job, [[0], [1]], churn=died(("m1", 4.5)), steps=2, record_steps=1)
+    assert report.finished
+    again = [each.microbatch for each in report.passes if each.peer == "m0" and each.stage == 0 and not each.backward]
+    # One of the four stays, the others' forwards come again.
+    assert sorted(again) == [0, 1, 1, 2, 2, 3, 3]
+    held = 0
+    for each in sorted(report.passes, key=lambda one: one.end_s):
+        if each.stage == 0 and each.start_s > 7.5:
+            held += -1 if each.backward else 1
+            assert held <= 1
+
+
+def test_who_held_two_stages_is_relieved() -> None:
+    job = replace(routed(2, 2, microbatches=4, state_bytes=2.0), memory=memory_for_two(2, 2, 4))
+    report = run(job, [[0], [1]], churn=Scripted({"m1": (Outage(3.0, 40.0),)}), steps=6)
+    assert report.finished
+    assert report.step_s[-1] == pytest.approx(report.step_s[-2])
+    assert report.step_s[-1] == pytest.approx((4 + 1) * 3.0)
+
+
+def test_a_state_comes_from_a_snapshot_where_the_holder_is_far() -> None:
+    # Machine 1 is far from all others. After the first step 2 begins to load, and takes its place after the second.
+    job = routed(4, 2, microbatches=2, boundary_bytes=0.01, state_bytes=4.0)
+    far = np.array(job.bandwidth)
+    far[1, [0, 2, 3]] = far[[0, 2, 3], 1] = 1e-3
+    job = replace(job, bandwidth=far)
+    report = run(job, [[0], [1]], steps=5)
+    # 4,000 s from the holder; 4 s from a snapshot, and nothing since it.
+    assert report.step_s[2:] == pytest.approx((9.02, 9.02, 9.02), abs=0.1)
+    slow = run(job, [[0], [1]], steps=5, rules=replace(FUSION, roll_back="always"))
+    assert min(slow.step_s) > 3 * report.step_s[2]
+
+
 CHURNS = st.one_of(
     st.dictionaries(
         st.sampled_from([f"m{each}" for each in range(7)]),
@@ -257,6 +309,7 @@ CHURNS = st.one_of(
     ema=False,
     swarm=False,
     tied=False,
+    room=0,
 )
 @given(
     churn=CHURNS,
@@ -267,6 +320,7 @@ CHURNS = st.one_of(
     ema=st.booleans(),
     swarm=st.booleans(),
     tied=st.booleans(),
+    room=st.integers(0, 3),
 )
 def test_whoever_dies_every_microbatch_counts_once(
     churn: Churn,
@@ -277,6 +331,7 @@ def test_whoever_dies_every_microbatch_counts_once(
     ema: bool,
     swarm: bool,
     tied: bool,
+    room: int,
 ) -> None:
     """The ledger asserts it before every sum; here also: no pass starts before its tensors are made."""
     job = routed(
@@ -284,6 +339,8 @@ def test_whoever_dies_every_microbatch_counts_once(
     )
     if tied:
         job = replace(job, weights=(*job.weights, SharedWeights((0, 2), 1.0)))
+    if room:
+        job = replace(job, memory=memory_for_two(7, 3, room))
     holders: Holders = [[0], [1], [2]]
     for number, stage in enumerate(extra):
         holders[stage].append(3 + number)

@@ -9,7 +9,7 @@ import numpy as np
 from fusionai.graph.cost import StageCost
 from fusionai.scheduling.estimator import backward_s, deferred_s, forward_s, training_memory_bytes, update_s
 from fusionai.scheduling.profile import DeviceProfile
-from fusionai.scheduling.routing.job import DRIVER, RoutedJob, SharedWeights
+from fusionai.scheduling.routing.job import DRIVER, RoutedJob, SharedWeights, StageMemory
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.scheduling.swarm.work import Work
@@ -34,6 +34,7 @@ def job_of_cuts(work: Work, bounds: Sequence[int]) -> RoutedJob:
     shape = stages, machines
     forward, backward = np.full(shape, np.inf), np.full(shape, np.inf)
     deferred, update, in_flight = np.zeros(shape), np.zeros(shape), np.zeros(shape, dtype=np.int64)
+    fixed = np.zeros(shape)
     trained = [cost.trainable_bytes for cost in costs]
     trained[-1] -= work.both_ends_bytes
     known: dict[tuple[object, ...], tuple[float, float, float, float]] = {}
@@ -46,6 +47,7 @@ def job_of_cuts(work: Work, bounds: Sequence[int]) -> RoutedJob:
             key = stage, *sorted(device.flops_per_s.items()), *rates
             if key not in known:
                 known[key] = _seconds(cost, trained[stage], device, task)
+            fixed[stage, machine] = training_memory_bytes(cost, device, 0, task.optimizer_states)
             room = _room(cost, device, task)
             if room >= 1:
                 in_flight[stage, machine] = room
@@ -71,6 +73,11 @@ def job_of_cuts(work: Work, bounds: Sequence[int]) -> RoutedJob:
         delay_s=task.delays(everyone[:, None], everyone[None]),
         driver=task.owner_index if task.owner_index is not None and task.pinned else DRIVER,
         pinned=pinned,
+        memory=StageMemory(
+            fixed_bytes=fixed,
+            held_bytes=np.asarray([float(cost.saved_bytes) for cost in costs]),
+            offered_bytes=np.asarray([member.device.memory_bytes / MEMORY_MARGIN for member in task.machines]),
+        ),
     )
 
 

@@ -38,6 +38,8 @@ class ExpectedFinish(RoutePolicy):
         """When each link has sent what was given to it."""
         self._given: Indices = np.zeros(job.forward_s.shape, dtype=np.int64)
         """(S, N): microbatches that a machine has been given and has not finished."""
+        self._room: Indices = job.in_flight.copy()
+        """(S, N): most microbatches that a machine may hold of a stage, with all that it holds now."""
         self._period: Floats | None = None
         self._both_s: Floats = job.forward_s + job.backward_s
         self._members: list[list[int]] = [[] for _ in range(job.stages)]
@@ -85,8 +87,7 @@ class ExpectedFinish(RoutePolicy):
         It has worked off what it has, and has room: where memory is full, microbatches leave it one by one, in the time
         of the way from it and back over the number that it holds.
         """
-        room = self._job.in_flight
-        full = np.maximum(self._given + 1 - room, 0)
+        full = np.maximum(self._given + 1 - self._room, 0)
         return np.asarray(now_s + np.maximum(self._backlog_s[None], full * self._period_s()))
 
     def _period_s(self) -> Floats:
@@ -101,7 +102,7 @@ class ExpectedFinish(RoutePolicy):
                     trips[stage] += (there + back + onward[None]).min(axis=1)
                 members = self._arrays[stage]
                 onward = trips[stage, members] if len(members) else None
-            self._period = np.maximum(trips / np.maximum(job.in_flight, 1), self._both_s)
+            self._period = np.maximum(trips / np.maximum(self._room, 1), self._both_s)
             self._period[~np.isfinite(self._period)] = 0.0
         return self._period
 
@@ -143,18 +144,22 @@ class ExpectedFinish(RoutePolicy):
         """Count with the machine for the stage."""
         if machine not in self._members[stage]:
             self._members[stage].append(machine)
-            self._changed(stage)
+            self._changed(stage, machine)
 
     def left(self, stage: int, machine: int) -> None:
         """No longer count with the machine for the stage."""
         if machine in self._members[stage]:
             self._members[stage].remove(machine)
-            self._changed(stage)
+            self._changed(stage, machine)
 
     def _take(self, machine: int, seconds: float) -> None:
         self._backlog_s[machine] = max(0.0, self._backlog_s[machine] - seconds)
 
-    def _changed(self, stage: int) -> None:
+    def _changed(self, stage: int, machine: int) -> None:
+        self._room[:, machine] = self._job.in_flight[:, machine]
+        seats = [each for each, members in enumerate(self._members) if machine in members]
+        for each in seats:
+            self._room[each, machine] = self._job.room(each, machine, seats)
         self._arrays[stage] = np.asarray(self._members[stage], dtype=np.int64)
         self._period = None
         self._hops.pop(stage, None)

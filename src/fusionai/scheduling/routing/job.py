@@ -6,7 +6,7 @@ Array suffixes: S = stages, N = machines. Machines are numbered as in `peers`, s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +24,18 @@ class SharedWeights:
 
     stages: tuple[int, ...]
     size_bytes: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StageMemory:
+    """What stages need of a machine's memory, for those that hold several."""
+
+    fixed_bytes: Floats
+    """(S, N): whatever is under way."""
+    held_bytes: Floats
+    """(S,): for each microbatch between forward and backward."""
+    offered_bytes: Floats
+    """(N,): the margin of estimates taken off."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -58,6 +70,8 @@ class RoutedJob:
     """Machine that feeds microbatches and commits steps."""
     pinned: frozenset[int] = field(default_factory=frozenset)
     """Stages that only the driver may hold."""
+    memory: StageMemory | None = None
+    """None: no machine may hold two stages, but for the driver's pinned ones."""
 
     def __post_init__(self) -> None:
         stages, machines = self.stages, len(self.peers)
@@ -80,6 +94,23 @@ class RoutedJob:
     def possible(self, stage: int, machine: int) -> bool:
         """Whether a machine has the memory for a stage."""
         return bool(self.in_flight[stage, machine] > 0)
+
+    def room(self, stage: int, machine: int, stages: Iterable[int]) -> int:
+        """Return how many microbatches of `stage` a machine may hold that holds all of `stages`: of each equally many.
+
+        0 where the stages do not fit together.
+        """
+        alone = int(self.in_flight[stage, machine])
+        together = sorted({stage, *stages} - self.pinned)
+        if stage in self.pinned or len(together) < 2:
+            return alone
+        if self.memory is None or not all(self.possible(each, machine) for each in together):
+            return 0
+        spare = float(self.memory.offered_bytes[machine] - self.memory.fixed_bytes[together, machine].sum())
+        held = float(self.memory.held_bytes[together].sum())
+        if spare < held:
+            return 0
+        return min(alone, int(spare / held)) if held else alone
 
     def pass_s(self, stage: int, machine: int) -> float:
         """Return the seconds of a microbatch's forward and backward."""

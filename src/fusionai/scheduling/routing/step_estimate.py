@@ -8,11 +8,12 @@ that can hold few at once gives a longer one where the way there and back is lon
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from fusionai.scheduling.links import Floats
 from fusionai.scheduling.routing.job import RoutedJob
 
 
@@ -43,9 +44,11 @@ def step_estimate(job: RoutedJob, holders: Sequence[Sequence[int]]) -> StepEstim
     if any(not each for each in holders):
         return StepEstimate(math.inf, math.inf, 0.0, 0.0, job.microbatches, "a stage without a holder")
     arrays = [np.asarray(each, dtype=np.int64) for each in holders]
+    seats = seats_of(holders)
     both = [job.forward_s[stage, each] + job.backward_s[stage, each] for stage, each in enumerate(arrays)]
+    computing = both if len(seats) == sum(map(len, holders)) else _shared(job, holders, seats)
     # Of each holder, the seconds of a microbatch on its busiest part: computing, or its links to a neighbour stage.
-    busiest = [each.copy() for each in both]
+    busiest = [each.copy() for each in computing]
     onward = both[-1]
     trips = [float(onward.min())]
     for target in reversed(range(1, job.stages)):
@@ -65,13 +68,15 @@ def step_estimate(job: RoutedJob, holders: Sequence[Sequence[int]]) -> StepEstim
         onward = both[target - 1] + (hop + onward[None]).min(axis=1)
         trips.append(float(onward.min()))
     period_s, limit = 0.0, ""
-    for stage, (each, computing) in enumerate(zip(busiest, both, strict=True)):
+    for stage, (each, alone) in enumerate(zip(busiest, computing, strict=True)):
         stage_s = 1 / float((1 / each).sum())
         if stage_s > period_s:
             period_s = stage_s
-            limit = f"links of stage {stage}" if (each > computing).any() else f"stage {stage}"
+            limit = f"links of stage {stage}" if (each > alone).any() else f"stage {stage}"
     for stage, trip_s in enumerate(reversed(trips)):
-        room = int(job.in_flight[stage, arrays[stage]].sum())
+        room = sum(job.room(stage, machine, seats[machine]) for machine in holders[stage])
+        if not room:
+            return StepEstimate(math.inf, math.inf, 0.0, 0.0, job.microbatches, f"memory of stage {stage}")
         if trip_s > period_s * room:
             period_s, limit = trip_s / room, f"memory of stage {stage}"
     driver = job.driver
@@ -80,3 +85,21 @@ def step_estimate(job: RoutedJob, holders: Sequence[Sequence[int]]) -> StepEstim
         away_s = job.delay_s[driver, each] + job.delay_s[each, driver] if driver >= 0 else np.zeros(len(each))
         commit_s = max(commit_s, float((job.update_s[stage, each] + away_s).max()))
     return StepEstimate(trips[-1], period_s, job.sum_s(holders), commit_s, job.microbatches, limit)
+
+
+def seats_of(holders: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+    """Return the stages of each machine that holds any."""
+    seats: dict[int, list[int]] = {}
+    for stage, machines in enumerate(holders):
+        for machine in machines:
+            seats.setdefault(machine, []).append(stage)
+    return seats
+
+
+def _shared(job: RoutedJob, holders: Sequence[Sequence[int]], seats: Mapping[int, Sequence[int]]) -> list[Floats]:
+    """Return by stage and holder the seconds between two microbatches of a machine that all its stages share.
+
+    Each of its stages is taken to get as many as the others, which errs on the slow side where another holder helps.
+    """
+    whole = {machine: sum(job.pass_s(stage, machine) for stage in stages) for machine, stages in seats.items()}
+    return [np.asarray([whole[machine] for machine in machines]) for machines in holders]

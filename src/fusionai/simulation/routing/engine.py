@@ -70,7 +70,7 @@ class Engine:
 
     def inject(self) -> None:
         """Feed microbatches as long as the first stage's holders have room."""
-        room = sum(int(self.job.in_flight[0, machine]) for machine in self.announced[0])
+        room = sum(self.room(0, self.machines[machine]) for machine in self.announced[0])
         while self._pending and len(self._open) < room:
             microbatch = self._pending.popleft()
             self._open.add(microbatch)
@@ -81,6 +81,31 @@ class Engine:
         for cell in self.ledger.cells[stage]:
             if cell.stranded:
                 cell.stranded = False
+                self.reroute(cell)
+
+    def room(self, stage: int, machine: Machine) -> int:
+        """Return how many microbatches of a stage a machine may hold, with all the stages that it holds now."""
+        if len(machine.seats) < 2:
+            return int(self.job.in_flight[stage, machine.number])
+        return self.job.room(stage, machine.number, machine.seats)
+
+    def make_room(self, machine: Machine) -> None:
+        """Give up the latest microbatches of a machine that has taken a stage more and has less room for each.
+
+        Their forwards are computed again from what the stage before keeps.
+        """
+        for stage in sorted(machine.seats):
+            most = self.room(stage, machine)
+            held = [
+                cell
+                for cell in self.ledger.cells[stage]
+                if cell.machine == machine.number and cell.begun and not (cell.backward_done or cell.lost)
+                if not self.gone(cell)
+            ]
+            for cell in reversed(held[most:]):
+                redo = cell.redo
+                self.withdraw(cell)
+                cell.redo = redo
                 self.reroute(cell)
 
     def gone(self, cell: Cell) -> bool:
@@ -278,7 +303,7 @@ class Engine:
         """Take the next pass. Each stage offers one; of those a backward goes first, then a later stage."""
         offered: list[tuple[bool, int]] = []
         for stage in {*machine.forwards, *machine.backwards}:
-            most = int(self.job.in_flight[stage, machine.number])
+            most = self.room(stage, machine)
             if machine.held.get(stage, 0) < most and self._has_valid(machine, machine.forwards.get(stage)):
                 offered.append((False, stage))
             elif self._has_valid(machine, machine.backwards.get(stage)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from fusionai.scheduling.routing.membership import Membership, Placement, Staffing
@@ -14,6 +15,16 @@ from fusionai.simulation.routing.rules import RecoveryRules
 from fusionai.simulation.routing.sums import Sums
 
 
+@dataclass(frozen=True, slots=True)
+class _Loading:
+    """A state on its way to a machine."""
+
+    number: int
+    """Among all loadings; a later one for the same machine and stage takes the place of an earlier one."""
+    placement: Placement
+    ends_s: float
+
+
 class Staff:
     """Applies what the membership decides."""
 
@@ -22,16 +33,16 @@ class Staff:
     ) -> None:
         self._engine, self._events, self._deaths, self._sums = engine, events, deaths, sums
         self._membership, self._rules = membership, rules
-        self._loading: dict[int, tuple[int, int, int | None]] = {}
-        """Machines that load a stage's state: the stage, the number of the loading, and whom they are to replace."""
-        self._ready: dict[int, tuple[int, int]] = {}
-        """Machines that have loaded a stage's state and replace a holder of it when the step is over."""
+        self._loading: dict[tuple[int, int], _Loading] = {}
+        """By machine and stage: whose state is on its way."""
+        self._ready: dict[tuple[int, int], int] = {}
+        """By machine and stage: whom a machine that has loaded the state replaces when the step is over."""
         self._loadings = 0
         self._came = [each.number for each in engine.machines]
         self._empty: set[int] = set()
         """Stages whose state nobody has but in a snapshot."""
-        self._replaying: set[int] = set()
-        """Machines that compute a stage's steps since the snapshot again after loading it."""
+        self._replaying: set[tuple[int, int]] = set()
+        """Machines and stages whose steps since the snapshot they compute again after loading it."""
         self._deaths_seen = 0
         self.steps_since_snapshot: Callable[[], int] = lambda: 0
         self.usual_step_s: Callable[[], float] = lambda: 0.0
@@ -46,6 +57,8 @@ class Staff:
         state.seats.add(stage)
         self._engine.announced[stage][machine] = state.generation
         self._engine.policy.joined(stage, machine)
+        if len(state.seats) > 1:
+            self._engine.make_room(state)
 
     def down(self, machine: int) -> None:
         """Take a death."""
@@ -53,8 +66,9 @@ class Staff:
         state.alive = False
         self._deaths_seen += 1
         self._came.remove(machine)
-        self._loading.pop(machine, None)
-        self._ready.pop(machine, None)
+        for key in [each for each in (*self._loading, *self._ready) if each[0] == machine]:
+            self._loading.pop(key, None)
+            self._ready.pop(key, None)
         stages = self._vacate(state)
         self._deaths.wait_for_lost(machine)
         known_s = self._events.now_s + self._rules.known_after_s
@@ -70,25 +84,22 @@ class Staff:
 
     def changed(self) -> None:
         """Let the membership place who is spare."""
-        for machine, (stage, replaced) in list(self._ready.items()):
+        for (machine, stage), replaced in list(self._ready.items()):
             if stage not in self._engine.machines[replaced].seats:
-                del self._ready[machine]  # whom it was to replace is gone before
+                del self._ready[machine, stage]  # whom it was to replace is gone before
                 self._take_seat(machine, stage)
         for placement in self._membership.placements(self._view()):
-            self._leave(placement.machine)
             self._load(placement)
 
     def between_steps(self) -> None:
         """Let the membership move holders."""
-        for machine, (stage, replaced) in list(self._ready.items()):
-            del self._ready[machine]
+        for (machine, stage), replaced in list(self._ready.items()):
+            del self._ready[machine, stage]
             self._take_seat(machine, stage)
-            self._leave(replaced)
+            self._leave_seat(replaced, stage)
             self.moved += 1
         for placement in self._membership.moves(self._view()):
-            if placement.replaces is None:
-                self._leave(placement.machine)
-                self.moved += 1
+            self.moved += placement.replaces is None
             self._load(placement)
         self.changed()
 
@@ -108,8 +119,8 @@ class Staff:
         engine = self._engine
         now_s = self._events.now_s
         holders = [sorted(each) for each in engine.announced]
-        coming = [(machine, stage, replaced) for machine, (stage, _, replaced) in self._loading.items()]
-        coming += [(machine, stage, replaced) for machine, (stage, replaced) in self._ready.items()]
+        coming = [(*key, each.placement.replaces) for key, each in self._loading.items()]
+        coming += [(*key, replaced) for key, replaced in self._ready.items()]
         leaving = []
         for machine, stage, replaced in coming:
             holders[stage].append(machine)
@@ -144,6 +155,17 @@ class Staff:
                     self._deaths.react(cell)
         self._emptied(stages)
 
+    def _leave_seat(self, machine: int, stage: int) -> None:
+        """Let a machine leave one of its stages between two steps, when nothing is lost by it."""
+        seats = self._engine.machines[machine].seats
+        if stage in seats and len(seats) > 1:
+            seats.remove(stage)
+            self._engine.announced[stage].pop(machine, None)
+            self._engine.policy.left(stage, machine)
+            self._emptied([stage])
+        elif stage in seats:
+            self._leave(machine)
+
     def _emptied(self, stages: list[int]) -> None:
         for stage in stages:
             if not self._holders(stage):
@@ -152,52 +174,74 @@ class Staff:
                 self._deaths.lose_stage(stage)
 
     def _load(self, placement: Placement) -> None:
-        """Begin loading a stage's state: from the holder with the fastest link, else from a snapshot.
-
-        Snapshots lie with machines that are there; which ones is not followed up, the fastest link stands for them.
-        """
-        engine, job = self._engine, self._engine.job
+        """Let a machine leave what it is not to keep, and begin loading a stage's state, one after the other."""
         machine, stage = placement.machine, placement.stage
+        if not placement.keeps:
+            self._leave(machine)
         if stage is None:
             return
-        holders = self._holders(stage)
-        others = holders or [each.number for each in engine.machines if each.alive and each.number != machine]
-        source = min(others, key=lambda each: (job.state_s(each, machine, stage), each), default=machine)
-        seconds = job.state_s(source, machine, stage)
-        replay = not holders and self._rules.roll_back == "if faster"
-        if replay:
-            again_s = self.steps_since_snapshot() * job.microbatches * job.pass_s(stage, machine)
-            replay = again_s <= self.steps_since_snapshot() * self.usual_step_s()
-            if replay:
-                engine.recomputed_s += again_s
-                seconds += again_s
-        self._loadings += 1
-        self._loading[machine] = stage, self._loadings, placement.replaces
-        if replay:
-            self._replaying.add(machine)
+        source, seconds, replays = self._source(machine, stage)
+        if replays:
+            self._replaying.add((machine, stage))
         else:
-            self._replaying.discard(machine)
-        generation = engine.machines[source].generation
-        ends_s = self._events.now_s + seconds
-        self._events.at(ends_s, partial(self._loaded, machine, self._loadings, source, generation))
+            self._replaying.discard((machine, stage))
+        ends = [each.ends_s for (other, _), each in self._loading.items() if other == machine]
+        ends_s = max([self._events.now_s, *ends]) + seconds
+        self._loadings += 1
+        self._loading[machine, stage] = _Loading(self._loadings, placement, ends_s)
+        generation = self._engine.machines[source].generation
+        self._events.at(ends_s, partial(self._loaded, (machine, stage), self._loadings, source, generation))
 
-    def _loaded(self, machine: int, number: int, source: int, generation: int) -> None:
-        stage, current, replaced = self._loading.get(machine, (-1, -1, None))
-        if current != number:
+    def _source(self, machine: int, stage: int) -> tuple[int, float, bool]:
+        """Return from whom a machine gets a state, in which time, and whether it computes steps since a snapshot again.
+
+        From the holder with the fastest link; or from a snapshot, if that is faster with the steps since. Snapshots lie
+        with machines that are there; which ones is not followed up, the fastest link stands for them.
+        """
+        engine, job = self._engine, self._engine.job
+        holders = [each for each in self._holders(stage) if each != machine]
+        others = [each.number for each in engine.machines if each.alive and each.number != machine]
+
+        def nearest(machines: list[int]) -> tuple[int, float]:
+            source = min(machines, key=lambda each: (job.state_s(each, machine, stage), each), default=machine)
+            return source, job.state_s(source, machine, stage)
+
+        steps = self.steps_since_snapshot()
+        again_s = steps * job.microbatches * job.pass_s(stage, machine)
+        source, seconds = nearest(others)
+        replays = self._rules.roll_back == "if faster" and again_s <= steps * self.usual_step_s()
+        if holders:
+            holder, direct_s = nearest(holders)
+            if not replays or direct_s <= seconds + again_s:
+                return holder, direct_s, False
+        if not replays:
+            return source, seconds, False
+        engine.recomputed_s += again_s
+        return source, seconds + again_s, True
+
+    def _loaded(self, key: tuple[int, int], number: int, source: int, generation: int) -> None:
+        loading = self._loading.get(key)
+        if loading is None or loading.number != number:
             return
-        del self._loading[machine]
+        del self._loading[key]
+        machine, stage = key
         if self._engine.machines[source].generation != generation and source != machine:
             self.changed()  # the source died or left meanwhile
             return
         self.joined += 1
-        if replaced is not None and stage in self._engine.machines[replaced].seats:
-            self._ready[machine] = stage, replaced
-            return
-        self._take_seat(machine, stage)
+        replaced = loading.placement.replaces
+        if replaced is None or stage not in self._engine.machines[replaced].seats:
+            self._take_seat(machine, stage)
+        elif loading.placement.at_once and self._engine.machines[replaced].seats == {stage}:
+            self._take_seat(machine, stage)
+            self._leave(replaced)
+            self.moved += 1
+        else:
+            self._ready[key] = replaced
 
     def _take_seat(self, machine: int, stage: int) -> None:
         self.seat(machine, stage)
-        back = stage in self._empty and machine not in self._replaying
+        back = stage in self._empty and (machine, stage) not in self._replaying
         self._empty.discard(stage)
         if back:
             self.on_roll_back()
