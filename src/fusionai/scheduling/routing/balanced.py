@@ -9,8 +9,8 @@ work or computes behind a slow link, in the middle of a step if waiting for its 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from fusionai.scheduling.routing.job import RoutedJob, ring_of
 from fusionai.scheduling.routing.membership import Membership, Placement, Staffing
@@ -18,8 +18,6 @@ from fusionai.scheduling.routing.step_estimate import seats_of, step_estimate
 
 _SHARE_OF_SUMS = 0.1
 """Of the seconds of all sums, added to the step where changes are compared."""
-
-_Holders = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +39,31 @@ class BalancedConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class _Seating:
+    """Who holds which stage, and who is spare."""
+
+    holders: tuple[tuple[int, ...], ...]
+    spare: tuple[int, ...]
+
+    @property
+    def known(self) -> set[int]:
+        """Return all machines."""
+        return {machine for machines in self.holders for machine in machines} | set(self.spare)
+
+    def after(self, machine: int, changes: Mapping[int, list[int]]) -> _Seating:
+        """Return it with a machine no longer spare, and other holders of some stages."""
+        holders = tuple(
+            tuple(sorted(changes[stage])) if stage in changes else each for stage, each in enumerate(self.holders)
+        )
+        return _Seating(holders, tuple(each for each in self.spare if each != machine))
+
+
+@dataclass(frozen=True, slots=True)
 class _Change:
     """One change of who holds what."""
 
     placement: Placement
-    holders: list[list[int]]
-    """Afterwards."""
+    after: _Seating
     transfer_s: float
     """Of loading state."""
 
@@ -61,33 +78,28 @@ class BalancedMembership(Membership):
 
     def __init__(self, job: RoutedJob, config: BalancedConfig | None = None) -> None:
         self._job, self._config = job, config or BalancedConfig()
-        self._settled: tuple[tuple[tuple[int, ...], ...], tuple[int, ...]] | None = None
-        """Holders and spares for which there is nothing to change."""
+        self._settled: _Seating | None = None
+        """For which no move pays."""
+        self._complete: _Seating | None = None
+        """Which no spare machine makes faster."""
 
     def placements(self, view: Staffing) -> tuple[Placement, ...]:
         """Fill empty stages, then let in whoever shortens the step."""
-        holders = [list(each) for each in view.holders]
-        spare = list(view.spare)
+        now = _Seating(view.holders, view.spare)
         found: list[Placement] = []
-
-        def take(change: _Change) -> None:
-            nonlocal holders
-            found.append(change.placement)
-            holders = change.holders
-            if change.placement.machine in spare:
-                spare.remove(change.placement.machine)
-
         for stage in range(self._job.stages):
-            if holders[stage] or stage in self._job.pinned:
+            if now.holders[stage] or stage in self._job.pinned:
                 continue
-            takers = list(self._takers(stage, holders, spare))
-            if takers:
-                take(min(takers, key=lambda each: (self._taking_over_s(each, stage), each.placement.machine)))
-        while spare and all(holders):
-            chosen = self._faster(holders, spare) or self._safer(holders, spare, view)
+            if takers := list(self._takers(stage, now)):
+                best = min(takers, key=lambda each: (self._taking_over_s(each, stage), each.placement.machine))
+                found.append(best.placement)
+                now = best.after
+        while now.spare and all(now.holders):
+            chosen = self._faster(now) or self._safer(now, view)
             if chosen is None:
                 break
-            take(chosen)
+            found.append(chosen.placement)
+            now = chosen.after
         return tuple(found)
 
     def moves(self, view: Staffing) -> tuple[Placement, ...]:
@@ -96,192 +108,189 @@ class BalancedMembership(Membership):
         A holder changes its stage, gives it to a machine of the pool or to another holder, or leaves for the pool.
         Where two machines hold the step up, relieving one alone saves nothing, so changes are looked at together.
         """
-        if not all(view.holders) or (view.holders, view.spare) == self._settled:
+        began = now = _Seating(view.holders, view.spare)
+        if not all(now.holders) or now == self._settled:
             return ()
-        holders: _Holders = view.holders
-        spare = list(view.spare)
         tried: list[Placement] = []
+        busy: set[int | None] = set()
+        """Who changes already: that happens once, and those who leave load nothing now."""
         worth = 0
         transfers_s = 0.0
-        kept_s = now_s = self._score_s(holders)
+        kept_s = now_s = self._score_s(now)
         while len(tried) < self._config.most_moves:
-            busy = {each.machine for each in tried} | {each.replaces for each in tried}
             best: tuple[float, float, _Change] | None = None
-            for change in self._changes(holders, spare):
-                if {change.placement.machine, change.placement.replaces} & busy - {None}:
-                    continue  # whoever changes does so once, and those who leave load nothing now
-                step_s = self._score_s(change.holders)
+            for change in self._changes(now):
+                if change.placement.machine in busy or change.placement.replaces in busy:
+                    continue
+                step_s = self._score_s(change.after)
                 cost_s = step_s + change.transfer_s / self._config.moving_steps
                 if math.isfinite(cost_s) and (best is None or cost_s < best[0]):
                     best = cost_s, step_s, change
             if best is None or best[1] >= now_s:
                 break
             _, now_s, change = best
-            holders = change.holders
+            now = change.after
             tried.append(change.placement)
+            busy |= {change.placement.machine, change.placement.replaces} - {None}
             transfers_s += change.transfer_s
-            if change.placement.machine in spare:
-                spare.remove(change.placement.machine)
             gain_s = kept_s - now_s
             if now_s < kept_s * (1 - self._config.least_gain) and transfers_s <= self._config.moving_steps * gain_s:
                 worth, kept_s, transfers_s = len(tried), now_s, 0.0
-        self._settled = None if worth else (view.holders, view.spare)
+        self._settled = None if worth else began
         return tuple(tried[:worth])
 
-    def _score_s(self, holders: _Holders) -> float:
+    def _score_s(self, seating: _Seating) -> float:
         """Return the estimated step, and a little of every sum: the slowest one hides what the others would save."""
         sums_s = 0.0
         for group in self._job.weights:
-            ring = ring_of(group, holders)
+            ring = ring_of(group, seating.holders)
             if len(ring) > 1:
                 sums_s += self._job.ring_s(ring, group.size_bytes)
-        return step_estimate(self._job, holders).step_s + _SHARE_OF_SUMS * sums_s
+        return step_estimate(self._job, seating.holders).step_s + _SHARE_OF_SUMS * sums_s
 
-    def _takers(self, stage: int, holders: _Holders, spare: Sequence[int]) -> Iterator[_Change]:
+    def _takers(self, stage: int, now: _Seating) -> Iterator[_Change]:
         """Yield who can take a stage that nobody holds; holders of other stages leave those only if nobody else can."""
-        job, others = self._job, {each for machines in holders for each in machines} | set(spare)
+        job = self._job
         nobody = True
-        for machine in spare:
+        for machine in now.spare:
             if job.possible(stage, machine):
                 nobody = False
-                yield self._added(machine, stage, holders, others)
-        for machine, seats in seats_of(holders).items():
+                yield self._joined(machine, stage, now)
+        for machine, seats in seats_of(now.holders).items():
             if job.room(stage, machine, seats):
                 nobody = False
-                yield self._added(machine, stage, holders, others, keeps=True)
+                yield self._joined(machine, stage, now, keeps=True)
         if not nobody:
             return
-        for source, machines in enumerate(holders):
+        for source, machines in enumerate(now.holders):
             for machine in machines if len(machines) > 1 else ():
                 if job.possible(stage, machine):
-                    change = self._added(machine, stage, holders, others)
-                    change.holders[source].remove(machine)
-                    yield change
+                    yield self._moved(machine, source, stage, now)
 
-    def _added(self, machine: int, stage: int, holders: _Holders, known: set[int], *, keeps: bool = False) -> _Change:
-        after = _after(holders, {stage: sorted([*holders[stage], machine])})
-        return _Change(Placement(machine, stage, keeps=keeps), after, self._loading_s(machine, stage, holders, known))
+    def _joined(self, machine: int, stage: int, now: _Seating, *, keeps: bool = False) -> _Change:
+        """Return what becomes of it if a machine holds a stage too."""
+        after = now.after(machine, {stage: [*now.holders[stage], machine]})
+        return _Change(Placement(machine, stage, keeps=keeps), after, self._loading_s(machine, stage, now))
+
+    def _relieved(self, holder: int, machine: int, stage: int, now: _Seating, *, keeps: bool = False) -> _Change:
+        """Return what becomes of it if a machine takes a holder's place."""
+        rest = [each for each in now.holders[stage] if each != holder]
+        after = now.after(machine, {stage: [*rest, machine]})
+        return _Change(Placement(machine, stage, holder, keeps=keeps), after, self._loading_s(machine, stage, now))
+
+    def _moved(self, machine: int, source: int, target: int, now: _Seating) -> _Change:
+        """Return what becomes of it if a holder leaves its stage for another."""
+        rest = [each for each in now.holders[source] if each != machine]
+        after = now.after(machine, {source: rest, target: [*now.holders[target], machine]})
+        return _Change(Placement(machine, target), after, self._loading_s(machine, target, now))
 
     def _taking_over_s(self, change: _Change, stage: int) -> float:
         """Return the seconds in which a machine loads an empty stage's state, and some steps are done with it."""
         job, machine = self._job, change.placement.machine
         # As if it took the other empty stages too, so that its links to whoever is there count.
-        filled = [each or [machine] for each in change.holders]
-        step_s = step_estimate(job, filled).step_s
+        step_s = step_estimate(job, [each or (machine,) for each in change.after.holders]).step_s
         if math.isinf(step_s):
             step_s = job.microbatches * job.pass_s(stage, machine)
         return change.transfer_s + self._config.moving_steps * step_s
 
-    def _faster(self, holders: _Holders, spare: Sequence[int]) -> _Change | None:
+    def _faster(self, now: _Seating) -> _Change | None:
         """Return the change that shortens the next steps and the rest of this one most.
 
-        A spare machine joins a stage, or takes its holder's place.
+        A spare machine joins a stage, or takes its holder's place: at once, where that is sooner than the end of the
+        step. Half of that is left on average, and the stage's part of it may have to be done again.
         """
-        now_s = self._score_s(holders)
+        if now == self._complete:
+            return None
+        config, now_s = self._config, self._score_s(now)
         best: tuple[float, _Change] | None = None
-        known = {each for machines in holders for each in machines} | set(spare)
-        for stage in range(self._job.stages):
-            if stage in self._job.pinned:
+        for change in self._entries(now):
+            step_s = self._score_s(change.after)
+            if step_s > now_s * (1 - config.least_gain):
                 continue
-            for machine in spare:
-                if not self._job.possible(stage, machine):
+            rest_s = now_s / 2
+            if change.placement.replaces is not None:
+                if change.transfer_s > config.moving_steps * (now_s - step_s):
                     continue
-                for change in (
-                    self._added(machine, stage, holders, known),
-                    *(self._relieved(each, machine, stage, holders, known, now_s) for each in holders[stage]),
-                ):
-                    step_s = self._score_s(change.holders)
-                    earned_s = self._config.moving_steps * (now_s - step_s)
-                    if change.placement.replaces is not None and change.transfer_s > earned_s:
-                        continue
-                    if step_s > now_s * (1 - self._config.least_gain):
-                        continue
-                    # At once, the stage's part of this step may have to be done again.
-                    rest_s = change.transfer_s + 2 * step_s if change.placement.at_once else now_s / 2
-                    done_s = rest_s + self._config.moving_steps * step_s
-                    if best is None or done_s < best[0]:
-                        best = done_s, change
+                again_s = change.transfer_s + 2 * step_s
+                if again_s < rest_s:
+                    rest_s = again_s
+                    change = replace(change, placement=replace(change.placement, at_once=True))
+            done_s = rest_s + config.moving_steps * step_s
+            if best is None or done_s < best[0]:
+                best = done_s, change
+        self._complete = now if best is None else None
         return None if best is None else best[1]
 
-    def _relieved(
-        self, holder: int, machine: int, stage: int, holders: _Holders, known: set[int], now_s: float
-    ) -> _Change:
-        """Return what becomes of it if a machine takes a holder's place.
+    def _entries(self, now: _Seating) -> Iterator[_Change]:
+        """Yield the ways in which a spare machine can come in."""
+        for stage in range(self._job.stages):
+            for machine in now.spare:
+                if stage not in self._job.pinned and self._job.possible(stage, machine):
+                    yield self._joined(machine, stage, now)
+                    for holder in now.holders[stage]:
+                        yield self._relieved(holder, machine, stage, now)
 
-        At once, where that is sooner than the end of the step: half of it is left on average, and the stage's part of
-        it may have to be done again. `now_s`: the present step; 0 between two steps.
-        """
-        rest = [each for each in holders[stage] if each != holder]
-        after = _after(holders, {stage: sorted([*rest, machine])})
-        transfer_s = self._loading_s(machine, stage, holders, known)
-        keeps = len(seats_of(holders).get(machine, [])) > 0
-        at_once = transfer_s + 2 * self._score_s(after) < now_s / 2
-        return _Change(Placement(machine, stage, holder, keeps=keeps, at_once=at_once), after, transfer_s)
-
-    def _safer(self, holders: _Holders, spare: Sequence[int], view: Staffing) -> _Change | None:
+    def _safer(self, now: _Seating, view: Staffing) -> _Change | None:
         """Return a second holder for a stage that has one, if it costs less than the only one's death on average."""
         job = self._job
-        now_s = step_estimate(job, holders).step_s
+        now_s = step_estimate(job, now.holders).step_s
         deaths_per_s = view.deaths / (len(job.peers) * view.now_s) if view.now_s > 0 else 0.0
-        known = {each for machines in holders for each in machines} | set(spare)
         best: tuple[float, _Change] | None = None
-        for stage in range(job.stages):
-            if len(holders[stage]) != 1 or stage in job.pinned:
+        for stage, holders in enumerate(now.holders):
+            if len(holders) != 1 or stage in job.pinned:
                 continue
-            for machine in spare:
+            for machine in now.spare:
                 if not job.possible(stage, machine):
                     continue
-                change = self._added(machine, stage, holders, known)
+                change = self._joined(machine, stage, now)
                 # A death costs what it undoes, and loading the state.
-                undone_s = self._config.snapshot_steps / 2 * now_s + job.state_s(holders[stage][0], machine, stage)
+                undone_s = self._config.snapshot_steps / 2 * now_s + job.state_s(holders[0], machine, stage)
                 worth_s = now_s * min(0.5, deaths_per_s * undone_s)
                 own_s = sum(
-                    job.ring_s(ring_of(group, change.holders), group.size_bytes)
+                    job.ring_s(ring_of(group, change.after.holders), group.size_bytes)
                     for group in job.weights
                     if stage in group.stages
                 )
-                cost_s = max(own_s, step_estimate(job, change.holders).step_s - now_s)
+                if own_s > worth_s:
+                    continue
+                cost_s = max(own_s, step_estimate(job, change.after.holders).step_s - now_s)
                 if cost_s <= worth_s and (best is None or cost_s < best[0]):
                     best = cost_s, change
         return None if best is None else best[1]
 
-    def _changes(self, holders: _Holders, spare: Sequence[int]) -> Iterator[_Change]:
+    def _changes(self, now: _Seating) -> Iterator[_Change]:
         """Yield single changes between two steps."""
         job = self._job
-        seats = seats_of(holders)
-        known = set(seats) | set(spare)
+        seats = seats_of(now.holders)
         for source in range(job.stages):
             if source in job.pinned:
                 continue
-            for machine in holders[source]:
-                rest = [each for each in holders[source] if each != machine]
-                for other in spare:
+            for machine in now.holders[source]:
+                for other in now.spare:
                     if job.possible(source, other):
-                        yield self._relieved(machine, other, source, holders, known, 0.0)
+                        yield self._relieved(machine, other, source, now)
                 for other, others in seats.items():
                     if source not in others and job.room(source, other, others):
-                        yield self._relieved(machine, other, source, holders, known, 0.0)
-                if not rest or len(seats[machine]) > 1:
+                        yield self._relieved(machine, other, source, now, keeps=True)
+                if len(now.holders[source]) == 1 or len(seats[machine]) > 1:
                     continue
-                yield _Change(Placement(machine, None), _after(holders, {source: rest}), 0.0)
+                rest = [each for each in now.holders[source] if each != machine]
+                yield _Change(Placement(machine, None), now.after(machine, {source: rest}), 0.0)
                 for target in range(job.stages):
                     if target != source and target not in job.pinned and job.possible(target, machine):
-                        after = _after(holders, {source: rest, target: sorted([*holders[target], machine])})
-                        transfer_s = self._loading_s(machine, target, holders, known)
-                        yield _Change(Placement(machine, target), after, transfer_s)
+                        yield self._moved(machine, source, target, now)
 
-    def _loading_s(self, machine: int, stage: int, holders: _Holders, known: set[int]) -> float:
+    def _loading_s(self, machine: int, stage: int, now: _Seating) -> float:
         """Return the seconds in which a machine gets a stage's state: from a holder, or from a snapshot near by."""
-        job = self._job
-        direct_s = min((job.state_s(each, machine, stage) for each in holders[stage] if each != machine), default=0.0)
-        near_s = min((job.state_s(each, machine, stage) for each in known if each != machine), default=0.0)
-        if not holders[stage]:
+        job, holders = self._job, now.holders[stage]
+
+        def nearest_s(sources: Iterable[int]) -> float:
+            return min((job.state_s(each, machine, stage) for each in sources if each != machine), default=0.0)
+
+        if holders and not self._config.replays:
+            return nearest_s(holders)
+        near_s = nearest_s(now.known)
+        if not holders:
             return near_s
-        if not self._config.replays:
-            return direct_s
         again_s = self._config.snapshot_steps / 2 * job.microbatches * job.pass_s(stage, machine)
-        return min(direct_s, near_s + again_s)
-
-
-def _after(holders: _Holders, changes: Mapping[int, list[int]]) -> list[list[int]]:
-    return [changes.get(place, list(each)) for place, each in enumerate(holders)]
+        return min(nearest_s(holders), near_s + again_s)
