@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import json
 import os
@@ -238,7 +239,13 @@ def test_every_command_is_shown() -> None:
 def test_python_in_the_text_is_python(page: Path) -> None:
     for language, block in FENCE.findall(text_of(page)):
         if language == "python":
-            ast.parse(block if not block.startswith("*") else f"({block})")
+            tree = ast.parse(block if not block.startswith("*") else f"({block})")
+            for each in ast.walk(tree):
+                if isinstance(each, ast.ImportFrom) and (each.module or "").split(".")[0] == "fusionai":
+                    module = importlib.import_module(each.module or "")
+                    for alias in each.names:
+                        there = getattr(module, alias.name, None)
+                        assert there is not None, f"{name_of(page)} imports {alias.name} from {each.module}"
 
 
 # --- examples -------------------------------------------------------------------------------------------------------

@@ -276,6 +276,21 @@ def test_who_held_two_stages_is_relieved() -> None:
     assert report.step_s[-1] == pytest.approx((4 + 1) * 3.0)
 
 
+def test_who_is_far_is_relieved_in_the_middle_of_a_step() -> None:
+    # Machine 2 comes back at 30 s, when machine 1 is about to get 20 microbatches, each after 100 s on its link.
+    job = routed(3, 2, microbatches=20, boundary_bytes=0.01, state_bytes=4.0, in_flight=20)
+    far = np.array(job.bandwidth)
+    far[1, [0, 2]] = far[[0, 2], 1] = 1e-4
+    job = replace(job, bandwidth=far)
+    alone = run(job, [[0], [1]], steps=1)
+    report = run(job, [[0], [1]], churn=Scripted({"m2": (Outage(0.0, 30.0),)}), steps=2)
+    assert report.finished
+    assert alone.elapsed_s > 2000.0
+    # Loaded at 34 s; then its 20 microbatches of 3 s, one after the other, and the last one's way home.
+    assert 34.0 + 20 * 3.0 < report.step_s[0] < 34.0 + 20 * 3.0 + 6.0
+    assert report.step_s[1] == pytest.approx(21 * 3.0, abs=0.2)
+
+
 def test_a_state_comes_from_a_snapshot_where_the_holder_is_far() -> None:
     # Machine 1 is far from all others. After the first step 2 begins to load, and takes its place after the second.
     job = routed(4, 2, microbatches=2, boundary_bytes=0.01, state_bytes=4.0)

@@ -81,9 +81,9 @@ def step_estimate(job: RoutedJob, holders: Sequence[Sequence[int]]) -> StepEstim
             period_s, limit = trip_s / room, f"memory of stage {stage}"
     driver = job.driver
     commit_s = 0.0
-    for stage, each in enumerate(arrays):
-        away_s = job.delay_s[driver, each] + job.delay_s[each, driver] if driver >= 0 else np.zeros(len(each))
-        commit_s = max(commit_s, float((job.update_s[stage, each] + away_s).max()))
+    for machine, stages in seats.items():
+        away_s = float(job.delay_s[driver, machine] + job.delay_s[machine, driver]) if driver >= 0 else 0.0
+        commit_s = max(commit_s, away_s + sum(float(job.update_s[stage, machine]) for stage in stages))
     return StepEstimate(trips[-1], period_s, job.sum_s(holders), commit_s, job.microbatches, limit)
 
 
