@@ -325,6 +325,7 @@ CHURNS = st.one_of(
     swarm=False,
     tied=False,
     room=0,
+    far=set(),
 )
 @given(
     churn=CHURNS,
@@ -336,6 +337,7 @@ CHURNS = st.one_of(
     swarm=st.booleans(),
     tied=st.booleans(),
     room=st.integers(0, 3),
+    far=st.sets(st.integers(0, 6), max_size=4),
 )
 def test_whoever_dies_every_microbatch_counts_once(
     churn: Churn,
@@ -347,6 +349,7 @@ def test_whoever_dies_every_microbatch_counts_once(
     swarm: bool,
     tied: bool,
     room: int,
+    far: set[int],
 ) -> None:
     """The ledger asserts it before every sum; here also: no pass starts before its tensors are made."""
     job = routed(
@@ -356,6 +359,11 @@ def test_whoever_dies_every_microbatch_counts_once(
         job = replace(job, weights=(*job.weights, SharedWeights((0, 2), 1.0)))
     if room:
         job = replace(job, memory=memory_for_two(7, 3, room))
+    # Machines behind slow links are relieved in the middle of a step.
+    links = np.array(job.bandwidth)
+    for machine in far:
+        links[machine, :], links[:, machine], links[machine, machine] = 0.02, 0.02, np.inf
+    job = replace(job, bandwidth=links)
     holders: Holders = [[0], [1], [2]]
     for number, stage in enumerate(extra):
         holders[stage].append(3 + number)
