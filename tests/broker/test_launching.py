@@ -177,9 +177,11 @@ def test_a_dead_compnode_ends_the_job_by_name(tmp_path: Path) -> None:
             launched = await submit(party.owner, cuts=(2,))
             lost: list[str] = []
             party.owner.on_job_lost(launched.job, lost.append)
+            # Equal machines: which of them comes first is up to the links as measured just now.
+            held = [stage.peer for stage in launched.plan.stages].index(party.a.identity.peer_id)
             await party.a.endpoint.close()
             assert await until(lambda: lost) < 3
-            assert lost[0].startswith("compnode a (stage 0")
+            assert lost[0].startswith(f"compnode a (stage {held}: ")
             await until(lambda: not party.b.holds)
             assert await party.states() == {"a": "lost", "b": "idle"}
             assert (await party.job()).state == "failed"
