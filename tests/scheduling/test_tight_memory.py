@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable
 
 import pytest
 from decoder_graph import SIZES, decoder, member, pool
 
-from fusionai.graph.cost import StageCost
 from fusionai.graph.cuts import Cutter, cut_points
-from fusionai.graph.likeness import stage_costs
 from fusionai.graph.model import OpDag, Sizes
 from fusionai.scheduling.links import PoolLinks
 from fusionai.scheduling.planner import plan_training
@@ -23,12 +20,12 @@ class Needs:
 
     def __init__(self, graph: OpDag, sizes: Sizes) -> None:
         self._points, self._sizes = [0, *cut_points(graph, sizes), len(graph.nodes)], sizes
-        self._cutter, self._known = Cutter(graph), dict[Hashable, StageCost]()
+        self._cutter = Cutter(graph)
         self.parts = len(self._points) - 1
 
     def __call__(self, start: int, stop: int) -> int:
         ends = [self._points[place] for place in (start, stop) if 0 < place < self.parts]
-        (cost,) = stage_costs([self._cutter.cut(ends)[1 if start else 0]], self._sizes, self._known)
+        (cost,) = self._cutter.costs(self._sizes).stages([self._cutter.cut(ends)[1 if start else 0]])
         return cost.training_bytes(2, 2)
 
 

@@ -2,61 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
+from fusionai.graph.bound_call import BoundCall
 from fusionai.graph.dependencies import differentiable_ancestors, reads, recomputable, requiring_gradient
 from fusionai.graph.layouts import memory_roots
 from fusionai.graph.model import Argument, Atom, Node, Ref, Size, Sizes, SubDag, TensorType, ValueName
 from fusionai.graph.operators.schema import Call, CallValue, Operand
 from fusionai.graph.sizes import concrete, evaluate, type_bytes
-from fusionai.graph.vocabulary import Operator, operator
-
-
-class BoundCall:
-    """One call: its node, its operator, and its arguments at concrete sizes."""
-
-    __slots__ = ("arguments", "call", "node", "reads", "traits")
-
-    def __init__(self, node: Node, traits: Operator, arguments: dict[str, Argument], call: Call) -> None:
-        self.node = node
-        self.traits = traits
-        self.arguments = arguments
-        self.call = call
-        self.reads = tuple(dict.fromkeys(reads(node)))
-        """The values that the call takes, each once."""
-
-    def values(self, parameter: str) -> list[ValueName]:
-        """Return the values that one argument consists of."""
-        argument = self.arguments[parameter]
-        atoms: Sequence[Atom] = argument if isinstance(argument, tuple) else (argument,)
-        return [atom.name for atom in atoms if isinstance(atom, Ref)]
+from fusionai.graph.vocabulary import operator
 
 
 class StageCalls:
-    """The calls of a sub-DAG at concrete sizes. Raises GraphError where a size cannot be computed."""
+    """The calls of a sub-DAG at concrete sizes. Raises GraphError where a size cannot be computed.
 
-    def __init__(self, subdag: SubDag, sizes: Sizes) -> None:
+    `whole` are the calls of the same graph uncut, at the same sizes: what is bound there is not bound once more.
+    """
+
+    def __init__(self, subdag: SubDag, sizes: Sizes, whole: StageCalls | None = None) -> None:
         self.subdag = subdag
-        types: dict[ValueName, TensorType] = dict(subdag.types)
-        types |= {item.name: item.type for item in subdag.inputs}
-        types |= {weight.name: weight.type for weight in subdag.weights}
-        types |= {each.value: each.type for each in subdag.receives}
-        self.nbytes = {name: type_bytes(type, sizes) for name, type in types.items()}
-        """Bytes of each value."""
         self.weights = frozenset(weight.name for weight in subdag.weights)
-        self.graded = _graded(subdag, types)
-        """Values that a gradient is computed for."""
-        self._operands = {
-            name: Operand(type.dtype, concrete(type, sizes), name in self.graded) for name, type in types.items()
-        }
         self._sizes = sizes
-        every = [self._bind(node) for node in subdag.nodes]
-        self.root = memory_roots(subdag.nodes, [bound.call for bound in every])
+        self._operands: dict[ValueName, Operand] = {}
+        if whole is None:
+            self._types = _types(subdag)
+            self._dtypes = {name: type.dtype for name, type in self._types.items()}
+            self.nbytes = {name: type_bytes(type, sizes) for name, type in self._types.items()}
+            """Bytes of each value; values of other sub-DAGs may be among them."""
+            self._fixed = frozenset(subdag.nodes[place].name for place in recomputable(subdag))
+            self.graded = self._graded({})
+            """Values that a gradient is computed for."""
+            every = [self._bind(node) for node in subdag.nodes]
+        else:
+            # What can be computed anywhere is so in all sub-DAGs: `cut` keeps the users of what is written together.
+            self._types, self._dtypes, self.nbytes, self._fixed = (
+                whole._types,
+                whole._dtypes,
+                whole.nbytes,
+                whole._fixed,
+            )
+            self.graded = self._graded(whole._by_name)
+            every = self._taken(whole)
+        self._by_name: dict[str, BoundCall] = {bound.node.name: bound for bound in every}
+        self.root = memory_roots(every)
         """For outputs that are views, the value whose memory they use; for others, themselves."""
-        fixed = recomputable(subdag)
-        self.calls = [bound for place, bound in enumerate(every) if place not in fixed]
+        self.calls = [bound for bound in every if bound.node.name not in self._fixed]
         """The calls of every microbatch."""
-        self.fixed_calls = [bound for place, bound in enumerate(every) if place in fixed]
+        self.fixed_calls = [bound for bound in every if bound.node.name in self._fixed]
         """Calls that a plane makes once for all microbatches of these sizes."""
 
     def owner(self, value: ValueName) -> ValueName:
@@ -71,12 +63,42 @@ class StageCalls:
         """Return whether backward passes through a call."""
         return any(output in self.graded for output in bound.node.outputs)
 
+    def _graded(self, known: dict[str, BoundCall]) -> frozenset[ValueName]:
+        subdag, dtypes = self.subdag, self._dtypes
+        sources = [weight.name for weight in subdag.weights if weight.trainable]
+        sources += [each.value for each in subdag.receives if each.gradient]
+        targets = [each.value for each in subdag.sends if each.gradient]
+        if subdag.loss is not None:
+            targets.append(subdag.loss)
+
+        def taken(node: Node) -> Iterable[ValueName]:
+            return known[node.name].reads if known else reads(node)
+
+        depending = requiring_gradient(subdag.nodes, sources, dtypes, taken)
+        return depending & differentiable_ancestors(subdag.nodes, targets, dtypes, taken)
+
+    def _taken(self, whole: StageCalls) -> list[BoundCall]:
+        """Return the calls as they are bound in the whole graph, but for those whose gradients differ here."""
+        elsewhere = self.graded ^ whole.graded
+        return [
+            bound
+            if elsewhere.isdisjoint((bound := whole._by_name[node.name]).reads) and elsewhere.isdisjoint(node.outputs)
+            else self._bind(node)
+            for node in self.subdag.nodes
+        ]
+
     def _bind(self, node: Node) -> BoundCall:
         traits = operator(node.op)
         arguments = traits.bind(node)
         values = {name: self._value(argument) for name, argument in arguments.items()}
-        outputs = tuple(self._operands[output] for output in node.outputs)
+        outputs = tuple(self._operand(output) for output in node.outputs)
         return BoundCall(node, traits, arguments, Call(values, outputs))
+
+    def _operand(self, name: ValueName) -> Operand:
+        if name not in self._operands:
+            type = self._types[name]
+            self._operands[name] = Operand(type.dtype, concrete(type, self._sizes), name in self.graded)
+        return self._operands[name]
 
     def _value(self, argument: Argument) -> CallValue:
         if isinstance(argument, tuple):
@@ -85,7 +107,7 @@ class StageCalls:
 
     def _atom(self, atom: Atom) -> CallValue:
         if isinstance(atom, Ref):
-            return self._operands[atom.name]
+            return self._operand(atom.name)
         if isinstance(atom, Size):
             return evaluate(atom.expression, self._sizes)
         if atom is None or isinstance(atom, (bool, int, float, str)):
@@ -93,15 +115,12 @@ class StageCalls:
         return float(atom.word) if atom.kind == "float" else atom.word
 
 
-def _graded(subdag: SubDag, types: dict[ValueName, TensorType]) -> frozenset[ValueName]:
-    sources = [weight.name for weight in subdag.weights if weight.trainable]
-    sources += [each.value for each in subdag.receives if each.gradient]
-    targets = [each.value for each in subdag.sends if each.gradient]
-    if subdag.loss is not None:
-        targets.append(subdag.loss)
-    dtypes = {name: type.dtype for name, type in types.items()}
-    depending = requiring_gradient(subdag.nodes, sources, dtypes)
-    return depending & differentiable_ancestors(subdag.nodes, targets, dtypes)
+def _types(subdag: SubDag) -> dict[ValueName, TensorType]:
+    """Return the types of all values of a sub-DAG."""
+    found: dict[ValueName, TensorType] = dict(subdag.types)
+    found |= {item.name: item.type for item in subdag.inputs}
+    found |= {weight.name: weight.type for weight in subdag.weights}
+    return found | {each.value: each.type for each in subdag.receives}
 
 
 def total_bytes(nbytes: dict[ValueName, int], values: Iterable[ValueName]) -> int:

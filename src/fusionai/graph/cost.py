@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fusionai.errors import GraphError
-from fusionai.graph.calls import BoundCall, StageCalls, total_bytes
+from fusionai.graph.bound_call import BoundCall
+from fusionai.graph.calls import StageCalls, total_bytes
 from fusionai.graph.memory import stage_memory
 from fusionai.graph.model import Sizes, SubDag, ValueName
 from fusionai.graph.operators.schema import OpClass
@@ -79,33 +80,18 @@ class StageCost:
         return state_bytes + in_flight * self.saved_bytes + self.transient_bytes
 
 
-def node_costs(subdag: SubDag, sizes: Sizes) -> list[NodeCost]:
-    """Return what each node of a sub-DAG costs at the given sizes, in the nodes' order.
-
-    A node that is computed once for all microbatches costs nothing.
-    """
-    with _types_fit(subdag):
-        return _node_costs(StageCalls(subdag, sizes))
-
-
-def _node_costs(stage: StageCalls) -> list[NodeCost]:
-    found = {bound.node.name: _node_cost(stage, bound) for bound in stage.calls}
-    idle = NodeCost("metadata", 0, 0, 0, 0)
-    return [found.get(node.name, idle) for node in stage.subdag.nodes]
-
-
 def stage_cost(subdag: SubDag, sizes: Sizes) -> StageCost:
     """Return what a sub-DAG costs at the given sizes.
 
     Raises GraphError when `sizes` lacks a symbol, a tensor exceeds the limits of `graph.sizes`, or the declared types
     do not fit the operators.
     """
-    with _types_fit(subdag):
-        return _stage_cost(StageCalls(subdag, sizes))
+    with types_fit(subdag):
+        return cost_of_calls(StageCalls(subdag, sizes))
 
 
 @contextmanager
-def _types_fit(subdag: SubDag) -> Iterator[None]:
+def types_fit(subdag: SubDag) -> Iterator[None]:
     """Report types that contradict the operators as what they are: an error of the graph, which may be a stranger's."""
     try:
         yield
@@ -116,7 +102,18 @@ def _types_fit(subdag: SubDag) -> Iterator[None]:
         ) from error
 
 
-def _stage_cost(stage: StageCalls) -> StageCost:
+def costs_of_nodes(stage: StageCalls) -> list[NodeCost]:
+    """Return what each node of a sub-DAG costs, in the nodes' order; one that is computed once for all costs nothing.
+
+    To be called within `types_fit`.
+    """
+    found = {bound.node.name: _node_cost(stage, bound) for bound in stage.calls}
+    idle = NodeCost("metadata", 0, 0, 0, 0)
+    return [found.get(node.name, idle) for node in stage.subdag.nodes]
+
+
+def cost_of_calls(stage: StageCalls) -> StageCost:
+    """Return what a sub-DAG costs whose calls are bound. To be called within `types_fit`."""
     subdag = stage.subdag
     forward: Counter[str] = Counter()
     backward: Counter[str] = Counter()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from fusionai.errors import GraphError
-from fusionai.graph.cost import node_costs
 from fusionai.graph.dependencies import (
     consumers,
     gradient_values,
@@ -21,6 +20,7 @@ from fusionai.graph.dependencies import (
     reads,
     weighted_nodes,
 )
+from fusionai.graph.graph_costs import GraphCosts
 from fusionai.graph.model import OpDag, Sizes, SubDag, Transfer, ValueName
 from fusionai.graph.sizes import type_bytes
 from fusionai.graph.vocabulary import operator
@@ -35,9 +35,12 @@ _FLOPS_PER_BYTE = 10
 """Work of moving a byte, in FLOPs, for telling how far apart two positions are; typical of CPUs and GPUs alike."""
 
 
-def crossing_bytes(graph: OpDag, sizes: Sizes) -> list[int]:
-    """Return, for each position 0..N, the bytes of one microbatch that cross a cut there going forward."""
-    local = local_nodes(graph)
+def crossing_bytes(graph: OpDag, sizes: Sizes, local: frozenset[int] | None = None) -> list[int]:
+    """Return, for each position 0..N, the bytes of one microbatch that cross a cut there going forward.
+
+    `local`: the places of what never travels, where they are known.
+    """
+    local = local_nodes(graph) if local is None else local
     changes = [0] * (len(graph.nodes) + 2)
     taken = consumers(graph.nodes)
     for place, node in enumerate(graph.nodes):
@@ -52,16 +55,20 @@ def crossing_bytes(graph: OpDag, sizes: Sizes) -> list[int]:
     return list(accumulate(changes[: len(graph.nodes) + 1]))
 
 
-def cut_points(graph: OpDag, sizes: Sizes, within: tuple[int, int] | None = None) -> list[int]:
+def cut_points(
+    graph: OpDag, sizes: Sizes, within: tuple[int, int] | None = None, *, cutter: Cutter | None = None
+) -> list[int]:
     """Return the positions worth cutting at, strictly between the ends of `within` (default: the whole graph).
 
     A position is worth it when no position before it, or none after it, has fewer bytes crossing: in a transformer
     those between blocks, in a network whose activations shrink the ones after each shrinking. Where two such positions
     have much work between them, the best ones in between are added. Of positions with nothing computed in between one
     is given, and every stretch between neighbours, the ends included, has work.
+    `cutter`: the graph's, where there is one.
     """
     start, stop = within or (0, len(graph.nodes))
-    local, weighted = local_nodes(graph), weighted_nodes(graph)
+    cutter = cutter or Cutter(graph)
+    local, weighted = cutter.local, weighted_nodes(graph)
     idle = [place in local or operator(node.op).op_class == "view" for place, node in enumerate(graph.nodes)]
     # Before the first weight and after the last one few bytes cross, but there is nothing to share out.
     ends = [place for place in range(start, stop) if place in weighted] or [
@@ -69,8 +76,8 @@ def cut_points(graph: OpDag, sizes: Sizes, within: tuple[int, int] | None = None
     ]
     if len(ends) < 2:
         return []
-    crossing = crossing_bytes(graph, sizes)
-    search = _Search(crossing, _work_before(graph, sizes), idle)
+    crossing = crossing_bytes(graph, sizes, local)
+    search = _Search(crossing, _work_before(graph, cutter.costs(sizes)), idle)
     # The ends of `within` are cuts that are made in any case, so the others are compared with them too.
     before = crossing[start] if start > 0 else None
     after = crossing[stop] if stop < len(graph.nodes) else None
@@ -87,14 +94,11 @@ def thinned(graph: OpDag, sizes: Sizes, points: Sequence[int], most: int) -> lis
     return [min(stretch, key=lambda point: crossing[point]) for stretch in stretches if stretch]
 
 
-def _work_before(graph: OpDag, sizes: Sizes) -> list[float]:
+def _work_before(graph: OpDag, costs: GraphCosts) -> list[float]:
     """Return, for each position, the work of all nodes before it, as FLOPs of forward and backward."""
-    whole = cut(graph, [])[0]
     work = {
-        node.name: cost.forward_flops
-        + cost.backward_flops
-        + _FLOPS_PER_BYTE * (cost.forward_bytes + cost.backward_bytes)
-        for node, cost in zip(whole.nodes, node_costs(whole, sizes), strict=True)
+        name: cost.forward_flops + cost.backward_flops + _FLOPS_PER_BYTE * (cost.forward_bytes + cost.backward_bytes)
+        for name, cost in costs.nodes.items()
     }
     return [0.0, *accumulate(float(work.get(node.name, 0)) for node in graph.nodes)]
 
@@ -175,13 +179,20 @@ class Cutter:
 
     def __init__(self, graph: OpDag) -> None:
         self._graph = graph
-        self._again = local_nodes(graph)
+        self.local = local_nodes(graph)
         """Places of the nodes that a stage makes for itself."""
         self._made = producers(graph.nodes)
         self._reads = [tuple(dict.fromkeys(reads(node))) for node in graph.nodes]
         self._gradients = gradient_values(graph)
         written = mutated_values(graph.nodes)
         self._written = [weight for weight in graph.weights if weight.name in written]
+        self._costs: tuple[Sizes, GraphCosts] | None = None
+
+    def costs(self, sizes: Sizes) -> GraphCosts:
+        """Return the costs of what the graph is cut into; the same ones while the same sizes are asked for."""
+        if self._costs is None or self._costs[0] != sizes:
+            self._costs = dict(sizes), GraphCosts(self.cut([])[0], sizes)
+        return self._costs[1]
 
     def cut(self, positions: Sequence[int]) -> tuple[SubDag, ...]:
         """Return the sub-DAGs of the stages between `positions`, as the function `cut` does."""
@@ -194,10 +205,10 @@ class Cutter:
             )
         stage_of = [stage for stage, (early, late) in enumerate(pairwise(bounds)) for _ in range(early, late)]
         held = [
-            self._closure({place for place in range(early, late) if place not in self._again})
+            self._closure({place for place in range(early, late) if place not in self.local})
             for early, late in pairwise(bounds)
         ]
-        empty = [stage for stage, places in enumerate(held) if not places - self._again]
+        empty = [stage for stage, places in enumerate(held) if not places - self.local]
         if empty:
             raise GraphError(
                 f"stage {empty[0]} (operators {bounds[empty[0]]} to {bounds[empty[0] + 1]}) would compute nothing; "
@@ -215,7 +226,7 @@ class Cutter:
         while waiting:
             for name in self._reads[waiting.pop()]:
                 place = self._made.get(name)
-                if place is not None and place in self._again and place not in places:
+                if place is not None and place in self.local and place not in places:
                     places.add(place)
                     waiting.append(place)
         return places
@@ -228,7 +239,7 @@ class Cutter:
             for place in sorted(places):
                 for name in self._reads[place]:
                     maker = made.get(name)
-                    if maker is None or maker in self._again or stage_of[maker] == stage:
+                    if maker is None or maker in self.local or stage_of[maker] == stage:
                         continue
                     found[name, stage] = Transfer(name, stage_of[maker], stage, types[name], name in self._gradients)
         return sorted(found.values(), key=lambda each: (made[each.value], each.value, each.target))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from fusionai.graph.model import Node, OpDag, Ref, SubDag, ValueName, Weight
 from fusionai.graph.vocabulary import operator
@@ -44,24 +44,30 @@ def mutated_values(nodes: Iterable[Node]) -> frozenset[ValueName]:
 
 
 def requiring_gradient(
-    nodes: Sequence[Node], sources: Iterable[ValueName], dtypes: Mapping[ValueName, str]
+    nodes: Sequence[Node],
+    sources: Iterable[ValueName],
+    dtypes: Mapping[ValueName, str],
+    taken: Callable[[Node], Iterable[ValueName]] = reads,
 ) -> frozenset[ValueName]:
     """Return `sources` and the floating-point values that depend on them differentiably."""
     found = set(sources)
     for node in nodes:
-        if operator(node.op).differentiable and any(name in found for name in reads(node)):
+        if not found.isdisjoint(taken(node)) and operator(node.op).differentiable:
             found |= {output for output in node.outputs if dtypes[output] in FLOATING}
     return frozenset(found)
 
 
 def differentiable_ancestors(
-    nodes: Sequence[Node], targets: Iterable[ValueName], dtypes: Mapping[ValueName, str]
+    nodes: Sequence[Node],
+    targets: Iterable[ValueName],
+    dtypes: Mapping[ValueName, str],
+    taken: Callable[[Node], Iterable[ValueName]] = reads,
 ) -> frozenset[ValueName]:
     """Return `targets` and the floating-point values that they depend on differentiably."""
     found = set(targets)
     for node in reversed(nodes):
-        if operator(node.op).differentiable and any(output in found for output in node.outputs):
-            found |= {name for name in reads(node) if dtypes[name] in FLOATING}
+        if not found.isdisjoint(node.outputs) and operator(node.op).differentiable:
+            found |= {name for name in taken(node) if dtypes[name] in FLOATING}
     return frozenset(found)
 
 

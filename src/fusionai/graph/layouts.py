@@ -9,35 +9,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from fusionai.graph.model import Node, Ref, ValueName
+from fusionai.graph.bound_call import BoundCall
+from fusionai.graph.model import Ref, ValueName
 from fusionai.graph.operators.normalisation import drops
 from fusionai.graph.operators.schema import Call, Operand
-from fusionai.graph.vocabulary import operator
 
 Shape = tuple[int, ...]
 Strides = tuple[int, ...]
 """Elements between neighbours along each axis."""
 
 
-def memory_roots(nodes: Sequence[Node], calls: Sequence[Call]) -> dict[ValueName, ValueName]:
+def memory_roots(calls: Sequence[BoundCall]) -> dict[ValueName, ValueName]:
     """Return, for every output, the value whose memory it uses: itself, unless it is a view."""
     root: dict[ValueName, ValueName] = {}
     layout: dict[ValueName, Strides] = {}
-    for node, call in zip(nodes, calls, strict=True):
-        source = _viewed(node)
+    for bound in calls:
+        node, source, view = bound.node, bound.viewed, bound.traits.view
         found = None
-        if source is not None:
-            view = operator(node.op).view
-            assert view is not None
-            tensor = call.tensor(view)
-            found = _view(node, call, tensor, layout.get(source, dense(tensor.shape)))
+        if source is not None and view is not None:
+            tensor = bound.call.tensor(view)
+            found = _view(bound, tensor, layout.get(source, dense(tensor.shape)))
         if found is not None and source is not None:
             root.update((output, root.get(source, source)) for output in node.outputs)
             layout.update(zip(node.outputs, found, strict=True))
         else:
-            for output, operand in zip(node.outputs, call.outputs, strict=True):
+            for output, operand in zip(node.outputs, bound.call.outputs, strict=True):
                 root[output] = output
-                layout[output] = _fresh(node, call, operand, layout)
+                layout[output] = _fresh(bound, operand, layout)
     return root
 
 
@@ -76,18 +74,9 @@ def reshaped(shape: Shape, strides: Strides, new: Shape) -> Strides | None:
     return tuple(reversed(found))
 
 
-def _viewed(node: Node) -> ValueName | None:
-    """Return the value that a node may give a view of."""
-    view = operator(node.op).view
-    if view is None:
-        return None
-    argument = operator(node.op).bind(node)[view]
-    return argument.name if isinstance(argument, Ref) else None
-
-
-def _view(node: Node, call: Call, tensor: Operand, strides: Strides) -> list[Strides] | None:
+def _view(bound: BoundCall, tensor: Operand, strides: Strides) -> list[Strides] | None:
     """Return the outputs' strides when they are views of a tensor with these strides, else None."""
-    family = node.op.split(".")[1]
+    call, family = bound.call, bound.node.op.split(".")[1]
     shape = tensor.shape
     outputs = [output.shape for output in call.outputs]
     if family in _DROPOUTS:
@@ -217,18 +206,17 @@ _RULES: Mapping[str, Callable[[Call, Strides], Strides]] = {
 """Views whose strides follow from the source's; other views keep them as they are."""
 
 
-def _fresh(node: Node, call: Call, output: Operand, layout: Mapping[ValueName, Strides]) -> Strides:
+def _fresh(bound: BoundCall, output: Operand, layout: Mapping[ValueName, Strides]) -> Strides:
     """Return the strides of a newly made tensor."""
-    traits = operator(node.op)
-    shape = output.shape
+    call, traits, shape = bound.call, bound.traits, output.shape
     if traits.op_class == "attention" and not call.arguments.get("softcap"):
         # The fused kernels lay their result out like the query, whose last axis may differ in size.
-        query = traits.bind(node)["query"]
+        query = bound.arguments["query"]
         known = layout.get(query.name) if isinstance(query, Ref) else None
         return _in_order_of(known or dense(call.tensor("query").shape), shape)
-    if traits.op_class == "elementwise" or node.op == "aten.batch_norm.default":
+    if traits.op_class == "elementwise" or traits.name == "aten.batch_norm.default":
         # Elementwise operators keep the order of axes of their first operand of full shape.
-        for name, value in traits.bind(node).items():
+        for name, value in bound.arguments.items():
             operand = call.arguments[name]
             if isinstance(value, Ref) and isinstance(operand, Operand) and operand.shape == shape:
                 return _in_order_of(layout.get(value.name, dense(shape)), shape)

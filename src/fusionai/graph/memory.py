@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fusionai.graph.calls import BoundCall, StageCalls, total_bytes
+from fusionai.graph.bound_call import BoundCall
+from fusionai.graph.calls import StageCalls, total_bytes
 from fusionai.graph.dependencies import deferrable
 from fusionai.graph.model import ValueName
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
-from fusionai.graph.cost import StageCost, stage_cost
+from fusionai.graph.cost import StageCost
 from fusionai.graph.cuts import Cutter, boundary_bytes
 from fusionai.graph.model import OpDag, Sizes, SubDag, WeightKey
 from fusionai.graph.shared_weights import repeated, waiting_bytes
@@ -41,19 +41,19 @@ class StageCosts:
         self._known: dict[tuple[object, ...], StageCost] = {}
         self._cutter: Cutter | None = None
 
-    def cut(self, graph: OpDag, positions: Sequence[int]) -> tuple[SubDag, ...]:
-        """Return the sub-DAGs of the graph, which is the same in every call."""
+    def cutter(self, graph: OpDag) -> Cutter:
+        """Return what cuts the graph, which is the same in every call."""
         if self._cutter is None:
             self._cutter = Cutter(graph)
-        return self._cutter.cut(positions)
+        return self._cutter
 
-    def of(self, subdag: SubDag, start: int, stop: int, sizes: Sizes) -> StageCost:
-        """Return the cost of nodes [start, stop), which are `subdag`."""
+    def of(self, graph: OpDag, subdag: SubDag, start: int, stop: int, sizes: Sizes) -> StageCost:
+        """Return the cost of the graph's nodes [start, stop), which are `subdag`."""
         # What crosses its ends depends on the other cuts, where a value passes over a stage.
         ends = tuple((each.value, each.gradient) for each in (*subdag.receives, *subdag.sends))
         key = (start, stop, len(subdag.receives), ends)
         if key not in self._known:
-            self._known[key] = stage_cost(subdag, sizes)
+            (self._known[key],) = self.cutter(graph).costs(sizes).stages([subdag])
         return self._known[key]
 
 
@@ -135,9 +135,9 @@ class _Stages:
     def __init__(self, task: Task, cuts: Sequence[int], peers: Sequence[str]) -> None:
         self._task, self._peers = task, peers
         self._bounds = [0, *cuts, len(task.graph.nodes)]
-        self._subdags = task.costs.cut(task.graph, cuts)
+        self._subdags = task.costs.cutter(task.graph).cut(cuts)
         self._costs = [
-            task.costs.of(subdag, *ends, task.sizes)
+            task.costs.of(task.graph, subdag, *ends, task.sizes)
             for subdag, ends in zip(self._subdags, pairwise(self._bounds), strict=True)
         ]
         devices = [task.member(peer).device for peer in peers]

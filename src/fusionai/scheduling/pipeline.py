@@ -10,8 +10,9 @@ with several stages that could run a pass takes a backward before a forward and 
 
 from __future__ import annotations
 
+import copy
 import heapq
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
@@ -63,8 +64,8 @@ class _Way(NamedTuple):
     """Where a pass's tensors go."""
 
     target: int
-    link: tuple[str, str] | None
-    """None within a machine."""
+    link: int
+    """Number of the link; -1 within a machine."""
     seconds: float
     delay_s: float
     lines: _LinesTaken | None
@@ -86,113 +87,160 @@ class PipelineTimes:
 
 
 class _Run:
-    """One execution of the schedule. Lists by direction have what belongs to forwards first, then to backwards."""
+    """One execution of the schedule. Machines and links go by number.
+
+    Planners spend much of their time here: lists instead of dictionaries, comparisons instead of max(), and nothing
+    looked at that cannot have changed.
+    """
 
     def __init__(self, stages: Sequence[StageTimes], edges: Sequence[Edge], microbatches: int) -> None:
+        count = len(stages)
         self.stages, self.microbatches = stages, microbatches
         self.in_flight = [stage.in_flight for stage in stages]
-        count = len(stages)
+        self.machines = list(dict.fromkeys(stage.machine for stage in stages))
+        number = {machine: place for place, machine in enumerate(self.machines)}
+        self.machine = [number[stage.machine] for stage in stages]
+        self.links: dict[tuple[str, str], int] = {}
+        # Of forwards first, then of backwards.
         self.out: tuple[list[list[_Way]], ...] = ([[] for _ in stages], [[] for _ in stages])
-        self.needed = [[0] * count, [0] * count]
-        """Tensors that a pass needs, by direction and stage."""
         for edge in edges:
-            ways = [(edge.source, edge.target, edge.forward_s, edge.forward_lines_s, False)]
+            self._add_way(0, edge.source, edge.target, edge.forward_s, edge.delay_s, edge.forward_lines_s)
+        for edge in reversed(edges):
             if edge.backward_s is not None:
-                ways.append((edge.target, edge.source, edge.backward_s, edge.backward_lines_s, True))
-            for source, target, seconds, lines_s, backward in ways:
-                here, there = stages[source].machine, stages[target].machine
-                link = None if here == there else (here, there)
-                lines: _LinesTaken | None = None
-                if link is not None and any(lines_s):
-                    lines = ((here, "up"), lines_s[0]), ((there, "down"), lines_s[1])
-                way = _Way(target, link, seconds, edge.delay_s, lines)
-                self.out[backward][source].append(way)
-                self.needed[backward][target] += 1
-        self.missing = [[[number] * microbatches for number in self.needed[backward]] for backward in (0, 1)]
+                self._add_way(1, edge.target, edge.source, edge.backward_s, edge.delay_s, edge.backward_lines_s)
+        needed = [Counter(way.target for ways in self.out[backward] for way in ways) for backward in (0, 1)]
+        self.missing = [[[needed[backward][stage]] * microbatches for stage in range(count)] for backward in (0, 1)]
+        """Tensors that passes still wait for, by direction, stage and microbatch."""
         self.ready_s = [[[0.0] * microbatches for _ in stages] for _ in (0, 1)]
-        self.done = [[0] * count, [0] * count]
-        """Passes begun, by direction and stage."""
-        self.queued = [[False] * count, [False] * count]
-        self.free_s = {stage.machine: 0.0 for stage in stages}
-        self.busy_s = {stage.machine: 0.0 for stage in stages}
-        self.link_free_s: dict[tuple[str, str], float] = defaultdict(float)
-        self.link_busy_s: dict[tuple[str, str], float] = defaultdict(float)
+        self.forwards, self.backwards = [0] * count, [0] * count
+        """Passes begun, by stage."""
+        self.forward_queued, self.backward_queued = [False] * count, [False] * count
+        self.free_s, self.busy_s = [0.0] * len(self.machines), [0.0] * len(self.machines)
+        self.link_free_s, self.link_busy_s = [0.0] * len(self.links), [0.0] * len(self.links)
         self.line_free_s: dict[Line, float] = defaultdict(float)
         self.line_busy_s: dict[Line, float] = defaultdict(float)
         # (start, forward after backward, earlier stage after later); the start is a lower bound.
         self.queue: list[tuple[float, bool, int]] = []
+        self.end_s = 0.0
+        self.refused: list[int] = []
+        """Stages with a forward that `microbatches` did not allow."""
 
-    def run(self) -> PipelineTimes:
+    def _add_way(
+        self, backward: int, source: int, target: int, seconds: float, delay_s: float, lines_s: tuple[float, float]
+    ) -> None:
+        here, there = self.stages[source].machine, self.stages[target].machine
+        link = -1 if here == there else self.links.setdefault((here, there), len(self.links))
+        lines: _LinesTaken | None = None
+        if link >= 0 and any(lines_s):
+            lines = ((here, "up"), lines_s[0]), ((there, "down"), lines_s[1])
+        self.out[backward][source].append(_Way(target, link, seconds, delay_s, lines))
+
+    def halfway(self, microbatches: int) -> PipelineTimes:
+        """Return the times of fewer microbatches, and be where that schedule parts from the one of all."""
+        whole, self.microbatches = self.microbatches, microbatches
         for stage in range(len(self.stages)):
-            self._offer(stage)
-        end_s, queue, free_s = 0.0, self.queue, self.free_s
-        while queue:
-            start_s, is_forward, minus_stage = heapq.heappop(queue)
-            machine = self.stages[-minus_stage].machine
-            if start_s < free_s[machine]:
-                heapq.heappush(queue, (free_s[machine], is_forward, minus_stage))
-                continue
-            if not is_forward and self._forward_is_ready(-minus_stage, start_s):
-                self.queued[1][-minus_stage] = False  # Offered again once the forward has run.
-                continue
-            passed_s = self._pass(-minus_stage, start_s, not is_forward)
-            end_s = passed_s if passed_s > end_s else end_s
-        if any(done < self.microbatches for done in self.done[1]):
+            self._offer_forward(stage)
+        self._advance(pausing=True)
+        other = self._copy()
+        found = other.finished()
+        self.microbatches = whole
+        return found
+
+    def finished(self) -> PipelineTimes:
+        """Return the times of all microbatches, none of which need have begun."""
+        offered = self.refused or range(len(self.stages))
+        self.refused = []
+        for stage in offered:
+            self._offer_forward(stage)
+        self._advance(pausing=False)
+        if any(done < self.microbatches for done in self.backwards):
             raise ValueError("the pipeline cannot finish: a stage waits for a later one, or may hold no microbatch")
-        return PipelineTimes(end_s, self.busy_s, dict(self.link_busy_s), dict(self.line_busy_s))
+        return PipelineTimes(
+            self.end_s,
+            dict(zip(self.machines, self.busy_s, strict=True)),
+            dict(zip(self.links, self.link_busy_s, strict=True)),
+            dict(self.line_busy_s),
+        )
 
-    def _offer(self, stage: int) -> None:
-        """Queue a stage's next passes, if everything that they need is on its way."""
-        forwards, backwards = self.done[0][stage], self.done[1][stage]
-        queued_forward, queued_backward = self.queued
-        if not queued_backward[stage] and backwards < forwards and not self.missing[1][stage][backwards]:
-            queued_backward[stage] = True
-            heapq.heappush(self.queue, (self.ready_s[1][stage][backwards], False, -stage))
-        if (
-            not queued_forward[stage]
-            and forwards < self.microbatches
-            and forwards - backwards < self.in_flight[stage]
-            and not self.missing[0][stage][forwards]
-        ):
-            queued_forward[stage] = True
-            heapq.heappush(self.queue, (self.ready_s[0][stage][forwards], True, -stage))
+    def _copy(self) -> _Run:
+        other = copy.copy(self)
+        other.missing = [[each.copy() for each in by_stage] for by_stage in self.missing]
+        other.ready_s = [[each.copy() for each in by_stage] for by_stage in self.ready_s]
+        for name in _CHANGING:
+            setattr(other, name, getattr(self, name).copy())
+        return other
 
-    def _forward_is_ready(self, stage: int, now_s: float) -> bool:
-        """Return whether a stage's forward, queued and so with room, has its tensors."""
-        return self.queued[0][stage] and self.ready_s[0][stage][self.done[0][stage]] <= now_s
+    def _advance(self, *, pausing: bool) -> None:
+        """Work the queue through, or if `pausing`, to the first stage that is refused a forward."""
+        queue, free_s, machines = self.queue, self.free_s, self.machine
+        forward_queued, forward_ready_s, forwards = self.forward_queued, self.ready_s[0], self.forwards
+        while queue and not (pausing and self.refused):
+            start_s, is_forward, minus_stage = heapq.heappop(queue)
+            stage = -minus_stage
+            until_s = free_s[machines[stage]]
+            if start_s < until_s:
+                heapq.heappush(queue, (until_s, is_forward, minus_stage))
+                continue
+            if not is_forward and forward_queued[stage] and forward_ready_s[stage][forwards[stage]] <= start_s:
+                self.backward_queued[stage] = False  # Offered again once the forward, which has its tensors, has run.
+            else:
+                self._pass(stage, start_s, not is_forward)
 
-    def _pass(self, stage: int, start_s: float, backward: bool) -> float:
-        # Planners spend most of their time here: comparisons instead of max(), and no attribute twice.
-        times = self.stages[stage]
-        done, link_free_s = self.done[backward], self.link_free_s
-        index = done[stage]
-        seconds = times.backward_s if backward else times.forward_s
-        end_s = start_s + seconds
-        self.free_s[times.machine] = end_s
-        self.busy_s[times.machine] += seconds
-        done[stage] = index + 1
-        self.queued[backward][stage] = False
-        sent_s = end_s
+    def _offer_forward(self, stage: int) -> None:
+        """Queue a stage's next forward, if there is room for it and all that it needs is on its way."""
+        index = self.forwards[stage]
+        if self.forward_queued[stage] or index - self.backwards[stage] >= self.in_flight[stage]:
+            return
+        if index >= self.microbatches:
+            self.refused.append(stage)
+        elif not self.missing[0][stage][index]:
+            self.forward_queued[stage] = True
+            heapq.heappush(self.queue, (self.ready_s[0][stage][index], True, -stage))
+
+    def _offer_backward(self, stage: int) -> None:
+        """Queue a stage's next backward, if its forward has run and all that it needs is on its way."""
+        index = self.backwards[stage]
+        if not self.backward_queued[stage] and index < self.forwards[stage] and not self.missing[1][stage][index]:
+            self.backward_queued[stage] = True
+            heapq.heappush(self.queue, (self.ready_s[1][stage][index], False, -stage))
+
+    def _pass(self, stage: int, start_s: float, backward: bool) -> None:
+        machine, times = self.machine[stage], self.stages[stage]
+        if backward:
+            index, seconds = self.backwards[stage], times.backward_s
+            self.backwards[stage], self.backward_queued[stage] = index + 1, False
+        else:
+            index, seconds = self.forwards[stage], times.forward_s
+            self.forwards[stage], self.forward_queued[stage] = index + 1, False
+        end_s = sent_s = start_s + seconds
+        self.free_s[machine] = end_s
+        self.busy_s[machine] += seconds
+        if end_s > self.end_s:
+            self.end_s = end_s
         if backward and times.deferred_s:
             sent_s = end_s - times.deferred_s
             sent_s = sent_s if sent_s > start_s else start_s
+        ready_s, missing, link_free_s = self.ready_s[backward], self.missing[backward], self.link_free_s
         for target, link, occupied_s, delay_s, lines in self.out[backward][stage]:
             arrival_s = sent_s
-            if link is not None:
+            if link >= 0:
                 free_s = link_free_s[link]
                 free_s = free_s if free_s > sent_s else sent_s
                 free_s = free_s + occupied_s if lines is None else self._on_lines(lines, free_s, occupied_s)
                 link_free_s[link] = free_s
                 self.link_busy_s[link] += occupied_s
                 arrival_s = free_s + delay_s
-            ready_s, missing = self.ready_s[backward][target], self.missing[backward][target]
-            if arrival_s > ready_s[index]:
-                ready_s[index] = arrival_s
-            missing[index] -= 1
-            if not missing[index]:
-                self._offer(target)
-        self._offer(stage)
-        return end_s
+            ready, lacking = ready_s[target], missing[target]
+            if arrival_s > ready[index]:
+                ready[index] = arrival_s
+            lacking[index] -= 1
+            if not lacking[index]:
+                if backward:
+                    self._offer_backward(target)
+                else:
+                    self._offer_forward(target)
+        self._offer_forward(stage)
+        self._offer_backward(stage)
 
     def _on_lines(self, lines: _LinesTaken, start_s: float, occupied_s: float) -> float:
         """Return when a tensor has left that takes a link from `start_s` on: link, uplink and downlink have carried it.
@@ -205,6 +253,22 @@ class _Run:
             self.line_busy_s[line] += seconds
             end_s = max(end_s, self.line_free_s[line])
         return end_s
+
+
+_CHANGING = (
+    "forwards",
+    "backwards",
+    "forward_queued",
+    "backward_queued",
+    "free_s",
+    "busy_s",
+    "link_free_s",
+    "link_busy_s",
+    "line_free_s",
+    "line_busy_s",
+    "queue",
+    "refused",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,8 +307,9 @@ def executed_round(stages: Sequence[StageTimes], edges: Sequence[Edge], microbat
     Raises ValueError when a stage may hold no microbatch in flight.
     """
     executed = executed_microbatches(stages, microbatches)
-    half = None if executed == microbatches else _Run(stages, edges, executed // 2).run()
-    return Round(executed, _Run(stages, edges, executed).run(), half)
+    run = _Run(stages, edges, executed)
+    half = None if executed == microbatches else run.halfway(executed // 2)
+    return Round(executed, run.finished(), half)
 
 
 def pipeline_times(stages: Sequence[StageTimes], edges: Sequence[Edge], microbatches: int) -> PipelineTimes:

@@ -97,7 +97,13 @@ def plan_training(
     if not members:
         raise no_link_with_owner(pool.members, owner, remedies)
     counts = _counts(compnodes, cuts, members, remedies)
-    segments = make_segments(graph, sizes, cut_positions(task, cuts), optimizer_states=optimizer_states)
+    segments = make_segments(
+        graph,
+        sizes,
+        cut_positions(task, cuts),
+        optimizer_states=optimizer_states,
+        cutter=task.costs.cutter(graph),
+    )
     if in_order and (cuts is None or len(members) != len(segments.costs)):
         raise PlacementError(
             f"{len(members)} compnodes that can be linked with the owner's machine are to take {len(segments.costs)} "
@@ -189,7 +195,8 @@ def cut_positions(task: Task, cuts: Sequence[int] | None) -> list[int]:
                 f"distributed, and is {list(cuts)}"
             )
         return positions
-    points = cut_points(task.graph, task.sizes, within=(task.front, task.back))
+    cutter = task.costs.cutter(task.graph)
+    points = cut_points(task.graph, task.sizes, within=(task.front, task.back), cutter=cutter)
     return [task.front, *thinned(task.graph, task.sizes, points, _MOST_POSITIONS), task.back]
 
 

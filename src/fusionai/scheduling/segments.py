@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusionai.graph.cost import StageCost
-from fusionai.graph.cuts import cut
-from fusionai.graph.likeness import stage_costs
+from fusionai.graph.cuts import Cutter
 from fusionai.graph.model import OpDag, Sizes, SubDag
 from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.estimator import backward_s, deferred_s, delay_s, forward_s, heap_microbatches
@@ -45,11 +44,16 @@ class Segments:
     gradient_bytes_P: Floats
 
 
-def make_segments(graph: OpDag, sizes: Sizes, positions: Sequence[int], *, optimizer_states: int) -> Segments:
-    """Cost the graph between `positions`; what is before the first and after the last one is the owner's."""
-    last = len(graph.nodes)
-    subdags = cut(graph, [position for position in positions if 0 < position < last])
-    costs = stage_costs(subdags, sizes, {})
+def make_segments(
+    graph: OpDag, sizes: Sizes, positions: Sequence[int], *, optimizer_states: int, cutter: Cutter | None = None
+) -> Segments:
+    """Cost the graph between `positions`; what is before the first and after the last one is the owner's.
+
+    `cutter`: the graph's, where there is one.
+    """
+    last, cutter = len(graph.nodes), cutter or Cutter(graph)
+    subdags = cutter.cut([position for position in positions if 0 < position < last])
+    costs = cutter.costs(sizes).stages(subdags)
     before, after = int(positions[0] > 0), int(positions[-1] < last)
     stop = len(subdags) - after
     middle = subdags[before:stop]

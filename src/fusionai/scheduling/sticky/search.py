@@ -233,7 +233,13 @@ class Search:
         task = self._task
         members = self._looked_at(plans)
         positions = self._seen_positions(plans)
-        segments = make_segments(task.graph, task.sizes, positions, optimizer_states=task.optimizer_states)
+        segments = make_segments(
+            task.graph,
+            task.sizes,
+            positions,
+            optimizer_states=task.optimizer_states,
+            cutter=task.costs.cutter(task.graph),
+        )
         counts = [self._compnodes] if self._compnodes else list(range(1, len(members) + 1))
         budgets = [each.device.memory_bytes / MEMORY_MARGIN for each in members]
         peers = [each.peer for each in members]

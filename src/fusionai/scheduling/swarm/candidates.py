@@ -133,8 +133,7 @@ def estimated(work: Work, grouping: Grouping) -> Selection | None:
     """Return the selection of a grouping with cuts in proportion to speed; who cannot hold its part is left out."""
     sharing = float(len(grouping.groups))
     limit = work.task.microbatches
-    chains = [proportional(work, group, sharing, limit) for group in grouping.groups]
-    return selected(work, chains, growth=_GROWTH_OF_GUESSES)
+    return selected(work, proportional(work, grouping.groups, sharing, limit), growth=_GROWTH_OF_GUESSES)
 
 
 def refined(solver: ChainSolver, grouping: Grouping, estimate: Selection) -> Selection | None:

@@ -7,7 +7,7 @@ OP-Fence orders machines so that slow links are crossed least and cuts where ten
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,72 +134,102 @@ def solved(
     return measured(work, used, np.asarray(chosen.bounds), sharing, work.task.microbatches)
 
 
-def proportional(work: Work, machines: Indices, sharing: float, in_flight_limit: int) -> Chain:
-    """Return a chain cut in proportion to speed, or to memory if that does not fit: quick, for comparing many.
+def proportional(work: Work, groups: Sequence[Indices], sharing: float, in_flight_limit: int) -> list[Chain]:
+    """Return chains cut in proportion to speed, or to memory if that does not fit: quick, for comparing many.
 
-    Of more machines than segments the fastest take part.
+    Of more machines than segments the fastest take part. Groups of the same size are reckoned at once.
     """
-    if len(machines) > work.count:
-        fastest = np.sort(np.argsort(work.whole_s[machines], kind="stable")[: work.count])
-        machines = machines[fastest]
-    by_speed = _dealt_out(work, machines, 1 / work.whole_s[machines], sharing, in_flight_limit)
-    if math.isfinite(by_speed.period_s):
-        return by_speed
-    return _dealt_out(work, machines, work.budget_bytes[machines], sharing, in_flight_limit)
+    found: dict[int, Chain] = {}
+    by_size: dict[int, list[int]] = {}
+    for place, group in enumerate(groups):
+        by_size.setdefault(min(len(group), work.count), []).append(place)
+    for size, places in by_size.items():
+        machines_CM = np.asarray([_fastest(work, groups[place], size) for place in places])
+        chains = _dealt_out(work, machines_CM, 1 / work.whole_s[machines_CM], sharing, in_flight_limit)
+        broken = [index for index, chain in enumerate(chains) if not math.isfinite(chain.period_s)]
+        if broken:
+            machines_CM = machines_CM[broken]
+            others = _dealt_out(work, machines_CM, work.budget_bytes[machines_CM], sharing, in_flight_limit)
+            for index, chain in zip(broken, others, strict=True):
+                chains[index] = chain
+        found.update(zip(places, chains, strict=True))
+    return [found[place] for place in range(len(groups))]
 
 
-def _dealt_out(work: Work, machines: Indices, shares: Floats, sharing: float, in_flight_limit: int) -> Chain:
-    """Return a chain whose machines have parts of the work in proportion to shares."""
-    count = len(machines)
-    speed = np.cumsum(shares)
-    seconds_S = np.cumsum(work.forward_NS[machines[0]] + work.backward_NS[machines[0]])
-    wanted = np.searchsorted(seconds_S, seconds_S[-1] * speed[:-1] / speed[-1] * (1 - 1e-9)) + 1
+def _fastest(work: Work, machines: Indices, count: int) -> Indices:
+    """Return the fastest machines in their order."""
+    if len(machines) == count:
+        return machines
+    return np.asarray(machines[np.sort(np.argsort(work.whole_s[machines], kind="stable")[:count])])
+
+
+def _dealt_out(
+    work: Work, machines_CM: Indices, shares_CM: Floats, sharing: float, in_flight_limit: int
+) -> list[Chain]:
+    """Return chains whose machines have parts of the work in proportion to shares."""
+    chains, count = machines_CM.shape
+    speed = np.cumsum(shares_CM, axis=1)
+    seconds_CS = work.until_s[machines_CM[:, 0]]
+    wanted = seconds_CS[:, -1:] * speed[:, :-1] / speed[:, -1:] * (1 - 1e-9)
+    # As np.searchsorted finds places, in many rows at once.
+    places = (seconds_CS[:, None] < wanted[:, :, None]).sum(axis=2) + 1
     steps = np.arange(1, count)
-    inner = np.maximum.accumulate(np.maximum(wanted, steps) - steps) + steps
-    inner = np.minimum(inner, work.count - count + steps)
-    bounds = np.concatenate([[0], inner, [work.count]]).astype(np.int64)
-    return measured(work, machines, bounds, sharing, in_flight_limit)
+    inner = np.maximum.accumulate(np.maximum(places, steps) - steps, axis=1) + steps
+    bounds_CB = np.zeros((chains, count + 1), dtype=np.int64)
+    bounds_CB[:, 1:-1] = np.minimum(inner, work.count - count + steps)
+    bounds_CB[:, -1] = work.count
+    return measured_all(work, machines_CM, bounds_CB, sharing, in_flight_limit)
 
 
 def measured(work: Work, machines: Indices, bounds: Indices, sharing: float, in_flight_limit: int) -> Chain:
-    """Return the chain with these cuts, its latency and period as sums over segments.
+    """Return the chain with these cuts, as `measured_all`."""
+    return measured_all(work, machines[None], bounds[None], sharing, in_flight_limit)[0]
+
+
+def measured_all(
+    work: Work, machines_CM: Indices, bounds_CB: Indices, sharing: float, in_flight_limit: int
+) -> list[Chain]:
+    """Return chains with these cuts, their latency and period as sums over segments.
 
     The period is the largest of what machines and links are busy with a microbatch, and of what memory allows: a stage
     that has room for h microbatches passes at most h in the time from the forward of one to the end of its backward.
     """
     task, segments = work.task, work.segments
-    stage_s, hidden_s = work.stage_s(machines, bounds)
-    path, places, slower = machines, bounds[1:-1], np.ones(len(machines) - 1)
-    if task.pinned and task.owner_index is not None:
-        path = np.concatenate([[task.owner_index], machines, [task.owner_index]])
-        places, slower = bounds, np.ones(len(machines) + 1)
+    stage_s, hidden_s = work.stage_s(machines_CM, bounds_CB)
+    path, places = machines_CM, bounds_CB[:, 1:-1]
+    slower = np.ones(places.shape[1])
+    if around := task.pinned and task.owner_index is not None:
+        owner = np.full((len(machines_CM), 1), task.owner_index)
+        path, places = np.concatenate([owner, machines_CM, owner], axis=1), bounds_CB
+        slower = np.ones(places.shape[1])
         slower[[0, -1]] = sharing
-    latency = float(stage_s.sum()) + work.owner_s * sharing
-    period = max(float(stage_s.max()), work.owner_s * sharing)
-    onward_s = np.zeros(len(machines) + 1)
-    onward_s[:-1] = stage_s
-    onward_s[1:-1] -= hidden_s[1:]
-    if len(path) > 1:
+    latency = stage_s.sum(axis=1) + work.owner_s * sharing
+    period = np.maximum(stage_s.max(axis=1), work.owner_s * sharing)
+    onward_s = np.zeros(bounds_CB.shape)
+    onward_s[:, :-1] = stage_s
+    onward_s[:, 1:-1] -= hidden_s[:, 1:]
+    if path.shape[1] > 1:
         with np.errstate(divide="ignore", invalid="ignore"):
-            forward = segments.forward_bytes_P[places] * slower / task.bandwidths(path[:-1], path[1:])
-            gradient = segments.gradient_bytes_P[places] * slower / task.bandwidths(path[1:], path[:-1])
+            forward = segments.forward_bytes_P[places] * slower / task.bandwidths(path[:, :-1], path[:, 1:])
+            gradient = segments.gradient_bytes_P[places] * slower / task.bandwidths(path[:, 1:], path[:, :-1])
         forward, gradient = (np.nan_to_num(each, nan=0.0, posinf=np.inf) for each in (forward, gradient))
-        hops_s = forward + gradient + 2 * task.delays(path[:-1], path[1:])
-        latency += float(hops_s.sum())
-        period = max(period, float(np.maximum(forward, gradient).max()))
+        hops_s = forward + gradient + 2 * task.delays(path[:, :-1], path[:, 1:])
+        latency = latency + hops_s.sum(axis=1)
+        period = np.maximum(period, np.maximum(forward, gradient).max(axis=1))
         # Hop k comes after stage k; where the owner has the ends, one comes before, and its last stage after all.
-        after_s = hops_s if path is machines else hops_s[1:]
-        onward_s[: len(after_s)] += after_s
-        if path is not machines:
-            onward_s[-1] += work.owner_after_s * sharing
-    trips_s = np.cumsum(onward_s[::-1])[::-1][:-1]
-    trips_s[1:] += hidden_s[1:]
-    held = np.minimum(_room(work, machines, bounds), in_flight_limit)
-    if held.min() < 1:
-        latency = period = math.inf
-    else:
-        period = max(period, float((trips_s / held).max()))
-    return Chain(tuple(machines.tolist()), tuple(bounds.tolist()), latency, period, in_flight_limit)
+        after_s = hops_s[:, 1:] if around else hops_s
+        onward_s[:, : after_s.shape[1]] += after_s
+        if around:
+            onward_s[:, -1] += work.owner_after_s * sharing
+    trips_s = np.cumsum(onward_s[:, ::-1], axis=1)[:, ::-1][:, :-1]
+    trips_s[:, 1:] += hidden_s[:, 1:]
+    held = np.minimum(_room(work, machines_CM, bounds_CB), in_flight_limit)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        period = np.maximum(period, (trips_s / held).max(axis=1))
+    fits = held.min(axis=1) >= 1
+    latency, period = np.where(fits, latency, np.inf), np.where(fits, period, np.inf)
+    rows = zip(machines_CM.tolist(), bounds_CB.tolist(), latency.tolist(), period.tolist(), strict=True)
+    return [Chain(tuple(row[0]), tuple(row[1]), row[2], row[3], in_flight_limit) for row in rows]
 
 
 def roomy(work: Work, chain: Chain) -> bool:
@@ -209,10 +239,10 @@ def roomy(work: Work, chain: Chain) -> bool:
 
 
 def _room(work: Work, machines: Indices, bounds: Indices) -> Floats:
-    """Return, by stage, the number of microbatches that its machine has room for."""
-    segments = work.segments
-    fixed = segments.fixed_bytes_PP[bounds[:-1], bounds[1:]]
-    flight = np.maximum(segments.flight_bytes_PP[bounds[:-1], bounds[1:]], 1.0)
+    """Return, by stage, the number of microbatches that its machine has room for; shapes as in `Work.stage_s`."""
+    segments, start, stop = work.segments, bounds[..., :-1], bounds[..., 1:]
+    fixed = segments.fixed_bytes_PP[start, stop]
+    flight = np.maximum(segments.flight_bytes_PP[start, stop], 1.0)
     return np.asarray(np.floor((work.budget_bytes[machines] - fixed) / flight - work.heap_N[machines]))
 
 

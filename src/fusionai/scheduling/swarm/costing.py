@@ -28,9 +28,9 @@ def make_work(task: SwarmTask) -> Work:
 
     Raises PlacementError for a device whose rates are not known, and GraphError for a graph that cannot be costed.
     """
-    positions = _positions(task)
-    segments = make_segments(task.graph, task.sizes, positions, optimizer_states=task.optimizer_states)
     cutter = Cutter(task.graph)
+    positions = _positions(task, cutter)
+    segments = make_segments(task.graph, task.sizes, positions, optimizer_states=task.optimizer_states, cutter=cutter)
     subdags = cutter.cut([position for position in positions if 0 < position < len(task.graph.nodes)])
     before = len(segments.outer) - segments.outer_after
     all_costs = (*segments.outer[:before], *segments.costs, *segments.outer[before:])
@@ -58,14 +58,13 @@ def make_work(task: SwarmTask) -> Work:
         deferred_NS=tables[4],
         additive_N=np.asarray([float(each.device.device == "cpu") for each in task.machines]),
         stage_costs={},
-        costs_by_likeness={},
         schedules={},
     )
 
 
-def _positions(task: SwarmTask) -> list[int]:
+def _positions(task: SwarmTask, cutter: Cutter) -> list[int]:
     """Return the positions considered, the cheapest of each stretch where there are too many."""
-    points = cut_points(task.graph, task.sizes, within=(task.front, task.back))
+    points = cut_points(task.graph, task.sizes, within=(task.front, task.back), cutter=cutter)
     most = _MOST_POSITIONS if len(task.members) <= _MANY_MACHINES else _MOST_POSITIONS_OF_MANY
     return [task.front, *thinned(task.graph, task.sizes, points, most), task.back]
 

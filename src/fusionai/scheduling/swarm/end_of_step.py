@@ -9,6 +9,7 @@ sums is taken for all of it, latency counted once: no order of the sums takes le
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -22,10 +23,10 @@ def holders(work: Work, chains: Sequence[Chain]) -> Indices:
     """Return (R, A): the machine that holds segment a in pipeline r; the owner's segments are among them."""
     owner = work.task.owner_index if work.task.owner_index is not None else -1
     after = work.segments.outer_after
-    table = np.empty((len(chains), work.before + work.count + after), dtype=np.int64)
-    table[:] = owner
-    for row, chain in zip(table, chains, strict=True):
-        row[work.before : work.before + work.count] = np.repeat(chain.machines, np.diff(chain.bounds))
+    table = np.full((len(chains), work.before + work.count + after), owner, dtype=np.int64)
+    machines = [machine for chain in chains for machine in chain.machines]
+    lengths = [stop - start for chain in chains for start, stop in pairwise(chain.bounds)]
+    table[:, work.before : work.before + work.count] = np.repeat(machines, lengths).reshape(len(chains), work.count)
     return table
 
 

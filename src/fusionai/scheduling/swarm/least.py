@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 
-from fusionai.graph.cost import stage_cost
 from fusionai.scheduling.bound import (
     least_step_of_pipelines_s,
     least_step_s,
@@ -25,7 +24,7 @@ def least_s(work: Work) -> float:
     Links, sums and memory count in open jobs only: the owner's machine has links of its own.
     """
     task, segments, members = work.task, work.segments, work.task.candidates
-    whole = stage_cost(work.cutter.cut([])[0], task.sizes)
+    whole = work.cutter.costs(task.sizes).whole
     computing_s = _computing_s(work)
     if task.pinned or len(members) > _MOST_LOOKED_AT:
         return computing_s

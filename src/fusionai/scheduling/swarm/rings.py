@@ -160,13 +160,14 @@ def _changed(knots: _Knots, order: Indices, rounds: int) -> tuple[Indices, float
 
 def _knots(work: Work, chains: Sequence[Chain]) -> _Knots:
     """Return the knots of chains, those of most pace first, without the last if there are too many."""
-    by_clusters: dict[tuple[int, ...], list[int]] = {}
+    by_clusters: dict[frozenset[int], list[int]] = {}
+    cluster = work.cluster_N.tolist()
     for index, chain in enumerate(chains):
-        by_clusters.setdefault(tuple(np.unique(work.cluster_N[list(chain.machines)]).tolist()), []).append(index)
+        by_clusters.setdefault(frozenset(cluster[machine] for machine in chain.machines), []).append(index)
     pace_R = np.asarray([1 / max(each.period_s, 1e-15) for each in chains])
     groups = sorted(by_clusters.values(), key=lambda each: -float(pace_R[each].sum()))[:_MOST_OTHERS]
     latency_R = np.asarray([each.latency_s for each in chains])
-    most_R = np.asarray([float(work.stage_weight_bytes(np.asarray(each.bounds)).max()) for each in chains])
+    most_R = np.asarray([work.most_weight_bytes(each.bounds) for each in chains])
     table = holders(work, [chains[each[0]] for each in groups] + [chains[each[-1]] for each in groups])
     used = slice(work.before, work.before + work.count)
     first, last = table[: len(groups), used], table[len(groups) :, used]

@@ -34,8 +34,11 @@ NO_GUESS = Selection((), (), math.inf)
 """Of chains that nobody could guess: by speed alone they fit nowhere."""
 
 
-def weighed(work: Work, chains: Sequence[Chain]) -> Selection | None:
-    """Share a step's microbatches out over chains; who gets none does not run. None if rings cannot be linked."""
+def weighed(work: Work, chains: Sequence[Chain], below_s: float = math.inf) -> Selection | None:
+    """Share a step's microbatches out over chains; who gets none does not run.
+
+    None if rings cannot be linked, or the step takes `below_s` or longer.
+    """
     if not chains:
         return None
     if work.task.pinned:
@@ -53,6 +56,8 @@ def weighed(work: Work, chains: Sequence[Chain]) -> Selection | None:
     latency, period = latency[possible], period[possible]
     shares = shared_out(latency, period, work.task.microbatches)
     last_s = slowest_s(latency, period, shares)
+    if last_s >= below_s:
+        return None
     running = [each for each, share in zip(kept, shares, strict=True) if share > 0]
     table = holders(work, running)
     summing_s = sum_s(work, table)
@@ -63,7 +68,9 @@ def weighed(work: Work, chains: Sequence[Chain]) -> Selection | None:
     if np.isinf(summing_s):
         return None
     step_s = last_s + summing_s + report_s(work, table)
-    most_bytes = max(float(work.stage_weight_bytes(np.asarray(each.bounds)).max()) for each in running)
+    if step_s >= below_s:
+        return None
+    most_bytes = max(work.most_weight_bytes(each.bounds) for each in running)
     per_byte = summing_s / most_bytes if most_bytes else 0.0
     return Selection(tuple(running), tuple(int(share) for share in shares if share > 0), step_s, per_byte)
 
@@ -110,10 +117,9 @@ def selected(work: Work, chains: Sequence[Chain], *, growth: float = _GROWTH) ->
         if not 0 < count <= most or members in tried:
             return False
         tried[members] = None
-        found = weighed(work, [usable[index] for index in members])
-        better = found is not None and (best is None or found.step_s < best.step_s)
-        best = found if better else best
-        return better
+        found = weighed(work, [usable[index] for index in members], math.inf if best is None else best.step_s)
+        best = found or best
+        return found is not None
 
     most = min(len(usable), microbatches)
     for order in (by_speed, by_link):
@@ -125,8 +131,7 @@ def selected(work: Work, chains: Sequence[Chain], *, growth: float = _GROWTH) ->
                     count += step
     if len(usable) > 2 and microbatches > 1:
         for ring in rings(work, usable):
-            found = weighed(work, [usable[index] for index in ring])
-            best = found if found is not None and (best is None or found.step_s < best.step_s) else best
+            best = weighed(work, [usable[index] for index in ring], math.inf if best is None else best.step_s) or best
     return best
 
 

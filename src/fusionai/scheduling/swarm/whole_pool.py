@@ -45,7 +45,7 @@ def everyone_in_one_chain(work: Work) -> Outcome | None:
     best: Outcome | None = None
     for order in _orders(work, machines):
         line = work.line(order, rounds)
-        quick = proportional(work, order, 1.0, rounds).bounds
+        quick = proportional(work, [order], 1.0, rounds)[0].bounds
         solved = (_cuts(replace(line, in_flight_limit=limit)) for limit in _LIMITS)
         starts = [quick, *(found.bounds for found in solved if found is not None)]
         for start in dict.fromkeys(starts):

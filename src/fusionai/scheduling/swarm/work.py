@@ -6,7 +6,7 @@ E = D + 1 (a chain's machines, then the owner).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -15,7 +15,6 @@ import numpy as np
 
 from fusionai.graph.cost import StageCost
 from fusionai.graph.cuts import Cutter
-from fusionai.graph.likeness import stage_costs
 from fusionai.scheduling.estimator import backward_s, forward_s, heap_microbatches, update_bytes_per_s
 from fusionai.scheduling.links import Floats, Indices
 from fusionai.scheduling.partition import Line
@@ -59,11 +58,11 @@ class Work:
     """1 where starting operators adds to computing, 0 where the larger of both counts (`estimator.pass_s`)."""
     stage_costs: dict[tuple[int, int], StageCost]
     """Costs of ranges of positions that were really cut, as they are asked for."""
-    costs_by_likeness: dict[Hashable, StageCost]
     schedules: dict[tuple[object, ...], Round]
     """Schedules that were worked through: pipelines of like machines and links have the same."""
     round_trips: dict[bytes, tuple[Floats, Floats]] = field(default_factory=dict)
     """What `rings` found for links between clusters."""
+    _most_weight_bytes: dict[tuple[int, ...], float] = field(default_factory=dict)
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -117,6 +116,11 @@ class Work:
         tables = self.forward_NS, self.backward_NS, self.forward_starts_NS, self.backward_starts_NS, self.deferred_NS
         return tuple(np.concatenate([np.zeros((len(each), 1)), np.cumsum(each, axis=1)], axis=1) for each in tables)
 
+    @cached_property
+    def until_s(self) -> Floats:
+        """Return (N, S): seconds of computing of both passes of all segments up to each, that one included."""
+        return np.asarray(np.cumsum(self.forward_NS + self.backward_NS, axis=1))
+
     def stage_s(self, machines: Indices, bounds: Indices) -> tuple[Floats, Floats]:
         """Return, by stage, the seconds of both passes, and of the backward those after the gradients have left.
 
@@ -156,9 +160,7 @@ class Work:
             places = {self.positions[bound] for bound in bounds}
             subdags = self.cutter.cut(sorted(place for place in places if 0 < place < len(self.task.graph.nodes)))
             stages = [subdags[ranges.index(each) + self.before] for each in missing]
-            self.stage_costs.update(
-                zip(missing, stage_costs(stages, self.task.sizes, self.costs_by_likeness), strict=True)
-            )
+            self.stage_costs.update(zip(missing, self.cutter.costs(self.task.sizes).stages(stages), strict=True))
         return tuple(self.stage_costs[each] for each in ranges)
 
     def range_s(self, machines: Indices) -> Floats:
@@ -273,6 +275,12 @@ class Work:
                 with_first = (start <= first) & (first < stop)
                 found = found + size * ((start <= part) & (part < stop) & ~with_first)
         return np.asarray(found)
+
+    def most_weight_bytes(self, bounds: tuple[int, ...]) -> float:
+        """Return the bytes of weights that train in the stage that has most of them."""
+        if bounds not in self._most_weight_bytes:
+            self._most_weight_bytes[bounds] = float(self.stage_weight_bytes(np.asarray(bounds)).max())
+        return self._most_weight_bytes[bounds]
 
     def line(
         self,

@@ -12,9 +12,8 @@ from typing import Literal
 import numpy as np
 
 from fusionai.errors import ConfigError, PlacementError
-from fusionai.graph.cost import StageCost, stage_cost
-from fusionai.graph.cuts import cut, cut_points
-from fusionai.graph.likeness import stage_costs
+from fusionai.graph.cost import StageCost
+from fusionai.graph.cuts import Cutter, cut_points
 from fusionai.graph.model import OpDag, Sizes
 from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.estimator import flops_rate
@@ -59,10 +58,13 @@ class Request:
     """Names of the only ones to use, with `cuts` in the order of the parts; all of the pool if empty."""
 
     @cached_property
+    def _cutter(self) -> Cutter:
+        return Cutter(self.graph)
+
+    @cached_property
     def whole_cost(self) -> StageCost:
         """Cost of the whole graph as one stage."""
-        (whole,) = cut(self.graph, [])
-        return stage_cost(whole, self.sizes)
+        return self._cutter.costs(self.sizes).whole
 
     @cached_property
     def part_costs(self) -> tuple[StageCost, ...]:
@@ -71,12 +73,13 @@ class Request:
         A weight that several of them read is trained in the first.
         """
         if self.cuts is None:
-            places = {*cut_points(self.graph, self.sizes, within=(self.front, self.back)), self.front, self.back}
+            within = self.front, self.back
+            places = {*cut_points(self.graph, self.sizes, within, cutter=self._cutter), self.front, self.back}
         else:
             places = {*self.cuts, self.front, self.back}
         inner = sorted(place for place in places if 0 < place < len(self.graph.nodes))
-        parts, seen, found = cut(self.graph, inner), set[str](), []
-        for part, cost in zip(parts, stage_costs(parts, self.sizes, {}), strict=True):
+        parts, seen, found = self._cutter.cut(inner), set[str](), []
+        for part, cost in zip(parts, self._cutter.costs(self.sizes).stages(parts), strict=True):
             weights = {weight.key: weight for weight in part.weights if weight.trainable and weight.key not in seen}
             seen |= weights.keys()
             nbytes = sum(type_bytes(weight.type, {}) for weight in weights.values())
@@ -87,7 +90,8 @@ class Request:
     def shared_cost(self) -> StageCost:
         """Cost of all that may be distributed, as one stage."""
         ends = [position for position in (self.front, self.back) if 0 < position < len(self.graph.nodes)]
-        return stage_cost(cut(self.graph, ends)[1 if self.front else 0], self.sizes)
+        shared = self._cutter.cut(ends)[1 if self.front else 0]
+        return self._cutter.costs(self.sizes).stages([shared])[0]
 
     @property
     def arranged(self) -> bool:
