@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided, sliding_window_view
+from numpy.typing import NDArray
 
 from fusionai.scheduling.links import Floats, Indices
 from fusionai.scheduling.partition import Line, Split, best_of_order, frontier, make_split, usable_hops
@@ -251,47 +253,73 @@ class _BestWithGaps:
 
     A dynamic programme from the last device back: least latency from position i on with device d the first to work.
     Next after d comes any later device, so leaving some out costs no more than looking at a vector for each pair.
+
+    Ranges are told by length and start: those within a limit are short, and no others are looked at. Array suffixes
+    besides the line's: L = lengths from 1 on, S = starts.
     """
 
     def __init__(self, line: Line) -> None:
         self._line = line
-        self._fitting_DPP: list[Floats] = []
+        self._fitting_DPP = np.empty_like(line.delay_s_DPP)
         """Delays of ranges, inf where a range does not fit the device."""
+        fits: dict[tuple[float, float], NDArray[np.bool_]] = {}
         for device in range(line.devices):
             held = line.in_flight(min(line.devices - device, line.positions - 1)) + line.heap_microbatches_D[device]
-            need_PP = line.fixed_bytes_PP + held * line.flight_bytes_PP
-            fits = need_PP <= line.budget_bytes_D[device]
-            self._fitting_DPP.append(np.where(fits, line.delay_s_DPP[device], np.inf))
+            key = held, line.budget_bytes_D[device]
+            if key not in fits:
+                fits[key] = line.fixed_bytes_PP + held * line.flight_bytes_PP <= line.budget_bytes_D[device]
+            self._fitting_DPP[device] = np.where(fits[key], line.delay_s_DPP[device], np.inf)
+        self._fitting_DLS, self._seconds_DLS = _by_length(self._fitting_DPP), _by_length(line.seconds_DPP)
+        self._least_s_L = self._seconds_DLS.min(axis=(0, 2))
 
     def __call__(self, limit_s: float) -> Split | None:
         line = self._line
         if line.outer_s > limit_s:
             return None
         count, last, outside = line.devices, line.positions - 1, line.devices
-        everywhere = np.arange(line.positions)
+        short = np.flatnonzero(self._least_s_L <= limit_s)
+        if not len(short):
+            return None
+        longest = int(short[-1]) + 1
         hops = usable_hops(line, limit_s)
+        seconds_DLS = self._seconds_DLS[:, :longest]
+        allowed_DLS = np.where(seconds_DLS <= limit_s, self._fitting_DLS[:, :longest], np.inf)
         latency_DP = np.full((count, line.positions), np.inf)
-        following_DP = np.zeros((count, line.positions), dtype=np.int64)
-        stop_DP = np.zeros((count, line.positions), dtype=np.int64)
+        onward_DP = np.full((count, last + longest), np.inf)
+        """Least latency after a range that ends at a position; none ends beyond the last."""
         for device in reversed(range(count)):
-            onward_P = np.full(line.positions, np.inf)
             if device + 1 < count:
                 later = hops[device, device + 1 : count] + latency_DP[device + 1 :]
-                following_DP[device] = np.argmin(later, axis=0) + device + 1
-                onward_P = later[following_DP[device] - device - 1, everywhere]
-            onward_P[last] = hops[device, outside, last]
-            total_PP = np.where(line.seconds_DPP[device] <= limit_s, self._fitting_DPP[device], np.inf) + onward_P
-            stop_DP[device] = np.argmin(total_PP, axis=1)
-            latency_DP[device] = total_PP[everywhere, stop_DP[device]]
+                np.min(later, axis=0, out=onward_DP[device, : line.positions])
+            onward_DP[device, last] = hops[device, outside, last]
+            onward_LS = sliding_window_view(onward_DP[device, 1:], last)
+            np.min(allowed_DLS[device] + onward_LS, axis=0, out=latency_DP[device, :last])
         totals_D = latency_DP[:, 0] + hops[outside, :count, 0]
         device = int(np.argmin(totals_D))
         if not math.isfinite(totals_D[device]):
             return None
         devices, bounds = [device], [0]
         while True:
-            position = int(stop_DP[device, bounds[-1]])
-            bounds.append(position)
-            if position == last:
+            start = bounds[-1]
+            stops = slice(start + 1, start + 1 + longest)
+            stop = start + 1 + int(np.argmin(allowed_DLS[device, :, start] + onward_DP[device, stops]))
+            bounds.append(stop)
+            if stop == last:
                 return make_split(line, devices, bounds)
-            device = int(following_DP[device, position])
+            later_D = hops[device, device + 1 : count, stop] + latency_DP[device + 1 :, stop]
+            device += 1 + int(np.argmin(later_D))
             devices.append(device)
+
+
+def _by_length(table_DPP: Floats) -> Floats:
+    """Return (D, L, S): entry [i, i + l] of each table as [l - 1, i], a view; for ranges beyond the end, empty ones."""
+    devices, positions, _ = table_DPP.shape
+    # Row i + 1 follows row i in memory, and begins with the ranges that end before they start.
+    flat = np.ascontiguousarray(table_DPP).reshape(devices, -1)[:, 1:]
+    item = flat.itemsize
+    return as_strided(
+        flat,
+        (devices, positions - 1, positions - 1),
+        (flat.strides[0], item, item * (positions + 1)),
+        writeable=False,
+    )
