@@ -287,13 +287,13 @@ class _BestWithGaps:
         latency_DP = np.full((count, line.positions), np.inf)
         onward_DP = np.full((count, last + longest), np.inf)
         """Least latency after a range that ends at a position; none ends beyond the last."""
+        onward_DLS = sliding_window_view(onward_DP[:, 1:], last, axis=1)
         for device in reversed(range(count)):
             if device + 1 < count:
                 later = hops[device, device + 1 : count] + latency_DP[device + 1 :]
-                np.min(later, axis=0, out=onward_DP[device, : line.positions])
+                np.minimum.reduce(later, axis=0, out=onward_DP[device, : line.positions])
             onward_DP[device, last] = hops[device, outside, last]
-            onward_LS = sliding_window_view(onward_DP[device, 1:], last)
-            np.min(allowed_DLS[device] + onward_LS, axis=0, out=latency_DP[device, :last])
+            np.minimum.reduce(allowed_DLS[device] + onward_DLS[device], axis=0, out=latency_DP[device, :last])
         totals_D = latency_DP[:, 0] + hops[outside, :count, 0]
         device = int(np.argmin(totals_D))
         if not math.isfinite(totals_D[device]):

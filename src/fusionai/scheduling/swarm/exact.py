@@ -58,8 +58,10 @@ def best_small_chains(work: Work, known_s: float) -> list[Selection]:
 
 
 def _selection(work: Work, found: Running) -> Selection:
-    step_s = found.times.makespan_s + end_s(work, [found.chain])
-    return Selection((found.chain,), (found.microbatches,), step_s)
+    pipeline_s = found.times.makespan_s
+    return Selection(
+        (found.chain,), (found.microbatches,), pipeline_s + end_s(work, [found.chain]), pipelines_s=pipeline_s
+    )
 
 
 def _enumerated(work: Work, known_s: float) -> Running | None:

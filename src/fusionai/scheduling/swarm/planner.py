@@ -23,6 +23,7 @@ from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.shortage import JOINED, Remedies, no_link_with_owner, nothing_fits, owner_too_small
 from fusionai.scheduling.swarm.candidates import ChainSolver, estimated, refined
 from fusionai.scheduling.swarm.costing import make_work
+from fusionai.scheduling.swarm.end_of_step import end_s
 from fusionai.scheduling.swarm.exact import best_small_chains
 from fusionai.scheduling.swarm.grouping import Grouping, fenced, groupings, scopes
 from fusionai.scheduling.swarm.outcome import Outcome, outcome, owner_need_bytes, swarm_plan
@@ -50,8 +51,14 @@ _WORTH_POLISHING = 1.5
 _MOST_SITES = 64
 """Clusters of near machines up to which they are grouped one by one."""
 
+_LOOKED_AT = 12
+"""Selections of which the end of the step is reckoned as it would be."""
+
 _WORKED_THROUGH = 6
-"""Selections whose schedules are worked through."""
+"""Those of them whose schedules are worked through, at most."""
+
+_SURE = 0.99
+"""A schedule is hardly ever so much faster than ideal pipelines and the end of their step."""
 
 _BUDGET_SHARES = (0.9, 0.75)
 """Of each machine's memory, tried where real stages turned out larger than sums over segments."""
@@ -111,18 +118,21 @@ def plan(task: SwarmTask) -> SwarmPlan:
     solver = ChainSolver(work)
     candidates = _selections(solver)
     candidates.sort(key=lambda each: each.step_s)
-    chosen = candidates[:_WORKED_THROUGH]
+    chosen = candidates[:_LOOKED_AT]
     for alone in (True, False):
         # One machine alone and one pipeline are looked at in any case.
         single = [each for each in candidates if len(each.chains) == 1 and (len(each.chains[0].machines) == 1) == alone]
         chosen += [each for each in single[:1] if each not in chosen]
+    # How gradients are summed in turn is soon known; ideal pipelines are worked through only where that may pay.
+    ideal_s = [each.pipelines_s + end_s(work, each.chains) for each in chosen]
     found: list[Outcome] = []
-    for selection in chosen:
-        # A schedule is hardly ever faster than the ideal pipeline, and working it through takes time.
-        if found and selection.step_s >= min(each.step_s for each in found):
+    for place in sorted(range(len(chosen)), key=lambda place: ideal_s[place]):
+        if found and _SURE * ideal_s[place] >= min(each.step_s for each in found):
             continue
-        if (made := worked_through(solver, selection)) is not None:
+        if (made := worked_through(solver, chosen[place])) is not None:
             found.append(made)
+        if len(found) == _WORKED_THROUGH:
+            break
     known_s = min((each.step_s for each in found), default=math.inf)
     small = (worked_through(solver, selection) for selection in best_small_chains(work, known_s))
     found += [each for each in small if each is not None]

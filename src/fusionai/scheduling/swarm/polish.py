@@ -12,6 +12,7 @@ Array suffixes: W = ways that are compared, M = machines of the chain, B = M + 1
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -57,30 +58,34 @@ def polished(work: Work, chain: Chain, microbatches: int, *, sum_s_per_byte: flo
 
 def _moved(bounds: Indices) -> Indices:
     """Return (W, B): bounds k to l - 1 shifted up or down, which moves segments between machines k and l."""
-    count = len(bounds) - 2
-    first, last = np.triu_indices(count)
-    place = np.arange(count)
-    inside = (place >= first[:, None]) & (place <= last[:, None])
-    found = []
-    for step in _SHIFTS:
-        for sign in (step, -step):
-            moved = np.repeat(bounds[None], len(first), axis=0)
-            moved[:, 1:-1] += sign * inside
-            found.append(moved)
-    ways = np.concatenate(found)
+    ways = bounds + _shifts(len(bounds))
     return np.asarray(ways[(np.diff(ways, axis=1) > 0).all(axis=1)])
+
+
+@lru_cache(maxsize=128)
+def _shifts(count: int) -> Indices:
+    """Return (W, B): what each way of moving segments adds to so many bounds."""
+    first, last = np.triu_indices(count - 2)
+    place = np.arange(-1, count - 1)
+    inside = (place >= first[:, None]) & (place <= last[:, None])
+    return np.concatenate([sign * inside for step in _SHIFTS for sign in (step, -step)])
 
 
 def _swapped(order: Indices) -> Indices:
     """Return (W, M): the order with each pair changed, and with each stretch the other way around."""
-    first, second = np.triu_indices(len(order), k=1)
-    found = np.repeat(order[None], len(first), axis=0)
+    return np.asarray(order[_exchanges(len(order))])
+
+
+@lru_cache(maxsize=128)
+def _exchanges(count: int) -> Indices:
+    """Return (W, M): the places from which machines come, for each pair changed and each stretch turned around."""
+    first, second = np.triu_indices(count, k=1)
+    place = np.arange(count)
+    changed = np.repeat(place[None], len(first), axis=0)
     ways = np.arange(len(first))
-    found[ways, first], found[ways, second] = order[second], order[first]
-    place = np.arange(len(order))
+    changed[ways, first], changed[ways, second] = second, first
     inside = (place >= first[:, None]) & (place <= second[:, None])
-    turned = np.where(inside, (first + second)[:, None] - place, place)
-    return np.concatenate([found, order[turned]])
+    return np.concatenate([changed, np.where(inside, (first + second)[:, None] - place, place)])
 
 
 @dataclass(slots=True)

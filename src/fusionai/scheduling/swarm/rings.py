@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -98,9 +99,25 @@ def _shortest(work: Work, knots: _Knots, rounds: int) -> list[Indices]:
     return [round_trip(int(each), trip_SK, byte_s_KK) for each in np.argsort(step_s, kind="stable")[:_MOST_RINGS]]
 
 
+@lru_cache(maxsize=_MOST_KNOTS + 1)
 def _inside(count: int) -> Indices:
     """Return (S, K): whether a set has a knot."""
     return np.asarray(np.arange(1 << count)[:, None] >> np.arange(count) & 1, dtype=bool)
+
+
+@lru_cache(maxsize=_MOST_KNOTS + 1)
+def _extensions(count: int) -> list[tuple[Indices, Indices, Indices]]:
+    """Return sets by size, and how they are made larger: places among these sets, and the knots that they gain.
+
+    A set's first knot is its least, so that no path is looked at twice.
+    """
+    inside_SK, found = _inside(count), []
+    first_S, size_S = np.argmax(inside_SK, axis=1), inside_SK.sum(axis=1)
+    for size in range(1, count):
+        sets = np.flatnonzero(size_S == size)
+        place, knot = np.nonzero(~inside_SK[sets] & (np.arange(count) > first_S[sets, None]))
+        found.append((sets, place, knot))
+    return found
 
 
 def best_round_trips(byte_s_KK: Floats) -> tuple[Floats, Floats]:
@@ -113,13 +130,11 @@ def best_round_trips(byte_s_KK: Floats) -> tuple[Floats, Floats]:
     first_S = np.argmax(inside_SK, axis=1)
     path_SK = np.full((1 << count, count), np.inf)
     path_SK[1 << np.arange(count), np.arange(count)] = 0.0
-    size_S = inside_SK.sum(axis=1)
-    for size in range(1, count):
-        sets = np.flatnonzero(size_S == size)
+    for sets, place, knot in _extensions(count):
         longer = np.maximum(path_SK[sets][:, :, None], byte_s_KK[None]).min(axis=1)
-        place, knot = np.nonzero(~inside_SK[sets] & (np.arange(count) > first_S[sets, None]))
         path_SK[sets[place] | 1 << knot, knot] = longer[place, knot]
-    home_SK = np.where(size_S[:, None] > 1, byte_s_KK[first_S], 0.0)
+    several_S = inside_SK.sum(axis=1) > 1
+    home_SK = np.where(several_S[:, None], byte_s_KK[first_S], 0.0)
     trip_S = np.maximum(path_SK, home_SK).min(axis=1)
     return path_SK, np.maximum(trip_S, np.where(inside_SK, np.diag(byte_s_KK), 0.0).max(axis=1))
 

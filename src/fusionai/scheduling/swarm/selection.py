@@ -26,6 +26,8 @@ class Selection:
     chains: tuple[Chain, ...]
     shares: tuple[int, ...]
     step_s: float
+    pipelines_s: float = math.inf
+    """Of the step, what the slowest pipeline takes."""
     sum_s_per_byte: float = 0.0
     """Seconds of summing gradients at the end of the step for each byte that the machine with most weights holds."""
 
@@ -72,7 +74,7 @@ def weighed(work: Work, chains: Sequence[Chain], below_s: float = math.inf) -> S
         return None
     most_bytes = max(work.most_weight_bytes(each.bounds) for each in running)
     per_byte = summing_s / most_bytes if most_bytes else 0.0
-    return Selection(tuple(running), tuple(int(share) for share in shares if share > 0), step_s, per_byte)
+    return Selection(tuple(running), tuple(int(share) for share in shares if share > 0), step_s, last_s, per_byte)
 
 
 def _interleaved(work: Work, chains: Sequence[Chain], shares: Indices) -> tuple[list[Chain], Indices]:
