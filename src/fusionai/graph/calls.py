@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from fusionai.graph.bound_call import BoundCall
 from fusionai.graph.dependencies import differentiable_ancestors, reads, recomputable, requiring_gradient
-from fusionai.graph.layouts import memory_roots
+from fusionai.graph.layouts import dense, memory_roots
 from fusionai.graph.model import Argument, Atom, Node, Ref, Size, Sizes, SubDag, TensorType, ValueName
 from fusionai.graph.operators.schema import Call, CallValue, Operand
 from fusionai.graph.sizes import concrete, evaluate, type_bytes
@@ -18,6 +18,9 @@ class StageCalls:
 
     `whole` are the calls of the same graph uncut, at the same sizes: what is bound there is not bound once more.
     """
+
+    _dense: frozenset[ValueName]
+    """Of the whole graph, outputs that are no views and lie row by row in memory."""
 
     def __init__(self, subdag: SubDag, sizes: Sizes, whole: StageCalls | None = None) -> None:
         self.subdag = subdag
@@ -44,8 +47,11 @@ class StageCalls:
             self.graded = self._graded(whole._by_name)
             every = self._taken(whole)
         self._by_name: dict[str, BoundCall] = {bound.node.name: bound for bound in every}
-        self.root = memory_roots(every)
+        self.root = self._memory_roots(every, whole)
         """For outputs that are views, the value whose memory they use; for others, themselves."""
+        self._graded_calls = frozenset(
+            bound.node.name for bound in every if not self.graded.isdisjoint(bound.node.outputs)
+        )
         self.calls = [bound for bound in every if bound.node.name not in self._fixed]
         """The calls of every microbatch."""
         self.fixed_calls = [bound for bound in every if bound.node.name in self._fixed]
@@ -61,7 +67,7 @@ class StageCalls:
 
     def is_graded(self, bound: BoundCall) -> bool:
         """Return whether backward passes through a call."""
-        return any(output in self.graded for output in bound.node.outputs)
+        return bound.node.name in self._graded_calls
 
     def _graded(self, known: dict[str, BoundCall]) -> frozenset[ValueName]:
         subdag, dtypes = self.subdag, self._dtypes
@@ -86,6 +92,20 @@ class StageCalls:
             else self._bind(node)
             for node in self.subdag.nodes
         ]
+
+    def _memory_roots(self, every: list[BoundCall], whole: StageCalls | None) -> dict[ValueName, ValueName]:
+        # What arrives lies in memory densely. If it does so where it is made, all that is computed from it is laid out
+        # as in the whole graph.
+        if whole is not None and all(each.value in whole._dense for each in self.subdag.receives):
+            return {output: whole.root[output] for bound in every for output in bound.node.outputs}
+        root, layout = memory_roots(every)
+        self._dense = frozenset(
+            output
+            for bound in every
+            for output, operand in zip(bound.node.outputs, bound.call.outputs, strict=True)
+            if root[output] == output and layout[output] == dense(operand.shape)
+        )
+        return root
 
     def _bind(self, node: Node) -> BoundCall:
         traits = operator(node.op)

@@ -118,8 +118,8 @@ def cost_of_calls(stage: StageCalls) -> StageCost:
     forward: Counter[str] = Counter()
     backward: Counter[str] = Counter()
     forward_bytes = backward_bytes = 0
-    for bound in stage.calls:
-        cost = _node_cost(stage, bound)
+    costs = {bound.node.name: _node_cost(stage, bound) for bound in stage.calls}
+    for cost in costs.values():
         if cost.forward_flops:
             forward[cost.op_class] += cost.forward_flops
             backward[cost.op_class] += cost.backward_flops
@@ -127,8 +127,7 @@ def cost_of_calls(stage: StageCalls) -> StageCost:
         backward_bytes += cost.backward_bytes
     memory = stage_memory(stage)
     # The gradient of a weight takes as many FLOPs as the forward product.
-    deferred = [bound for bound in stage.calls if bound.node.name in memory.deferred]
-    deferred_flops = sum(_node_cost(stage, bound).forward_flops for bound in deferred)
+    deferred_flops = sum(costs[name].forward_flops for name in memory.deferred)
     weights = {weight.key: weight for weight in subdag.weights}.values()
     trainable = sum(type_bytes(weight.type, {}) for weight in weights if weight.trainable)
     other = sum(type_bytes(weight.type, {}) for weight in weights if not weight.trainable)

@@ -19,8 +19,8 @@ Strides = tuple[int, ...]
 """Elements between neighbours along each axis."""
 
 
-def memory_roots(calls: Sequence[BoundCall]) -> dict[ValueName, ValueName]:
-    """Return, for every output, the value whose memory it uses: itself, unless it is a view."""
+def memory_roots(calls: Sequence[BoundCall]) -> tuple[dict[ValueName, ValueName], dict[ValueName, Strides]]:
+    """Return, for every output, the value whose memory it uses: itself, unless it is a view; and its strides."""
     root: dict[ValueName, ValueName] = {}
     layout: dict[ValueName, Strides] = {}
     for bound in calls:
@@ -36,7 +36,7 @@ def memory_roots(calls: Sequence[BoundCall]) -> dict[ValueName, ValueName]:
             for output, operand in zip(node.outputs, bound.call.outputs, strict=True):
                 root[output] = output
                 layout[output] = _fresh(bound, operand, layout)
-    return root
+    return root, layout
 
 
 def dense(shape: Shape) -> Strides:

@@ -127,7 +127,8 @@ def plan(task: SwarmTask) -> SwarmPlan:
     ideal_s = [each.pipelines_s + end_s(work, each.chains) for each in chosen]
     found: list[Outcome] = []
     for place in sorted(range(len(chosen)), key=lambda place: ideal_s[place]):
-        if found and _SURE * ideal_s[place] >= min(each.step_s for each in found):
+        least_s = max(chosen[place].step_s, _SURE * ideal_s[place])
+        if found and least_s >= min(each.step_s for each in found):
             continue
         if (made := worked_through(solver, chosen[place])) is not None:
             found.append(made)
