@@ -129,11 +129,16 @@ class ChainSolver:
         return replace(chain, machines=tuple(int(machines[place]) for place in places))
 
 
-def estimated(work: Work, grouping: Grouping) -> Selection | None:
-    """Return the selection of a grouping with cuts in proportion to speed; who cannot hold its part is left out."""
+def estimated(work: Work, grouping: Grouping, below_s: float = math.inf) -> Selection | None:
+    """Return the selection of a grouping with cuts in proportion to speed; who cannot hold its part is left out.
+
+    None if its step is not below `below_s`.
+    """
     sharing = float(len(grouping.groups))
     limit = work.task.microbatches
-    return selected(work, proportional(work, grouping.groups, sharing, limit), growth=_GROWTH_OF_GUESSES)
+    return selected(
+        work, proportional(work, grouping.groups, sharing, limit), growth=_GROWTH_OF_GUESSES, below_s=below_s
+    )
 
 
 def refined(solver: ChainSolver, grouping: Grouping, estimate: Selection) -> Selection | None:

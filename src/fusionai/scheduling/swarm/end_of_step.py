@@ -124,8 +124,7 @@ def in_turn_s(work: Work, holders_RA: Indices) -> float:
 
 def _tied_ring(holders_RA: Indices, parts: Sequence[int]) -> Indices:
     """Return the machines that hold a weight of several segments, pipeline by pipeline."""
-    ring = holders_RA[:, list(parts)].ravel()
-    return np.asarray(ring[np.sort(np.unique(ring, return_index=True)[1])])
+    return np.asarray(list(dict.fromkeys(holders_RA[:, list(parts)].ravel().tolist())))
 
 
 def end_s(work: Work, chains: Sequence[Chain]) -> float:

@@ -8,10 +8,11 @@ solved and worked through as schedules, the sum of gradients over pipelines at t
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -33,6 +34,9 @@ from fusionai.scheduling.swarm.shares import shared_out
 from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.scheduling.swarm.work import Work
 from fusionai.scheduling.swarm_plan import SwarmPlan
+
+_Groups: TypeAlias = tuple[tuple[int, ...], ...]
+"""A grouping's machines, group by group."""
 
 _REFINED = 14
 """Groupings whose chains are solved."""
@@ -153,7 +157,7 @@ def _selections(solver: ChainSolver) -> list[Selection]:
     near = work.near_clusters
     # Which of the sites take part is chosen by the rings of their pipelines.
     sites = [fenced(work, near)] if 1 < len(near) <= _MOST_SITES and len(near) != len(fence) else []
-    ways: dict[tuple[tuple[int, ...], ...], Grouping] = {}
+    ways: dict[_Groups, Grouping] = {}
 
     def gathered(some: Sequence[Sequence[Indices]]) -> None:
         for scope in some:
@@ -163,11 +167,11 @@ def _selections(solver: ChainSolver) -> list[Selection]:
     gathered(sites)
     of_sites = set(ways)
     gathered(scopes(work, fence))
-    guesses = [(guess, key) for key, way in ways.items() if (guess := estimated(work, way)) is not None]
+    guesses = _guesses(work, ways, of_sites)
     guesses.sort(key=lambda pair: pair[0].step_s)
     # Guesses of unlike ways are not alike in how far they are off: a few of each kind are solved. Groupings in which
     # the same pipelines would run are one kind, but solved they may differ, so the first guesses are all solved.
-    unlike: dict[frozenset[tuple[int, ...]], tuple[tuple[int, ...], ...]] = {}
+    unlike: dict[frozenset[tuple[int, ...]], _Groups] = {}
     for guess, key in guesses:
         unlike.setdefault(frozenset(chain.machines for chain in guess.chains), key)
     keys = [key for _, key in guesses]
@@ -192,6 +196,33 @@ def _selections(solver: ChainSolver) -> list[Selection]:
         rest += [(NO_GUESS, way) for key, way in ways.items() if key not in guessed]
         found = [each for each in (refined(solver, way, guess) for guess, way in rest) if each is not None]
     return found
+
+
+def _guesses(
+    work: Work, ways: Mapping[_Groups, Grouping], of_sites: Container[_Groups]
+) -> list[tuple[Selection, _Groups]]:
+    """Return guesses for all groupings, but for those that would be none of the first that are solved."""
+    found: list[tuple[Selection, _Groups]] = []
+    # The best step of each set of pipelines, of all groupings and of those by sites.
+    by_kind: tuple[dict[frozenset[tuple[int, ...]], float], ...] = ({}, {})
+    for key, way in ways.items():
+        limits_s = [
+            _nth(steps_s.values(), count) for steps_s, count in zip(by_kind, (_REFINED, _OF_SITES), strict=True)
+        ]
+        below_s = math.inf if len(key) == 1 else max(limits_s) if key in of_sites else limits_s[0]
+        if (guess := estimated(work, way, below_s)) is None:
+            continue
+        found.append((guess, key))
+        kind = frozenset(chain.machines for chain in guess.chains)
+        for steps_s in by_kind if key in of_sites else by_kind[:1]:
+            steps_s[kind] = min(guess.step_s, steps_s.get(kind, math.inf))
+    return found
+
+
+def _nth(values: Iterable[float], place: int) -> float:
+    """Return the value at a place from 1 on in rising order; infinite if there are fewer."""
+    first = heapq.nsmallest(place, values)
+    return first[-1] if len(first) == place else math.inf
 
 
 def _polished(solver: ChainSolver, selection: Selection) -> Selection | None:

@@ -94,10 +94,12 @@ def _interleaved(work: Work, chains: Sequence[Chain], shares: Indices) -> tuple[
     return [chain for chain, _ in mixed], np.asarray([share for _, share in mixed])
 
 
-def selected(work: Work, chains: Sequence[Chain], *, growth: float = _GROWTH) -> Selection | None:
+def selected(
+    work: Work, chains: Sequence[Chain], *, growth: float = _GROWTH, below_s: float = math.inf
+) -> Selection | None:
     """Return the best of several selections: the fastest few chains, or those best linked with them, or all.
 
-    Numbers of chains rise by `growth`; then those next to the best are tried.
+    Numbers of chains rise by `growth`; then those next to the best are tried. None if no step is below `below_s`.
     """
     usable = [each for each in chains if np.isfinite(each.period_s) and np.isfinite(each.latency_s)]
     if not usable:
@@ -119,7 +121,7 @@ def selected(work: Work, chains: Sequence[Chain], *, growth: float = _GROWTH) ->
         if not 0 < count <= most or members in tried:
             return False
         tried[members] = None
-        found = weighed(work, [usable[index] for index in members], math.inf if best is None else best.step_s)
+        found = weighed(work, [usable[index] for index in members], below_s if best is None else best.step_s)
         best = found or best
         return found is not None
 
@@ -133,7 +135,7 @@ def selected(work: Work, chains: Sequence[Chain], *, growth: float = _GROWTH) ->
                     count += step
     if len(usable) > 2 and microbatches > 1:
         for ring in rings(work, usable):
-            best = weighed(work, [usable[index] for index in ring], math.inf if best is None else best.step_s) or best
+            best = weighed(work, [usable[index] for index in ring], below_s if best is None else best.step_s) or best
     return best
 
 

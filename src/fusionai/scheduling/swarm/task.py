@@ -75,6 +75,10 @@ class SwarmTask:
         return np.asarray([each.dialable for each in self.machines])
 
     @cached_property
+    def _all_dialable(self) -> bool:
+        return bool(self.dialable.all())
+
+    @cached_property
     def candidates(self) -> Indices:
         """Return the members that can be linked with the owner's machine."""
         everyone = np.arange(len(self.members))
@@ -86,8 +90,9 @@ class SwarmTask:
         """Return bytes per second; 0 where no link is possible, infinite within a machine."""
         source, target = np.asarray(sources, dtype=np.int64), np.asarray(targets, dtype=np.int64)
         found = self.links.bandwidths_bytes_per_s(source, target)
-        linked = self.dialable[source] | self.dialable[target]
-        return np.where(source == target, np.inf, np.where(linked, found, 0.0))
+        if not self._all_dialable:
+            found = np.where(self.dialable[source] | self.dialable[target], found, 0.0)
+        return np.where(source == target, np.inf, found)
 
     def delays(self, sources: Indices | int, targets: Indices | int) -> Floats:
         """Return one-way latencies in seconds; 0 within a machine."""
