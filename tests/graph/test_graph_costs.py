@@ -55,7 +55,7 @@ def test_stages_cut_anywhere_cost_what_they_cost_by_themselves(kind: str) -> Non
     graph = llama_graph(2, tied=True) if kind == "llama" else captured_language_model(kind).graph
     sizes = {symbol: (2, 16)[axis] for symbol, (_, axis) in graph.symbols.items()}
     cutter = Cutter(graph)
-    for position in range(1, len(graph.nodes)):
+    for position in range(1, len(graph.nodes), 3):
         try:
             subdags = cutter.cut([position])
         except GraphError:
