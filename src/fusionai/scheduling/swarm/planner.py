@@ -120,24 +120,17 @@ def plan(task: SwarmTask) -> SwarmPlan:
         raise no_link_with_owner(task.members, task.owner, task.remedies)
     work = make_work(task)
     solver = ChainSolver(work)
-    candidates = _selections(solver)
+    # Several groupings may come to the same selection.
+    candidates = list(dict.fromkeys(_selections(solver)))
     candidates.sort(key=lambda each: each.step_s)
-    chosen = candidates[:_LOOKED_AT]
-    for alone in (True, False):
-        # One machine alone and one pipeline are looked at in any case.
-        single = [each for each in candidates if len(each.chains) == 1 and (len(each.chains[0].machines) == 1) == alone]
-        chosen += [each for each in single[:1] if each not in chosen]
-    # How gradients are summed in turn is soon known; ideal pipelines are worked through only where that may pay.
-    ideal_s = [each.pipelines_s + end_s(work, each.chains) for each in chosen]
+    chosen = _promising(work, candidates)
     found: list[Outcome] = []
-    for place in sorted(range(len(chosen)), key=lambda place: ideal_s[place]):
-        least_s = max(chosen[place].step_s, _SURE * ideal_s[place])
+    for selection, ideal_s in chosen.items():
+        least_s = max(selection.step_s, _SURE * ideal_s)
         if found and least_s >= min(each.step_s for each in found):
             continue
-        if (made := worked_through(solver, chosen[place])) is not None:
+        if (made := worked_through(solver, selection)) is not None:
             found.append(made)
-        if len(found) == _WORKED_THROUGH:
-            break
     known_s = min((each.step_s for each in found), default=math.inf)
     small = (worked_through(solver, selection) for selection in best_small_chains(work, known_s))
     found += [each for each in small if each is not None]
@@ -148,6 +141,21 @@ def plan(task: SwarmTask) -> SwarmPlan:
     if not found:
         raise _nothing_fits(work)
     return swarm_plan(work, min(found, key=lambda each: each.step_s))
+
+
+def _promising(work: Work, candidates: Sequence[Selection]) -> dict[Selection, float]:
+    """Return the selections that are worth working through, the best first, and what they ideally take.
+
+    That is ideal pipelines and the end of their step with the sums taken in turn, which are soon reckoned.
+    """
+    ideal_s = {each: each.pipelines_s + end_s(work, each.chains) for each in candidates[:_LOOKED_AT]}
+    found = {each: ideal_s[each] for each in sorted(ideal_s, key=lambda each: ideal_s[each])[:_WORKED_THROUGH]}
+    for alone in (True, False):
+        # One machine alone and one pipeline are looked at in any case.
+        single = [each for each in candidates if len(each.chains) == 1 and (len(each.chains[0].machines) == 1) == alone]
+        for each in single[:1]:
+            found.setdefault(each, each.step_s)
+    return found
 
 
 def _selections(solver: ChainSolver) -> list[Selection]:
