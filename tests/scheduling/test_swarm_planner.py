@@ -5,17 +5,21 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from decoder_graph import GB, decoder, member
+from decoder_graph import GB, SIZES, decoder, member
 from every_swarm_plan import best_single_step_s, best_step_of_several_s
 from swarm_tasks import TwoCities, check, small_task, task_of
 
 from fusionai.errors import PlacementError
+from fusionai.graph.cost import stage_cost
+from fusionai.graph.cuts import cut
 from fusionai.scheduling.baselines.genetic_order import genetic_order
 from fusionai.scheduling.baselines.proportional_splits import equal_compute, equal_layers, memory_proportional
+from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.swarm.chain import Chain
 from fusionai.scheduling.swarm.clusters import clustered
 from fusionai.scheduling.swarm.costing import make_work
@@ -49,6 +53,18 @@ def test_several_pipelines_are_gone_through() -> None:
     assert len(made.pipelines) == 2
     assert best_step_of_several_s(work, np.inf) == pytest.approx(made.predicted_step_s)
     assert best_single_step_s(work) > made.predicted_step_s
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_one_machine_alone_is_looked_at_in_any_case(seed: int) -> None:
+    """Links that look fast but share slow lines: pipelines of several are ideally faster, and really slower."""
+    draw, graph = random.Random(seed), decoder(2)
+    whole = int(stage_cost(cut(graph, [])[0], SIZES).training_bytes(2, 2) * MEMORY_MARGIN)
+    members = [member(f"m{k}", gflops=draw.uniform(150, 200), memory_bytes=int(0.8 * whole)) for k in range(23)]
+    slow = member("slow", gflops=draw.uniform(50, 80), memory_bytes=2 * whole)
+    lines = np.full(24, 1e5), np.full(24, 1e5)
+    made = plan(replace(task_of(graph, [*members, slow], microbatches=2), lines=lines))
+    assert made.predicted_step_s <= plan(task_of(graph, [slow], microbatches=2)).predicted_step_s * (1 + 1e-9)
 
 
 def test_large_pools_are_not_enumerated() -> None:

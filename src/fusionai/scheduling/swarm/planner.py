@@ -23,13 +23,14 @@ from fusionai.scheduling.profile import Member
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.shortage import JOINED, Remedies, no_link_with_owner, nothing_fits, owner_too_small
 from fusionai.scheduling.swarm.candidates import ChainSolver, estimated, refined
+from fusionai.scheduling.swarm.chain import proportional
 from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.end_of_step import end_s
 from fusionai.scheduling.swarm.exact import best_small_chains
 from fusionai.scheduling.swarm.grouping import Grouping, fenced, groupings, scopes
 from fusionai.scheduling.swarm.outcome import Outcome, outcome, owner_need_bytes, swarm_plan
 from fusionai.scheduling.swarm.running import Running, run
-from fusionai.scheduling.swarm.selection import NO_GUESS, Selection, selected
+from fusionai.scheduling.swarm.selection import NO_GUESS, Selection, selected, weighed
 from fusionai.scheduling.swarm.shares import shared_out
 from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.scheduling.swarm.work import Work
@@ -150,12 +151,19 @@ def _promising(work: Work, candidates: Sequence[Selection]) -> dict[Selection, f
     """
     ideal_s = {each: each.pipelines_s + end_s(work, each.chains) for each in candidates[:_LOOKED_AT]}
     found = {each: ideal_s[each] for each in sorted(ideal_s, key=lambda each: ideal_s[each])[:_WORKED_THROUGH]}
-    for alone in (True, False):
-        # One machine alone and one pipeline are looked at in any case.
-        single = [each for each in candidates if len(each.chains) == 1 and (len(each.chains[0].machines) == 1) == alone]
-        for each in single[:1]:
+    # One machine alone and one pipeline are looked at in any case: lines that links share are not in what is ideal.
+    pipelines = [each for each in candidates if len(each.chains) == 1 and len(each.chains[0].machines) > 1]
+    for each in (_alone(work), *pipelines[:1]):
+        if each is not None:
             found.setdefault(each, each.step_s)
     return found
+
+
+def _alone(work: Work) -> Selection | None:
+    """Return the machine that does a step by itself soonest; None if none holds the model."""
+    rounds = work.task.microbatches
+    chains = proportional(work, list(work.task.candidates[:, None]), 1.0, rounds)
+    return weighed(work, [min(chains, key=lambda each: each.seconds(rounds))])
 
 
 def _selections(solver: ChainSolver) -> list[Selection]:
