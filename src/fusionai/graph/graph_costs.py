@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from functools import cached_property
 
+from fusionai.errors import GraphError
 from fusionai.graph.calls import StageCalls
 from fusionai.graph.cost import NodeCost, StageCost, cost_of_calls, costs_of_nodes, types_fit
 from fusionai.graph.model import Argument, Node, Ref, Sizes, SubDag
@@ -35,6 +36,14 @@ class GraphCosts:
             return StageCalls(self._subdag, self._sizes)
 
     @cached_property
+    def _shared(self) -> StageCalls | None:
+        """The calls that stages take theirs from; None where some part of the graph cannot be bound: it may not run."""
+        try:
+            return self._calls
+        except GraphError:
+            return None
+
+    @cached_property
     def whole(self) -> StageCost:
         """Cost of the graph as one stage."""
         with types_fit(self._subdag):
@@ -53,7 +62,7 @@ class GraphCosts:
             key = self._likeness(subdag)
             if key not in self._known:
                 with types_fit(subdag):
-                    self._known[key] = cost_of_calls(StageCalls(subdag, self._sizes, self._calls))
+                    self._known[key] = cost_of_calls(StageCalls(subdag, self._sizes, self._shared))
             found.append(self._known[key])
         return found
 

@@ -105,7 +105,7 @@ class _Run:
         self.out: tuple[list[list[_Way]], ...] = ([[] for _ in stages], [[] for _ in stages])
         for edge in edges:
             self._add_way(0, edge.source, edge.target, edge.forward_s, edge.delay_s, edge.forward_lines_s)
-        for edge in reversed(edges):
+        for edge in edges:
             if edge.backward_s is not None:
                 self._add_way(1, edge.target, edge.source, edge.backward_s, edge.delay_s, edge.backward_lines_s)
         needed = [Counter(way.target for ways in self.out[backward] for way in ways) for backward in (0, 1)]

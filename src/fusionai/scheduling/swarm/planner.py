@@ -62,7 +62,10 @@ _LOOKED_AT = 12
 _WORKED_THROUGH = 6
 """Those of them whose schedules are worked through, at most."""
 
-_SURE = 0.99
+_ALONE = 8
+"""Machines that are weighed as doing everything by themselves: updates tell them apart only where they are close."""
+
+_SURE = 0.98
 """A schedule is hardly ever so much faster than ideal pipelines and the end of their step."""
 
 _BUDGET_SHARES = (0.9, 0.75)
@@ -150,20 +153,27 @@ def _promising(work: Work, candidates: Sequence[Selection]) -> dict[Selection, f
     That is ideal pipelines and the end of their step with the sums taken in turn, which are soon reckoned.
     """
     ideal_s = {each: each.pipelines_s + end_s(work, each.chains) for each in candidates[:_LOOKED_AT]}
-    found = {each: ideal_s[each] for each in sorted(ideal_s, key=lambda each: ideal_s[each])[:_WORKED_THROUGH]}
+    order = sorted(ideal_s, key=lambda each: ideal_s[each])
+    # The first is worked through whatever the others make: now and then a schedule is faster than what is ideal.
+    found = {each: ideal_s[each] for each in (*candidates[:1], *order[:_WORKED_THROUGH])}
     # One machine alone and one pipeline are looked at in any case: lines that links share are not in what is ideal.
-    pipelines = [each for each in candidates if len(each.chains) == 1 and len(each.chains[0].machines) > 1]
-    for each in (_alone(work), *pipelines[:1]):
-        if each is not None:
-            found.setdefault(each, each.step_s)
-    return found
+    for alone in (True, False):
+        single = [each for each in candidates if len(each.chains) == 1 and (len(each.chains[0].machines) == 1) == alone]
+        found |= {each: each.step_s for each in single[:1] if each not in found}
+    return found | {each: each.step_s for each in _alone(work) if each not in found}
 
 
-def _alone(work: Work) -> Selection | None:
-    """Return the machine that does a step by itself soonest; None if none holds the model."""
-    rounds = work.task.microbatches
-    chains = proportional(work, list(work.task.candidates[:, None]), 1.0, rounds)
-    return weighed(work, [min(chains, key=lambda each: each.seconds(rounds))])
+def _alone(work: Work) -> list[Selection]:
+    """Return the machine that does a step by itself soonest, its report to the owner included; none if none can."""
+    task, rounds = work.task, work.task.microbatches
+    chains = proportional(work, list(task.candidates[:, None]), 1.0, rounds)
+    away_s = np.zeros(len(chains))
+    if task.owner_index is not None:
+        away_s = 2 * task.delays(np.full(len(chains), task.owner_index), task.candidates)
+    ends_s = np.asarray([each.seconds(rounds) for each in chains]) + away_s
+    soonest = [weighed(work, [chains[place]]) for place in np.argsort(ends_s, kind="stable")[:_ALONE]]
+    found = [each for each in soonest if each is not None]
+    return [min(found, key=lambda each: each.step_s)] if found else []
 
 
 def _selections(solver: ChainSolver) -> list[Selection]:
