@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fusionai.scheduling.pipeline import Edge, StageTimes, pipeline_times
+from fusionai.scheduling.pipeline import Edge, StageTimes, executed_round, pipeline_times
 
 
 def chain(forward: list[int], backward: list[int], in_flight: list[int], machines: list[str]) -> list[StageTimes]:
@@ -98,6 +98,35 @@ def test_equals_a_simulation(seed: int) -> None:
     if count >= 3 and draw.random() < 0.5:  # a residual that skips a stage, without a gradient half of the time
         edges.append(Edge(0, 2, draw.randint(0, 3), draw.choice([None, 2]), draw.randint(0, 2)))
     assert pipeline_times(stages, edges, microbatches).makespan_s == simulate(stages, edges, microbatches)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_gradients_that_share_a_link_are_sent_in_the_order_of_edges(seed: int) -> None:
+    """A stage that takes tensors from two stages of one machine; which is sent first decides who waits."""
+    draw = random.Random(seed)
+    stages = chain(
+        [draw.randint(1, 9) for _ in range(3)], [draw.randint(1, 15) for _ in range(3)], [3, 2, 2], ["a", "a", "b"]
+    )
+    edges = [Edge(*ends, draw.randint(1, 9), draw.randint(1, 9), draw.randint(0, 4)) for ends in ((0, 1), (1, 2))]
+    edges.insert(draw.randint(0, 2), Edge(0, 2, draw.randint(1, 9), draw.randint(1, 9), draw.randint(0, 4)))
+    assert pipeline_times(stages, edges, 5).makespan_s == simulate(stages, edges, 5)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_half_a_long_round_is_what_it_is_by_itself(seed: int) -> None:
+    """The two share their first passes, and are worked through once as far as they are the same."""
+    draw = random.Random(seed)
+    count = draw.randint(1, 5)
+    stages = chain(
+        [draw.uniform(1, 9) for _ in range(count)],
+        [draw.uniform(1, 15) for _ in range(count)],
+        [draw.randint(1, 6) for _ in range(count)],
+        [draw.choice("abcde") for _ in range(count)],
+    )
+    edges = [Edge(k, k + 1, draw.uniform(0, 6), draw.uniform(0, 6), draw.uniform(0, 4)) for k in range(count - 1)]
+    found = executed_round(stages, edges, 1000)
+    assert found.half == pipeline_times(stages, edges, found.executed // 2)
+    assert found.whole == pipeline_times(stages, edges, found.executed)
 
 
 def test_busy_seconds_add_up() -> None:

@@ -67,6 +67,23 @@ def test_one_machine_alone_is_looked_at_in_any_case(seed: int) -> None:
     assert made.predicted_step_s <= plan(task_of(graph, [slow], microbatches=2)).predicted_step_s * (1 + 1e-9)
 
 
+def test_a_machine_alone_is_chosen_with_its_report_to_the_owner() -> None:
+    """The faster one of two that hold the model is far from the owner, who hears of every step."""
+    graph = decoder(2)
+    whole = int(stage_cost(cut(graph, [])[0], SIZES).training_bytes(2, 2) * MEMORY_MARGIN)
+    members = [member(f"m{k}", gflops=180.0, memory_bytes=int(0.8 * whole)) for k in range(10)]
+    members += [member(name, gflops=gflops, memory_bytes=2 * whole) for name, gflops in (("far", 100), ("near", 90))]
+
+    class FarFromOwner(TwoCities):
+        def rtts_s(self, sources: Any, targets: Any) -> Any:
+            one, other = np.broadcast_arrays(sources, targets)
+            return np.where((np.minimum(one, other) == 10) & (np.maximum(one, other) == 12), 5.0, 1e-4)
+
+    task = task_of(graph, members, links=FarFromOwner(26, 1e9, 1e9), microbatches=4, owner=member("owner"))
+    made = plan(replace(task, lines=(np.full(13, 1e5), np.full(13, 1e5))))
+    assert [[stage.peer for stage in each.stages] for each in made.pipelines] == [["p-near"]]
+
+
 def test_large_pools_are_not_enumerated() -> None:
     task = task_of(decoder(1), [member(f"m{k}") for k in range(1100)], links=TwoCities(1100))
     assert best_small_chains(make_work(task), 1.0) == []
