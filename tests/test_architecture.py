@@ -14,16 +14,21 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 ROOT = {"errors", "tensor"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "graph": set(),
-    "network": set(),
-    "execution": {"graph"},
-    "scheduling": {"graph"},
-    "simulation": {"graph", "scheduling"},
-    "training": {"graph", "network", "execution", "scheduling"},
-    "broker": {"graph", "network", "execution", "scheduling", "training"},
-    "compnode": {"graph", "network", "execution", "scheduling", "training", "broker"},
-    "owner": {"graph", "network", "execution", "scheduling", "simulation", "training", "broker", "compnode"},
-    "cli": {"graph", "network", "execution", "scheduling", "simulation", "training", "broker", "compnode", "owner"},
+    "units": set(),
+    "graph": {"units"},
+    "network": {"units"},
+    "execution": {"units", "graph"},
+    "scheduling": {"units", "graph"},
+    "simulation": {"units", "graph", "scheduling"},
+    "pool": {"units", "graph", "network", "execution", "scheduling"},
+    "training": {"units", "graph", "network", "execution", "scheduling", "pool"},
+    "broker": {"units", "graph", "network", "execution", "scheduling", "pool", "training"},
+    "compnode": {"units", "graph", "network", "execution", "scheduling", "pool", "training"},
+    "owner": {"units", "graph", "network", "execution", "scheduling", "simulation", "pool", "training", "compnode"},
+    "cli": {
+        *("units", "graph", "network", "execution", "scheduling", "simulation"),
+        *("pool", "training", "broker", "compnode", "owner"),
+    },
 }
 """Which folders a folder may import; `errors` and `tensor` are for all."""
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fusionai.broker.broker import Broker, BrokerTimes
-from fusionai.broker.messages import Launched, Status, StatusQuery, Submit
 from fusionai.compnode.member import Member
 from fusionai.execution.plane import OptimizerConfig, Plane, ProgramOptions
 from fusionai.graph.encoding import content_hash, encode
 from fusionai.graph.model import Input, Node, OpDag, Ref, TensorType, ValueName, Weight, WeightKey
 from fusionai.graph.vocabulary import VOCABULARY_VERSION
 from fusionai.network.identity import Identity
+from fusionai.pool.messages import Launched, Status, StatusQuery, Submit
 from fusionai.scheduling.profile import DeviceProfile
 
 QUICK = BrokerTimes(heartbeat_s=0.1, grace_s=1.0, recovery_s=3.0, probe_s=0.05)

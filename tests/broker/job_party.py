@@ -14,19 +14,19 @@ import pytest
 from broker_pool import broker_at, graph, member_of, plane, states, submit
 
 from fusionai.broker.broker import Broker
-from fusionai.broker.messages import Launched, Prepared
 from fusionai.compnode.member import Member
 from fusionai.execution.plane import OptimizerConfig, ProgramOptions
 from fusionai.graph.model import OpDag, WeightKey
 from fusionai.owner.machines import machines_of
 from fusionai.owner.replanning import ReplanEvent, Replanning, ReplanTerms
+from fusionai.pool.identifiers import JobId
+from fusionai.pool.messages import Launched, Prepared
 from fusionai.scheduling.corrections import Corrections, Drift
 from fusionai.scheduling.evaluation import Task, evaluate
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.replanning import Replanned
 from fusionai.tensor import TensorData
 from fusionai.training.driver import Driver, Machine
-from fusionai.training.messages import JobId
 
 OPTIONS = ProgramOptions(optimizer=OptimizerConfig(kind="adamw", weight_decay=0.01))
 STATES = OPTIONS.optimizer.states

@@ -9,15 +9,16 @@ from msgspec.structs import replace
 
 from fusionai.broker.assigning import assignments
 from fusionai.broker.links import LinkBook
-from fusionai.broker.parcels import pack, unpack
 from fusionai.broker.records import MemberRecord
 from fusionai.errors import FusionError, PlacementError, ProtocolError
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.cuts import cut
 from fusionai.graph.model import OpDag, WeightKey
 from fusionai.network.identity import PeerId
+from fusionai.pool.identifiers import JobId
 from fusionai.scheduling.plan import Plan, StagePlan, StagePrediction
-from fusionai.training.messages import Assignment, JobId
+from fusionai.training.assignment_parcels import pack, unpack
+from fusionai.training.messages import Assignment
 
 OWNER, A, B = (PeerId(letter * 64) for letter in "0ab")
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from broker_pool import broker_at, member_of, profile, states, status, until
 
-from fusionai.broker.codec import encode, kind_of
-from fusionai.broker.messages import Leave, Measure, Status, StatusQuery
 from fusionai.compnode.member import Member
 from fusionai.errors import AuthenticationError, ConfigError, PeerLost, ProtocolError, TokenError
 from fusionai.network.endpoint import Endpoint
 from fusionai.network.identity import Identity, PeerId
 from fusionai.network.link import Link
 from fusionai.network.token import JoinToken
+from fusionai.pool.codec import encode, kind_of
+from fusionai.pool.messages import Leave, Measure, Status, StatusQuery
 
 
 class Silent:

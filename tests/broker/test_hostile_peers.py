@@ -13,11 +13,11 @@ from broker_pool import broker_at, graph, member_of, plane, states, status, subm
 from msgspec.structs import replace
 
 from fusionai.broker.broker import Broker
-from fusionai.broker.messages import Heartbeat, JobEnded, JobProgress, Launched, Probed
 from fusionai.compnode.member import Member
 from fusionai.errors import FusionError, JobError, NetworkError, PeerLost, ProtocolError
 from fusionai.graph.model import OpDag, ValueName
 from fusionai.network.identity import PeerId
+from fusionai.pool.messages import Heartbeat, JobEnded, JobProgress, Launched, Probed
 from fusionai.scheduling.profile import LinkProfile
 from fusionai.tensor import TensorData
 from fusionai.training.messages import Begin, Boundary, Bulk, Control, Failed, TiedGradient

@@ -12,12 +12,13 @@ from broker_pool import broker_at, graph, member_of, plane, states, status, subm
 from msgspec.structs import replace
 
 from fusionai.broker.broker import Broker
-from fusionai.broker.messages import JobEnded, JobProgress, JobStatus
 from fusionai.compnode.member import Member
 from fusionai.errors import GraphError, JobError, PeerTimeout, PlacementError, ProtocolError
 from fusionai.graph.encoding import content_hash
 from fusionai.network.identity import PeerId
-from fusionai.training.messages import Begin, JobId, Ready
+from fusionai.pool.identifiers import JobId
+from fusionai.pool.messages import JobEnded, JobProgress, JobStatus
+from fusionai.training.messages import Begin, Ready
 
 
 class Party:

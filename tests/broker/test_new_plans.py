@@ -12,9 +12,9 @@ import pytest
 from broker_pool import status, until
 from job_party import WEIGHT_BYTES, Party, noise, run, undisturbed
 
-from fusionai.broker.messages import JobEnded, Switch
 from fusionai.errors import JobError, ProtocolError
 from fusionai.graph.model import WeightKey
+from fusionai.pool.messages import JobEnded, Switch
 from fusionai.tensor import TensorData
 from fusionai.training.messages import HandOver, Inherit, Tensor
 from fusionai.training.weight_traffic import WeightTraffic

@@ -15,11 +15,11 @@ from broker_pool import broker_at, member_of, profile, status, until
 
 from fusionai.broker import prober
 from fusionai.broker.broker import Broker
-from fusionai.broker.messages import Measure, Status
 from fusionai.broker.planning import MOST_PLANS_AGAIN, plan_on_measured_links
 from fusionai.broker.records import LinkRecord
 from fusionai.network.identity import PeerId
 from fusionai.network.lab import EmulatedLink, LabConfig
+from fusionai.pool.messages import Measure, Status
 from fusionai.scheduling.plan import Plan, StagePlan, StagePrediction
 from fusionai.scheduling.profile import Member, Pool
 

@@ -10,8 +10,8 @@ import pytest
 from broker_pool import member_of, plane, submit, until
 from job_party import OPTIONS, STATES, WEIGHT_BYTES, Party, run, undisturbed
 
-from fusionai.broker.messages import Decline, Relieve
 from fusionai.errors import PeerLost, PlacementError, ProtocolError
+from fusionai.pool.messages import Decline, Relieve
 from fusionai.scheduling.corrections import Corrections
 from fusionai.training.handing_over import HandOverResult, hand_over
 

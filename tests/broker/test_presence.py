@@ -9,13 +9,13 @@ import pytest
 from broker_pool import broker_at, member_of, profile, until
 from msgspec.structs import replace
 
-from fusionai.broker.messages import Heartbeat, Register
 from fusionai.broker.presence import BLIP_S, PRIOR_BETWEEN_LOSSES_S, Presence, arrived, availability, departed
 from fusionai.broker.records import MemberRecord
 from fusionai.broker.registry import Registry
 from fusionai.broker.validation import check_heartbeat, check_link, check_register
 from fusionai.errors import ProtocolError
 from fusionai.network.identity import Identity, PeerId
+from fusionai.pool.messages import Heartbeat, Register
 from fusionai.scheduling.profile import DiskProfile, LinkProfile
 
 DAY = 86_400.0

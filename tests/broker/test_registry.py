@@ -7,14 +7,14 @@ from broker_pool import profile
 from msgspec.structs import replace
 
 from fusionai.broker.links import LinkBook
-from fusionai.broker.messages import Heartbeat, Register
 from fusionai.broker.records import LinkRecord, MemberRecord
 from fusionai.broker.registry import Registry
 from fusionai.broker.validation import check_heartbeat, check_register
 from fusionai.errors import AuthenticationError, ConfigError, ProtocolError
 from fusionai.network.identity import PeerId
+from fusionai.pool.identifiers import JobId
+from fusionai.pool.messages import Heartbeat, Register
 from fusionai.scheduling.profile import LinkProfile
-from fusionai.training.messages import JobId
 
 A, B, C = (PeerId(letter * 64) for letter in "abc")
 

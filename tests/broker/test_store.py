@@ -14,8 +14,8 @@ from fusionai.broker.records import JobRecord, LinkRecord, MemberRecord
 from fusionai.broker.store import SqliteStore
 from fusionai.errors import StorageError
 from fusionai.network.identity import PeerId
+from fusionai.pool.identifiers import JobId
 from fusionai.scheduling.profile import LinkProfile
-from fusionai.training.messages import JobId
 
 
 def member(peer: str, state: str = "idle") -> MemberRecord:

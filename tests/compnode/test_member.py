@@ -10,11 +10,11 @@ import pytest
 from fusionai.broker.broker import Broker
 from fusionai.compnode.agent import Agent, AgentConfig
 from fusionai.compnode.member import Member
-from fusionai.compnode.session import FIRST_PAUSE_S
 from fusionai.errors import AuthenticationError, ConfigError, PeerLost, TokenError
 from fusionai.execution.plane import Plane
 from fusionai.network.identity import Identity
 from fusionai.network.token import JoinToken
+from fusionai.pool.session import FIRST_PAUSE_S
 from fusionai.scheduling.profile import DeviceProfile
 
 PROFILE = DeviceProfile("test CPU", "cpu", "torch", "2.13", 1 << 30, 1, {"matmul": 1e10}, 1e10, 1e-5)

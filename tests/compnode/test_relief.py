@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from fusionai.broker.messages import Relieve, Unrelieved
 from fusionai.compnode.agent import AgentConfig
 from fusionai.compnode.relief import Relief
 from fusionai.errors import ConfigError, PeerLost
+from fusionai.pool.messages import Relieve, Unrelieved
 
 HELD = {"job": "stage 0: layers 0-3"}
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import psutil
 
-from fusionai.broker.messages import JobStatus, MemberStatus, Status, StatusQuery
 from fusionai.compnode.member import Member
 from fusionai.network.identity import Identity
+from fusionai.pool.messages import JobStatus, MemberStatus, Status, StatusQuery
 
 COMMAND = [sys.executable, "-m", "fusionai"]
 

@@ -17,13 +17,13 @@ from models import named_parts, token_batch, train_alone
 from torch import nn
 
 import fusionai
-from fusionai.broker.messages import Launched
 from fusionai.cli.lab_file import read_lab
 from fusionai.execution.plane import OptimizerConfig
 from fusionai.owner.local_pool import LocalPool
 from fusionai.owner.membership import OwnerOptions
 from fusionai.owner.replanning import ReplanEvent
 from fusionai.owner.training_run import Observer, StepEvent
+from fusionai.pool.messages import Launched
 from fusionai.training.driver import Machine
 
 STEPS = 60

@@ -22,8 +22,8 @@ from recording import Recorded, RecordedPool
 from torch import nn
 
 import fusionai
-from fusionai.broker.codec import ASSIGNMENT
-from fusionai.broker.parcels import unpack
+from fusionai.pool.codec import ASSIGNMENT
+from fusionai.training.assignment_parcels import unpack
 from fusionai.training.messages import Boundary, Tensor
 
 VOCABULARY = 251

@@ -24,12 +24,12 @@ from relay import Relay
 from torch import nn
 
 import fusionai
-from fusionai.broker.messages import Launched
 from fusionai.graph.dependencies import reads
 from fusionai.graph.model import Dim
 from fusionai.owner.local_pool import LocalPool
 from fusionai.owner.membership import OwnerOptions
 from fusionai.owner.training_run import Observer, StepEvent
+from fusionai.pool.messages import Launched
 from fusionai.training.driver import Machine
 
 COMPNODES = 3

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusionai.errors import ConfigError, TokenError
-from fusionai.network.address import split_address
 from fusionai.network.identity import Identity
 from fusionai.network.token import JoinToken
+from fusionai.units.addresses import split_address
 
 BROKER = Identity.ephemeral()
 

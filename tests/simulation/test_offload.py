@@ -13,7 +13,6 @@ from fusionai.cli.forecast_words import sentences
 from fusionai.errors import PlacementError
 from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.estimator import backward_s, forward_s
-from fusionai.scheduling.explain import bytes_text
 from fusionai.scheduling.profile import DeviceProfile, Member
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.simulation.forecast.forecast import forecast
@@ -23,6 +22,7 @@ from fusionai.simulation.forecast.request import plan_at_home
 from fusionai.simulation.forecast.trial import Circumstances, trial
 from fusionai.simulation.hardware.catalogue import everything, lookup
 from fusionai.simulation.hardware.efficiency import profile_of
+from fusionai.units.byte_counts import bytes_text
 
 COST = request().whole_cost
 LARGEST = max(type_bytes(weight.type, {}) for weight in request().graph.weights)

@@ -10,8 +10,9 @@ import pytest
 from msgspec.structs import replace
 
 from fusionai.graph.model import Input, SubDag, TensorType, ValueName, Weight, WeightKey
+from fusionai.pool.identifiers import JobId
 from fusionai.training.ledger import RoundLedger
-from fusionai.training.messages import JobId, Report
+from fusionai.training.messages import Report
 from fusionai.training.reports import flaw, printable, total
 
 NAMES = [ValueName(f"x{number}") for number in range(40)]

@@ -13,8 +13,9 @@ from fusionai.errors import PlacementError
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.model import SubDag, WeightKey
 from fusionai.network.identity import PeerId
+from fusionai.pool.identifiers import JobId
 from fusionai.scheduling.plan import Plan
-from fusionai.training.messages import Assignment, JobId, Neighbour
+from fusionai.training.messages import Assignment, Neighbour
 
 _NOBODY: frozenset[PeerId] = frozenset()
 _NO_PAIRS: Mapping[PeerId, Set[PeerId]] = MappingProxyType({})

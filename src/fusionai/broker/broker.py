@@ -9,12 +9,26 @@ from pathlib import Path
 
 import msgspec
 
-from fusionai.broker.addresses import advertised
-from fusionai.broker.codec import GRAPH, decode, encode, kind_of
 from fusionai.broker.journal import Journal
 from fusionai.broker.launching import PROBES_TIMEOUT_S, Launcher
 from fusionai.broker.lifecycle import Lifecycle
-from fusionai.broker.messages import (
+from fusionai.broker.pool import PoolState
+from fusionai.broker.pool_changes import PoolChanges
+from fusionai.broker.prober import Prober
+from fusionai.broker.records import PRESENT, MemberRecord
+from fusionai.broker.replanning import Replanner
+from fusionai.broker.store import SqliteStore
+from fusionai.broker.validation import check_heartbeat, check_progress, check_register, check_replan, check_submit
+from fusionai.errors import AuthenticationError, ConfigError, NetworkError, ProtocolError, StorageError, TokenError
+from fusionai.network.endpoint import Endpoint
+from fusionai.network.identity import Identity, PeerId
+from fusionai.network.lab import LabConfig
+from fusionai.network.limits import Limits
+from fusionai.network.link import Link
+from fusionai.network.token import JoinToken
+from fusionai.pool.advertising import advertised
+from fusionai.pool.codec import GRAPH, decode, encode, kind_of
+from fusionai.pool.messages import (
     Decline,
     Forget,
     Heartbeat,
@@ -31,21 +45,7 @@ from fusionai.broker.messages import (
     Submit,
     Switch,
 )
-from fusionai.broker.pool import PoolState
-from fusionai.broker.pool_changes import PoolChanges
-from fusionai.broker.prober import Prober
-from fusionai.broker.records import PRESENT, MemberRecord
-from fusionai.broker.replanning import Replanner
-from fusionai.broker.store import SqliteStore
-from fusionai.broker.validation import check_heartbeat, check_progress, check_register, check_replan, check_submit
-from fusionai.errors import AuthenticationError, ConfigError, NetworkError, ProtocolError, StorageError, TokenError
-from fusionai.network.address import split_address
-from fusionai.network.endpoint import Endpoint
-from fusionai.network.identity import Identity, PeerId
-from fusionai.network.lab import LabConfig
-from fusionai.network.limits import Limits
-from fusionai.network.link import Link
-from fusionai.network.token import JoinToken
+from fusionai.units.addresses import split_address
 
 log = logging.getLogger(__name__)
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-from fusionai.broker.codec import ASSIGNMENT
-from fusionai.broker.messages import Assign, Connect
-from fusionai.broker.parcels import pack
 from fusionai.broker.pool import PoolState
 from fusionai.broker.prober import Prober
 from fusionai.broker.records import MemberRecord
-from fusionai.broker.tasks import all_of
 from fusionai.errors import FusionError, JobError, NetworkError, PeerTimeout
 from fusionai.network.identity import PeerId
-from fusionai.training.messages import Assignment, JobId
+from fusionai.pool.background_tasks import all_of
+from fusionai.pool.codec import ASSIGNMENT
+from fusionai.pool.identifiers import JobId
+from fusionai.pool.messages import Assign, Connect
+from fusionai.training.assignment_parcels import pack
+from fusionai.training.messages import Assignment
 
 ASSIGN_TIMEOUT_S = 120.0
 """How long a machine may take to receive its sub-DAGs and make its program."""

@@ -7,11 +7,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from fusionai.broker.messages import JobStatus
 from fusionai.broker.records import OVER, JobRecord
 from fusionai.broker.store import MOST_JOBS
 from fusionai.network.identity import PeerId
-from fusionai.training.messages import JobId
+from fusionai.pool.identifiers import JobId
+from fusionai.pool.messages import JobStatus
 
 MOST_SHOWN = 50
 """Newest jobs that a status lists."""

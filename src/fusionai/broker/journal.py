@@ -10,9 +10,9 @@ from typing import TypeVar
 
 from fusionai.broker.records import JobRecord, LinkRecord, MemberRecord
 from fusionai.broker.store import Record, Store
-from fusionai.broker.tasks import Tasks
 from fusionai.errors import StorageError
 from fusionai.network.identity import PeerId
+from fusionai.pool.background_tasks import BackgroundTasks
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Journal:
         self._dropped: set[PeerId] = set()
         self._wake = asyncio.Event()
         self._writing = asyncio.Lock()
-        self._tasks = Tasks()
+        self._tasks = BackgroundTasks()
 
     async def open(self) -> None:
         """Open the store. Raises StorageError."""

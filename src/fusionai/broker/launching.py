@@ -11,8 +11,6 @@ from functools import partial
 from fusionai.broker.assigning import assignments
 from fusionai.broker.handing_out import hand_out
 from fusionai.broker.lifecycle import Lifecycle
-from fusionai.broker.messages import Launched, Release, Submit
-from fusionai.broker.parcels import ParcelInbox
 from fusionai.broker.planning import plan_on_measured_links
 from fusionai.broker.pool import PoolState
 from fusionai.broker.prober import Prober
@@ -22,10 +20,12 @@ from fusionai.graph.cuts import cut
 from fusionai.graph.encoding import content_hash, decode
 from fusionai.graph.model import OpDag
 from fusionai.network.identity import PeerId
+from fusionai.pool.identifiers import JobId
+from fusionai.pool.messages import Launched, Release, Submit
+from fusionai.pool.parcels import ParcelInbox
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.planner import plan_training
 from fusionai.scheduling.profile import Member
-from fusionai.training.messages import JobId
 
 log = logging.getLogger(__name__)
 

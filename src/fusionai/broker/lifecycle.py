@@ -11,14 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from fusionai.broker.messages import Heartbeat, JobEnded, JobLost, JobProgress, Release
 from fusionai.broker.pool import PoolState
 from fusionai.broker.prober import Prober
 from fusionai.broker.records import OVER, PRESENT, JobRecord, JobState, Preparation
 from fusionai.errors import JobError, ProtocolError
 from fusionai.network.identity import PeerId
+from fusionai.pool.identifiers import JobId
+from fusionai.pool.messages import Heartbeat, JobEnded, JobLost, JobProgress, Release
 from fusionai.training.generations import family
-from fusionai.training.messages import JobId
 
 log = logging.getLogger(__name__)
 

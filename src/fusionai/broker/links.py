@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
-from fusionai.broker.messages import LinkStatus
 from fusionai.broker.records import LinkRecord, MemberRecord
 from fusionai.network.identity import PeerId
+from fusionai.pool.messages import LinkStatus
 from fusionai.scheduling.profile import AccessProfile, LinkProfile
 
 Pair = tuple[PeerId, PeerId]

@@ -9,17 +9,17 @@ from typing import TypeVar
 
 import msgspec
 
-from fusionai.broker.codec import decode, encode, kind_of
 from fusionai.broker.jobs import JobBook
 from fusionai.broker.journal import Journal
 from fusionai.broker.link_estimates import LinkEstimates
 from fusionai.broker.links import LinkBook
 from fusionai.broker.registry import Registry
-from fusionai.broker.tasks import Tasks
 from fusionai.errors import NetworkError, PeerLost
 from fusionai.network.endpoint import Endpoint
 from fusionai.network.identity import PeerId
 from fusionai.network.link import Link
+from fusionai.pool.background_tasks import BackgroundTasks
+from fusionai.pool.codec import decode, encode, kind_of
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class PoolState:
         self.jobs = JobBook(journal.keep)
         self.links = LinkBook(journal.keep)
         self.estimates = LinkEstimates(self.links, endpoint.peer_id)
-        self.tasks = Tasks()
+        self.tasks = BackgroundTasks()
 
     @staticmethod
     def now_s() -> float:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from fusionai.broker.messages import Decline, Reconsider, Unrelieved
 from fusionai.broker.pool import PoolState
 from fusionai.broker.prober import Prober
 from fusionai.broker.records import OVER, JobRecord, MemberRecord
 from fusionai.errors import ProtocolError
 from fusionai.network.identity import PeerId
+from fusionai.pool.messages import Decline, Reconsider, Unrelieved
 
 log = logging.getLogger(__name__)
 

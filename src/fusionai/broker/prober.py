@@ -17,15 +17,15 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from msgspec.structs import replace
 
 from fusionai.broker.links import Pair, pair
-from fusionai.broker.messages import Expect, Probe, Probed
 from fusionai.broker.pool import PoolState
 from fusionai.broker.probe_choice import AT_MOST, FIRST, first_partners, network_of, next_partner
 from fusionai.broker.records import PRESENT, LinkRecord, MemberRecord
-from fusionai.broker.tasks import Tasks
 from fusionai.broker.validation import check_link
 from fusionai.errors import FusionError, NetworkError
 from fusionai.network.identity import PeerId
 from fusionai.network.probe import probe_link
+from fusionai.pool.background_tasks import BackgroundTasks
+from fusionai.pool.messages import Expect, Probe, Probed
 from fusionai.scheduling.profile import LinkProfile
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Prober:
     def __init__(self, state: PoolState, *, seconds: float) -> None:
         self._state = state
         self._seconds = seconds
-        self._tasks = Tasks()
+        self._tasks = BackgroundTasks()
         self._slots = asyncio.Semaphore(CONCURRENT)
         self._locks: dict[PeerId, asyncio.Lock] = {}
         self._wanted: dict[Pair, asyncio.Event] = {}

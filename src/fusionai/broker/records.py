@@ -8,9 +8,9 @@ import msgspec
 
 from fusionai.broker.presence import Presence
 from fusionai.network.identity import PeerId
+from fusionai.pool.identifiers import JobId
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.profile import DeviceProfile, DiskProfile, LinkProfile
-from fusionai.training.messages import JobId
 
 Role = Literal["compnode", "owner", "observer"]
 MemberState = Literal["idle", "working", "left", "lost", "unreachable"]

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 
 from msgspec.structs import replace
 
-from fusionai.broker.messages import Heartbeat, MemberStatus, Register
 from fusionai.broker.presence import Presence, arrived, availability, departed
 from fusionai.broker.records import PRESENT, MemberRecord, MemberState
 from fusionai.errors import AuthenticationError
 from fusionai.network.identity import PeerId
+from fusionai.pool.identifiers import JobId
+from fusionai.pool.messages import Heartbeat, MemberStatus, Register
 from fusionai.scheduling.profile import AccessProfile, DiskProfile
-from fusionai.training.messages import JobId
 
 MOST_MEMBERS = 20_000
 """Members remembered; those longest gone make room for new ones."""

@@ -13,7 +13,6 @@ from fusionai.broker.assigning import assignments
 from fusionai.broker.handing_out import hand_out
 from fusionai.broker.launching import GRAPH_TIMEOUT_S, Launcher, candidate, decoded
 from fusionai.broker.lifecycle import Lifecycle
-from fusionai.broker.messages import Prepared, Release, Replan
 from fusionai.broker.planning import with_history
 from fusionai.broker.pool import PoolState
 from fusionai.broker.prober import Prober
@@ -22,12 +21,13 @@ from fusionai.errors import JobError
 from fusionai.graph.cuts import cut
 from fusionai.graph.model import OpDag
 from fusionai.network.identity import PeerId
+from fusionai.pool.identifiers import JobId
+from fusionai.pool.messages import Prepared, Release, Replan
 from fusionai.scheduling.corrections import corrected
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.profile import AccessProfile, Member, Pool
 from fusionai.scheduling.replanning import Replanned, replanned
 from fusionai.training.generations import generation
-from fusionai.training.messages import JobId
 from fusionai.training.weight_routes import keys_by_peer, routes
 
 log = logging.getLogger(__name__)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 
-from fusionai.broker.messages import Heartbeat, JobProgress, Register, Replan, Submit
-from fusionai.errors import ConfigError, ProtocolError
-from fusionai.network.address import split_address
+from fusionai.errors import ProtocolError
+from fusionai.pool.messages import Heartbeat, JobProgress, Register, Replan, Submit
+from fusionai.pool.names import check_name
 from fusionai.scheduling.profile import DeviceProfile, DiskProfile, LinkProfile
+from fusionai.units.addresses import split_address
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _MOST_ADDRESSES = 8
 _MOST_TEXT = 1000
 _MOST_CONFIG = 256 << 10
@@ -23,19 +23,6 @@ _MOST_DISK_BYTES = 1 << 60
 _MOST_DISK_BYTES_PER_S = 1e12
 _MOST_BYTES_PER_S = 1e12
 """Of a link: no machine has ten network cards of 800 Gbit/s."""
-
-
-def check_name(name: str) -> None:
-    """Check a machine's name.
-
-    Raises:
-        ConfigError: it is not 1 to 63 letters, digits, dots, dashes and underscores, beginning with a letter or digit.
-    """
-    if not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"the name {name[:80]!r} must have 1 to 63 letters, digits, dots, dashes and underscores, and begin with "
-            "a letter or digit"
-        )
 
 
 def check_register(message: Register) -> None:

@@ -68,8 +68,8 @@ async def _serve(arguments: argparse.Namespace, folder: Path) -> int:
     from fusionai.cli.stopping import stop_event
     from fusionai.compnode.agent import MOST_DRAIN_S, Agent, AgentConfig
     from fusionai.errors import ConfigError
-    from fusionai.scheduling.memory_amount import parse_memory
-    from fusionai.simulation.duration import parse_duration
+    from fusionai.units.byte_counts import parse_memory
+    from fusionai.units.durations import parse_duration
 
     nothing = re.fullmatch(r"\s*0+(\.0*)?\s*(ms|s|min|h|d)?\s*", arguments.drain)
     drain_s = 0.0 if nothing else parse_duration(arguments.drain, name="--drain")

@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _show(screen: Console, found: Forecast) -> None:
     from rich.table import Table
 
-    from fusionai.scheduling.explain import bytes_text, seconds_text
+    from fusionai.units.byte_counts import bytes_text
+    from fusionai.units.durations import seconds_text
 
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "machine", "holds", "memory of offer", "a microbatch", "busy"):

@@ -10,20 +10,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from fusionai.broker.messages import Launched
 from fusionai.owner.replanning import ReplanEvent
 from fusionai.owner.training_run import Observer, StepEvent
+from fusionai.pool.messages import Launched
 from fusionai.training.describe import stage_line
 from fusionai.training.driver import Machine
-
-
-def size_text(count: float) -> str:
-    """Return a number of bytes for people, such as "12.4 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+from fusionai.units.byte_counts import bytes_text
 
 
 class LiveProgress(Observer):
@@ -95,7 +87,7 @@ class LiveProgress(Observer):
             return
         self._machines, self._names = event.machines, dict(event.names)
         self._console.print(
-            f"step {event.step}: new plan: {event.reason}; {size_text(event.bytes_moved)} moved, "
+            f"step {event.step}: new plan: {event.reason}; {bytes_text(event.bytes_moved)} moved, "
             f"{event.pause_s:.2f} s between two steps",
             highlight=False,
             soft_wrap=True,
@@ -113,7 +105,7 @@ class LiveProgress(Observer):
         for machine in self._machines:
             report = self._event.result.reports.get(machine.peer) if self._event else None
             sent = [
-                f"{self._name(target)} {size_text(count)}"
+                f"{self._name(target)} {bytes_text(count)}"
                 for (source, target), count in self._bytes.items()
                 if source == machine.peer
             ]
@@ -121,7 +113,7 @@ class LiveProgress(Observer):
                 machine.name,
                 "; ".join(stage_line(subdag) for subdag in machine.subdags),
                 f"{report.busy_s / self._event.result.seconds:.0%}" if report and self._event else "",
-                size_text(report.memory_bytes) if report else "",
+                bytes_text(report.memory_bytes) if report else "",
                 ", ".join(sent),
             )
         return table

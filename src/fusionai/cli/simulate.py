@@ -133,9 +133,9 @@ def _steps(arguments: argparse.Namespace, job: JobConfig) -> int:
 def _circumstances(arguments: argparse.Namespace, steps: int) -> Circumstances:
     """Return what the options say. Raises ConfigError that names the option."""
     from fusionai.errors import ConfigError
-    from fusionai.simulation.duration import parse_duration
     from fusionai.simulation.forecast.trial import Circumstances
     from fusionai.simulation.recovery import Recovery, Replay, Restart
+    from fusionai.units.durations import parse_duration
 
     if arguments.steps is not None and arguments.steps < 1:
         raise ConfigError(f"--steps must be at least 1, got {arguments.steps}")

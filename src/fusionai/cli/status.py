@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fusionai.broker.messages import Status
+    from fusionai.pool.messages import Status
     from fusionai.scheduling.profile import AccessProfile, Availability, DiskProfile
 
 
@@ -36,9 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _ask(token: str, *, measure: bool) -> Status:
-    from fusionai.broker.messages import Measure, Status, StatusQuery
     from fusionai.compnode.member import Member
     from fusionai.network.identity import Identity
+    from fusionai.pool.messages import Measure, Status, StatusQuery
 
     member = Member(Identity.ephemeral(), token, role="observer", name="observer", listen=None)
     await member.start()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fusionai.cli.forecast_words import assumed_line, named
-from fusionai.scheduling.explain import bytes_text, seconds_text
-from fusionai.simulation.duration import duration_text
 from fusionai.simulation.forecast.trial import Trial
 from fusionai.simulation.report_tables import usd_text
+from fusionai.units.byte_counts import bytes_text
+from fusionai.units.durations import duration_text, seconds_text
 
 _AS_LONG = 0.005
 """Of a step: what differs by less needs no explanation."""

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fusionai.compnode.disk import measure_disk
-from fusionai.compnode.hardware import measure
 from fusionai.compnode.member import Member
 from fusionai.errors import ConfigError
 from fusionai.execution.plane import Plane
 from fusionai.network.identity import Identity
 from fusionai.network.lab import LabConfig
 from fusionai.network.token import JoinToken
+from fusionai.pool.device_measurement import measure
 from fusionai.training.slowdown import Throttle
 
 log = logging.getLogger(__name__)

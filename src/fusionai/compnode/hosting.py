@@ -9,12 +9,13 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fusionai.broker.tasks import Tasks, all_of
 from fusionai.errors import JobError, NetworkError, PlacementError
 from fusionai.execution.plane import Plane
 from fusionai.network.identity import PeerId
+from fusionai.pool.background_tasks import BackgroundTasks, all_of
+from fusionai.pool.identifiers import JobId
 from fusionai.training.generations import family
-from fusionai.training.messages import Assignment, JobId, Neighbour
+from fusionai.training.messages import Assignment, Neighbour
 from fusionai.training.slowdown import Slowdown
 from fusionai.training.stage_host import LINK_TIMEOUT_S, StageHost
 from fusionai.training.wire import JobWire
@@ -60,7 +61,7 @@ class Hosting:
         self._slowdown = slowdown
         self._changed = changed
         self._parts: dict[JobId, _Part] = {}
-        self._tasks = Tasks()
+        self._tasks = BackgroundTasks()
         self._past_busy_s = 0.0
         self._past_bytes: dict[str, int] = defaultdict(int)
 

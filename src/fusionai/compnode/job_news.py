@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fusionai.broker.messages import Reconsider
-from fusionai.training.messages import JobId
+from fusionai.pool.identifiers import JobId
+from fusionai.pool.messages import Reconsider
 
 _MOST_LOST = 64
 """Lost jobs that nobody has asked for yet: the word may come before the launch's answer is read."""

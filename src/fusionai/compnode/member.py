@@ -10,9 +10,23 @@ from typing import Literal, TypeVar, overload
 
 import msgspec
 
-from fusionai.broker.addresses import advertised
-from fusionai.broker.codec import ASSIGNMENT, GRAPH, PREFIX, decode, encode, kind_of
-from fusionai.broker.messages import (
+from fusionai.compnode.disk import free_disk_bytes
+from fusionai.compnode.hosting import BusyMeter, Hosting
+from fusionai.compnode.job_news import JobNews
+from fusionai.compnode.relief import ASK_TIMEOUT_S, Relief
+from fusionai.errors import AuthenticationError, ConfigError, NetworkError, ProtocolError
+from fusionai.execution.plane import Plane
+from fusionai.network.endpoint import Endpoint
+from fusionai.network.identity import Identity, PeerId
+from fusionai.network.lab import LabConfig
+from fusionai.network.limits import Limits
+from fusionai.network.link import Link
+from fusionai.network.token import JoinToken
+from fusionai.pool.advertising import advertised
+from fusionai.pool.background_tasks import BackgroundTasks
+from fusionai.pool.codec import ASSIGNMENT, GRAPH, PREFIX, decode, encode, kind_of
+from fusionai.pool.identifiers import JobId
+from fusionai.pool.messages import (
     Assign,
     Connect,
     Expect,
@@ -26,31 +40,18 @@ from fusionai.broker.messages import (
     Relieve,
     Unrelieved,
 )
-from fusionai.broker.parcels import MOST_BYTES as PARCEL_BYTES
-from fusionai.broker.parcels import ParcelInbox, unpack
-from fusionai.broker.tasks import Tasks
-from fusionai.broker.validation import check_name
-from fusionai.compnode.disk import free_disk_bytes
-from fusionai.compnode.hosting import BusyMeter, Hosting
-from fusionai.compnode.job_news import JobNews
-from fusionai.compnode.probes import Probes
-from fusionai.compnode.relief import ASK_TIMEOUT_S, Relief
-from fusionai.compnode.session import BrokerSession
-from fusionai.errors import AuthenticationError, ConfigError, NetworkError, ProtocolError
-from fusionai.execution.plane import Plane
-from fusionai.network.address import split_address
-from fusionai.network.endpoint import Endpoint
-from fusionai.network.identity import Identity, PeerId
-from fusionai.network.lab import LabConfig
-from fusionai.network.limits import Limits
-from fusionai.network.link import Link
-from fusionai.network.token import JoinToken
+from fusionai.pool.names import check_name
+from fusionai.pool.parcels import MOST_BYTES as PARCEL_BYTES
+from fusionai.pool.parcels import ParcelInbox
+from fusionai.pool.probe_service import Probes
+from fusionai.pool.session import BrokerSession
 from fusionai.scheduling.profile import DeviceProfile, DiskProfile
-from fusionai.training.messages import JobId
+from fusionai.training.assignment_parcels import unpack
 from fusionai.training.slowdown import Slowdown, Throttle
 from fusionai.training.stage_host import StageHost
 from fusionai.training.wire import PREFIX as JOB_PREFIX
 from fusionai.training.wire import JobWire
+from fusionai.units.addresses import split_address
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class Member:
             token: join token of the pool.
             role: an observer only asks for the status; the others need `profile` and `plane`.
             name: for people; the broker makes it unique.
-            profile: measured device (`fusionai.compnode.hardware.measure`).
+            profile: measured device (`fusionai.pool.device_measurement.measure`).
             disk: measured disk (`fusionai.compnode.disk.measure_disk`); None when it is not offered.
             disk_folder: where it is, so that the broker is told what is free there from time to time.
             plane: runs this machine's sub-DAGs.
@@ -143,7 +144,7 @@ class Member:
         self._listen = listen
         self._advertise = tuple(advertise)
         self._addresses: tuple[str, ...] = ()
-        self._tasks = Tasks()
+        self._tasks = BackgroundTasks()
         self._parcels = ParcelInbox(most=4)
         self._busy = BusyMeter()
         self._news = JobNews()

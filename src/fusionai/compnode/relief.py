@@ -6,8 +6,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
-from fusionai.broker.messages import Relieve, Unrelieved
 from fusionai.errors import FusionError
+from fusionai.pool.messages import Relieve, Unrelieved
 
 log = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ import ssl
 from collections.abc import Sequence
 
 from fusionai.errors import AuthenticationError, ConfigError, FusionError, NetworkError, PeerLost, ProtocolError
-from fusionai.network.address import split_address
 from fusionai.network.connection import Connection
 from fusionai.network.framing import Frame, FrameType
 from fusionai.network.greeting import Announcement, check_greeting, check_release, refusal
 from fusionai.network.identity import PeerId
 from fusionai.network.limits import Limits
 from fusionai.network.messages import Hello, Refuse, decode, encode
+from fusionai.units.addresses import split_address
 
 HEAD_START_S = 0.3
 """How long an address is tried alone before the next one is tried too."""

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from fusionai.errors import ConfigError, FusionError, PeerLost, PeerTimeout, ProtocolError
-from fusionai.network.address import join_address
 from fusionai.network.connection import Connection
 from fusionai.network.framing import FrameType
 from fusionai.network.greeting import Announcement, DuplicateLink, check_greeting, check_release, refuse
 from fusionai.network.identity import PeerId
 from fusionai.network.limits import Limits
 from fusionai.network.messages import Hello, decode
+from fusionai.units.addresses import join_address
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import msgspec
 
 from fusionai.errors import AuthenticationError, ConfigError, ProtocolError, TokenError
-from fusionai.network.address import split_address
 from fusionai.network.identity import Identity, PeerId, peer_id, public_key_bytes, verify
+from fusionai.units.addresses import split_address
 
 PREFIX = "fusion-"
 

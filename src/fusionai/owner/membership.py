@@ -10,12 +10,12 @@ from pathlib import Path
 
 import platformdirs
 
-from fusionai.compnode.hardware import measure
 from fusionai.compnode.member import Member
 from fusionai.execution.planes import plane
 from fusionai.network.identity import Identity
 from fusionai.network.lab import LabConfig
 from fusionai.network.token import JoinToken
+from fusionai.pool.device_measurement import measure
 
 
 @dataclass(frozen=True, kw_only=True)

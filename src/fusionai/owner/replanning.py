@@ -11,18 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusionai.broker.messages import Decline, Forget, Launched, Prepared, Reconsider, Replan, Switch
 from fusionai.compnode.member import Member
 from fusionai.errors import FusionError, PlacementError
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.encoding import encode
 from fusionai.graph.model import OpDag
 from fusionai.owner.machines import machines_of
+from fusionai.pool.identifiers import JobId
+from fusionai.pool.messages import Decline, Forget, Launched, Prepared, Reconsider, Replan, Switch
 from fusionai.scheduling.corrections import Corrections, Drift, StageTimes
 from fusionai.scheduling.plan import Plan
 from fusionai.training.driver import Driver, Machine, RoundResult
 from fusionai.training.handing_over import hand_over
-from fusionai.training.messages import JobId
 
 log = logging.getLogger(__name__)
 

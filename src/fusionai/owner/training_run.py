@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from fusionai.broker.messages import JobEnded, JobProgress, Launched, Submit
 from fusionai.compnode.member import Member
 from fusionai.errors import FusionError, JobError, NetworkError
 from fusionai.execution.plane import OptimizerConfig, ProgramOptions
@@ -22,6 +21,8 @@ from fusionai.owner.checkpointing import CheckpointFiles, save_checkpoint
 from fusionai.owner.machines import machines_of
 from fusionai.owner.replanning import ReplanEvent, Replanning, ReplanTerms
 from fusionai.owner.run_folder import RunFolder
+from fusionai.pool.identifiers import JobId
+from fusionai.pool.messages import JobEnded, JobProgress, Launched, Submit
 from fusionai.scheduling.plan import Plan
 from fusionai.training.checkpoint import latest, prune
 from fusionai.training.config import PlacementConfig, TrainingConfig
@@ -29,7 +30,6 @@ from fusionai.training.data.batches import Batch, Batches
 from fusionai.training.driver import Driver, Machine, RoundResult, WeightSource, sizes_of
 from fusionai.training.learning_rate import ScheduleConfig, learning_rate
 from fusionai.training.loss_weights import loss_weights
-from fusionai.training.messages import JobId
 
 log = logging.getLogger(__name__)
 

@@ -26,12 +26,13 @@ from fusionai.scheduling.estimator import (
     training_memory_bytes,
     update_s,
 )
-from fusionai.scheduling.explain import seconds_text, stage_lines
+from fusionai.scheduling.explain import stage_lines
 from fusionai.scheduling.in_flight import SLACKS, WORTH_MEMORY, busiest_s, least_held, round_trips_s, widened
 from fusionai.scheduling.pipeline import Edge, PipelineTimes, StageTimes, pipeline_times
 from fusionai.scheduling.plan import Plan, StagePlan, StagePrediction
 from fusionai.scheduling.profile import LinkProfile, Member, Pool
 from fusionai.scheduling.segments import MEMORY_MARGIN
+from fusionai.units.durations import seconds_text
 
 
 class StageCosts:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from fusionai.graph.model import Node
 from fusionai.scheduling.plan import StagePlan
 from fusionai.scheduling.segments import MEMORY_MARGIN
+from fusionai.units.byte_counts import bytes_text
+from fusionai.units.durations import seconds_text
 
 _MOST_LISTED = 5
 """Names that a sentence lists one by one, and then runs of names."""
@@ -60,29 +62,6 @@ def stage_lines(
         f"{stage.in_flight} in flight; machine busy {busy.get(stage.peer, 0.0):.0%} of a step"
         for stage in stages
     )
-
-
-_LONG_S = {"years": 365.25 * 86400.0, "d": 86400.0, "h": 3600.0}
-
-
-def seconds_text(seconds: float) -> str:
-    """Return seconds for people: from two hours on in the largest of hours, days and years of which there are two."""
-    for unit, length_s in _LONG_S.items():
-        if seconds >= 2 * length_s:
-            return f"{_three_digits(seconds / length_s)} {unit}"
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.3g}" if value < 999.5 else f"{float(f'{value:.3g}'):,.0f}"
-
-
-def bytes_text(size_bytes: float, digits: int = 3) -> str:
-    """Return bytes for people, in decimal units and with so many significant digits."""
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size_bytes >= factor:
-            return f"{size_bytes / factor:.{digits}g} {unit}"
-    return f"{size_bytes:.0f} bytes"
 
 
 def shortage_texts(need_bytes: float, offered_bytes: int) -> tuple[str, str, str]:

@@ -15,11 +15,12 @@ import msgspec
 from fusionai.errors import PlacementError
 from fusionai.graph.model import OpDag
 from fusionai.scheduling.evaluation import Task
-from fusionai.scheduling.explain import bytes_text, seconds_text
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.profile import Member, Pool
 from fusionai.scheduling.sticky.moves import Haulage, Move
 from fusionai.scheduling.sticky.search import Option, Search
+from fusionai.units.byte_counts import bytes_text
+from fusionai.units.durations import seconds_text
 
 __all__ = ["LEAST_GAIN", "Move", "Replanned", "replanned"]
 

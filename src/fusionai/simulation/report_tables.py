@@ -8,9 +8,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fusionai.scheduling.explain import bytes_text, seconds_text
 from fusionai.simulation.bandwidth_sweep import SweepPoint
 from fusionai.simulation.report import Report
+from fusionai.units.byte_counts import bytes_text
+from fusionai.units.durations import seconds_text
 
 _MOST_ROWS = 20
 

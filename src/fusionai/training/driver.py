@@ -21,6 +21,7 @@ from fusionai.errors import DataError, JobError, NetworkError, PeerLost, Protoco
 from fusionai.execution.plane import Clipping
 from fusionai.graph.model import OpDag, Sizes, WeightKey
 from fusionai.network.identity import PeerId
+from fusionai.pool.identifiers import JobId
 from fusionai.tensor import TensorData
 from fusionai.training.data.batches import Batch
 from fusionai.training.machine import Machine, sizes_of
@@ -35,7 +36,6 @@ from fusionai.training.messages import (
     HandedOver,
     HandOver,
     Inherit,
-    JobId,
     Pull,
     Pulled,
     Ready,

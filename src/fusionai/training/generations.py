@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusionai.training.messages import JobId
+from fusionai.pool.identifiers import JobId
 
 
 def generation(job: JobId, number: int) -> JobId:

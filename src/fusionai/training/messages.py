@@ -10,15 +10,12 @@ the next one only.
 
 from __future__ import annotations
 
-from typing import NewType
-
 import msgspec
 
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.model import Sizes, SubDag, ValueName, WeightKey
+from fusionai.pool.identifiers import JobId
 from fusionai.tensor import DType
-
-JobId = NewType("JobId", str)
 
 
 class Neighbour(msgspec.Struct, frozen=True):

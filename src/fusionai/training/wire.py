@@ -13,6 +13,7 @@ import msgspec
 from fusionai.errors import NetworkError, PeerLost, ProtocolError
 from fusionai.network.endpoint import Endpoint, Link
 from fusionai.network.identity import PeerId
+from fusionai.pool.identifiers import JobId
 from fusionai.tensor import TensorData, tensor_bytes
 from fusionai.training.messages import (
     Begin,
@@ -24,7 +25,6 @@ from fusionai.training.messages import (
     Failed,
     HandOver,
     Inherit,
-    JobId,
     Pull,
     Pulled,
     Ready,

@@ -15,7 +15,7 @@ import numpy as np
 
 from fusionai.errors import PlacementError
 from fusionai.scheduling.estimator import training_memory_bytes
-from fusionai.scheduling.explain import bytes_text, holding, seconds_text
+from fusionai.scheduling.explain import holding
 from fusionai.scheduling.plan import StagePrediction
 from fusionai.scheduling.replicated_plan import HolderPlan, ReplicatedPlan, ReplicatedStage
 from fusionai.scheduling.replication.cuts import Draft, drafts
@@ -27,6 +27,8 @@ from fusionai.scheduling.swarm.grouping import fenced, scopes
 from fusionai.scheduling.swarm.planner import plan
 from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.scheduling.swarm.work import Work
+from fusionai.units.byte_counts import bytes_text
+from fusionai.units.durations import seconds_text
 
 _MOST_STAGES = 16
 _MOST_MACHINES = 128

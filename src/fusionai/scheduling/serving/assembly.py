@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fusionai.scheduling.explain import brief_names, bytes_text, seconds_text
+from fusionai.scheduling.explain import brief_names
 from fusionai.scheduling.serving.estimator import CHUNK_TOKENS
 from fusionai.scheduling.serving.evaluation import Evaluated, Evaluator, Share
 from fusionai.scheduling.serving.flow import SINK, SOURCE
@@ -15,6 +15,8 @@ from fusionai.scheduling.serving.latency import Route
 from fusionai.scheduling.serving.plan import FlowPlan, ServingPlan, ShardPlan
 from fusionai.scheduling.serving.task import ServingTask
 from fusionai.scheduling.serving.throughput import bound_tokens_per_s
+from fusionai.units.byte_counts import bytes_text
+from fusionai.units.durations import seconds_text
 
 _FULL = 0.98
 """Share of a capacity from which on it is called exhausted."""

@@ -15,12 +15,12 @@ from functools import cached_property
 import numpy as np
 
 from fusionai.errors import PlacementError
-from fusionai.scheduling.explain import bytes_text
 from fusionai.scheduling.links import Floats
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.serving.estimator import TABLES, RangeTimes, range_times
 from fusionai.scheduling.serving.flow import SINK, SOURCE, Arc, most_flow
 from fusionai.scheduling.serving.task import ServingTask
+from fusionai.units.byte_counts import bytes_text
 
 _ROUNDS = 8
 _STEADY = 1e-3

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fusionai.graph.shared_weights import waiting
 from fusionai.scheduling.estimator import training_memory_bytes, update_s
-from fusionai.scheduling.explain import brief_names, seconds_text, stage_lines
+from fusionai.scheduling.explain import brief_names, stage_lines
 from fusionai.scheduling.plan import StagePlan, StagePrediction
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.swarm.end_of_step import end_s
@@ -15,6 +15,7 @@ from fusionai.scheduling.swarm.least import least_s
 from fusionai.scheduling.swarm.running import Running
 from fusionai.scheduling.swarm.work import Work
 from fusionai.scheduling.swarm_plan import PipelinePlan, SwarmPlan
+from fusionai.units.durations import seconds_text
 
 _MOST_EXPLAINED = 12
 """Pipelines whose stages the explanation lists."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 from fusionai.errors import PlacementError
-from fusionai.scheduling.explain import bytes_text
 from fusionai.simulation.forecast.alone import at_home
 from fusionai.simulation.forecast.rented import SEEN_BY_CLOUD, Rented, each_rented
 from fusionai.simulation.forecast.request import Request
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 from fusionai.simulation.report_tables import rate_text, usd_text
+from fusionai.units.byte_counts import bytes_text
 
 
 def saying_elsewhere(error: PlacementError, request: Request, what_if: WhatIfPool) -> PlacementError:

@@ -9,11 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fusionai.compnode.hardware import measure, offered_memory
 from fusionai.compnode.state_folder import StateFolder
 from fusionai.errors import ConfigError, StorageError
 from fusionai.execution.plane import Calibration
 from fusionai.execution.planes import plane
+from fusionai.pool.device_measurement import measure, offered_memory
 
 
 def test_measuring_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,13 @@ import logging
 import random
 from collections.abc import Callable
 
-from fusionai.broker.codec import decode, encode, kind_of
-from fusionai.broker.messages import Heartbeat, Leave, Register, Registered
-from fusionai.broker.tasks import Tasks
 from fusionai.errors import AuthenticationError, FusionError, NetworkError, PeerLost, PeerTimeout, UserError
 from fusionai.network.endpoint import Endpoint
 from fusionai.network.link import Link
 from fusionai.network.token import JoinToken
+from fusionai.pool.background_tasks import BackgroundTasks
+from fusionai.pool.codec import decode, encode, kind_of
+from fusionai.pool.messages import Heartbeat, Leave, Register, Registered
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class BrokerSession:
         self._link: Link | None = None
         self._broken = asyncio.Event()
         self._beat = asyncio.Event()
-        self._tasks = Tasks()
+        self._tasks = BackgroundTasks()
         self._closing = False
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Gets the error that makes going on senseless: the broker has another key, or admits this member no more."""

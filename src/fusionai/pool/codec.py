@@ -1,4 +1,4 @@
-"""Messages of `fusionai.broker.messages` as bytes. The kind on the wire is the struct's tag."""
+"""Messages of `fusionai.pool.messages` as bytes. The kind on the wire is the struct's tag."""
 
 from __future__ import annotations
 

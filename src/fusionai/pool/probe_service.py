@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from fusionai.broker.messages import Expect, Probe, Probed
 from fusionai.errors import ProtocolError
 from fusionai.network.endpoint import Endpoint
 from fusionai.network.identity import PeerId
 from fusionai.network.probe import probe_link
+from fusionai.pool.messages import Expect, Probe, Probed
 from fusionai.scheduling.profile import LinkProfile
 
 EXPECT_S = 60.0

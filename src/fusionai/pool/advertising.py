@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 
-from fusionai.network.address import join_address, split_address
+from fusionai.units.addresses import join_address, split_address
 
 _WILDCARDS = ("0.0.0.0", "::", "")
 _SOMEWHERE = "192.0.2.1:9"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fusionai.errors import ConfigError
-from fusionai.scheduling.memory_amount import parse_memory
+from fusionai.units.byte_counts import parse_memory
 
 
 @pytest.mark.parametrize(

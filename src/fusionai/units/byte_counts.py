@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them."""
+"""Amounts of memory and other counts of bytes, as people write and read them."""
 
 from __future__ import annotations
 
@@ -23,3 +23,11 @@ def parse_memory(text: str) -> int:
     if count <= 0:
         raise ConfigError(f"{text!r} is no amount of memory; write such as 8GB or 512MiB")
     return count
+
+
+def bytes_text(size_bytes: float, digits: int = 3) -> str:
+    """Return bytes for people, in decimal units and with so many significant digits."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.{digits}g} {unit}"
+    return f"{size_bytes:.0f} bytes"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fusionai.errors import ConfigError
-from fusionai.scheduling.explain import seconds_text
-from fusionai.simulation.duration import duration_text, parse_duration
+from fusionai.units.durations import duration_text, parse_duration, seconds_text
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
-class Tasks:
+class BackgroundTasks:
     """The background tasks of one object."""
 
     def __init__(self) -> None:

@@ -6,9 +6,10 @@ import math
 import re
 
 from fusionai.errors import ConfigError
-from fusionai.scheduling.explain import seconds_text
 
 _UNITS_S = {"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+_LONG_S = {"years": 365.25 * 86400.0, "d": 86400.0, "h": 3600.0}
 
 
 def parse_duration(text: str, *, name: str) -> float:
@@ -34,3 +35,15 @@ def duration_text(seconds: float) -> str:
         if seconds >= 2 * _UNITS_S[unit]:
             return f"{seconds / _UNITS_S[unit]:.3g} {unit}"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def seconds_text(seconds: float) -> str:
+    """Return seconds for people: from two hours on in the largest of hours, days and years of which there are two."""
+    for unit, length_s in _LONG_S.items():
+        if seconds >= 2 * length_s:
+            return f"{_three_digits(seconds / length_s)} {unit}"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{float(f'{value:.3g}'):,.0f}"

@@ -13,9 +13,9 @@ import msgspec
 
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.model import Sizes
+from fusionai.pool.identifiers import JobId
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.profile import AccessProfile, Availability, DeviceProfile, DiskProfile, LinkProfile
-from fusionai.training.messages import Assignment, JobId
 
 # --- members to broker ------------------------------------------------------------------------------------
 
@@ -318,37 +318,3 @@ class Probed(msgspec.Struct, frozen=True, tag="broker.probed"):
 
     there: LinkProfile
     back: LinkProfile
-
-
-__all__ = [
-    "Assign",
-    "Assignment",
-    "Connect",
-    "Decline",
-    "Expect",
-    "Forget",
-    "Heartbeat",
-    "JobEnded",
-    "JobLost",
-    "JobProgress",
-    "JobStatus",
-    "Launched",
-    "Leave",
-    "LinkStatus",
-    "Measure",
-    "MemberStatus",
-    "Prepared",
-    "Probe",
-    "Probed",
-    "Reconsider",
-    "Register",
-    "Registered",
-    "Release",
-    "Relieve",
-    "Replan",
-    "Status",
-    "StatusQuery",
-    "Submit",
-    "Switch",
-    "Unrelieved",
-]

@@ -1,0 +1,1 @@
+"""Units, and what people write and read: durations, amounts of memory, addresses."""
