@@ -16,7 +16,8 @@ from fusionai.graph.encoding import content_hash, encode
 from fusionai.graph.model import Input, Node, OpDag, Ref, TensorType, ValueName, Weight, WeightKey
 from fusionai.graph.vocabulary import VOCABULARY_VERSION
 from fusionai.network.identity import Identity
-from fusionai.pool.messages import Launched, Status, StatusQuery, Submit
+from fusionai.pool.identifiers import FIRST_EPOCH, JobEpoch
+from fusionai.pool.messages import JobLaunched, Status, StatusQuery, SubmitJob
 from fusionai.scheduling.profile import DeviceProfile
 
 QUICK = BrokerTimes(heartbeat_s=0.1, grace_s=1.0, recovery_s=3.0, probe_s=0.05)
@@ -107,6 +108,16 @@ async def status(member: Member) -> Status:
     return await member.request(StatusQuery(), Status, timeout_s=5)
 
 
+def first_plan(launched: JobLaunched) -> JobEpoch:
+    """The plan that a job was launched with, as machines call it."""
+    return JobEpoch(launched.job, FIRST_EPOCH)
+
+
+def held(member: Member) -> list[JobEpoch]:
+    """What a member holds shares of."""
+    return [JobEpoch(each.job, each.epoch) for each in member.holds]
+
+
 async def states(member: Member) -> dict[str, str]:
     """State by name of compnode."""
     return {each.name: each.state for each in (await status(member)).compnodes}
@@ -125,7 +136,7 @@ async def until(condition: Callable[[], Any], *, within_s: float = 10.0) -> floa
         await asyncio.sleep(0.02)
 
 
-async def submit(owner: Member, dag: OpDag | None = None, **changes: Any) -> Launched:
+async def submit(owner: Member, dag: OpDag | None = None, **changes: Any) -> JobLaunched:
     """Submit the chain, open, cut in the middle; `changes` are fields of the request."""
     dag = dag or graph()
     fields: dict[str, Any] = {
@@ -140,6 +151,6 @@ async def submit(owner: Member, dag: OpDag | None = None, **changes: Any) -> Lau
         "options": ProgramOptions(optimizer=OptimizerConfig(kind="sgd")),
         "compnodes": 2,
     }
-    request = Submit(**{**fields, **changes})
+    request = SubmitJob(**{**fields, **changes})
     await owner.send_graph(request.graph_hash, encode(dag))
-    return await owner.request(request, Launched, timeout_s=60)
+    return await owner.request(request, JobLaunched, timeout_s=60)

@@ -19,8 +19,8 @@ from fusionai.execution.plane import OptimizerConfig, ProgramOptions
 from fusionai.graph.model import OpDag, WeightKey
 from fusionai.owner.machines import machines_of
 from fusionai.owner.replanning import ReplanEvent, Replanning, ReplanTerms
-from fusionai.pool.identifiers import JobId
-from fusionai.pool.messages import Launched, Prepared
+from fusionai.pool.identifiers import FIRST_EPOCH, Epoch, JobEpoch
+from fusionai.pool.messages import JobLaunched, PlanPrepared
 from fusionai.scheduling.corrections import Corrections, Drift
 from fusionai.scheduling.evaluation import Task, evaluate
 from fusionai.scheduling.plan import Plan
@@ -73,7 +73,7 @@ class Party:
         self.broker: Broker
         self.owner: Member
         self.members: dict[str, Member] = {}
-        self.launched: Launched
+        self.launched: JobLaunched
         self.replanning: Replanning
         self.done = 0
         self.losses: list[float] = []
@@ -89,7 +89,7 @@ class Party:
         self.launched = await submit(self.owner, self.dag, cuts=(2,), options=OPTIONS)
         self.members["c"] = await enter(member_of(token, "c", with_plane=torch, **self._options))
         machines = machines_of(self.dag, self.launched.plan, self.launched.names)
-        driver = self.make_driver(self.launched.job, machines)
+        driver = self.make_driver(FIRST_EPOCH, machines)
         terms = ReplanTerms(
             graph=self.dag,
             front=0,
@@ -130,9 +130,10 @@ class Party:
     def driver(self) -> Driver:
         return self.replanning.driver
 
-    def make_driver(self, job: JobId, machines: Sequence[Machine]) -> Driver:
+    def make_driver(self, epoch: Epoch, machines: Sequence[Machine]) -> Driver:
         assert self.owner.plane is not None
-        return Driver(job, self.owner.wire, self.dag, machines, gradient_clip=0.5, clipping=self.owner.plane.clipping)
+        plan = JobEpoch(self.launched.job, epoch)
+        return Driver(plan, self.owner.wire, self.dag, machines, gradient_clip=0.5, clipping=self.owner.plane.clipping)
 
     async def steps(self, count: int) -> None:
         for _ in range(count):
@@ -141,7 +142,7 @@ class Party:
             self.replanning.observe(self.done, result)
             self.done += 1
 
-    async def prepare(self, cuts: Sequence[int], names: Sequence[str]) -> Prepared:
+    async def prepare(self, cuts: Sequence[int], names: Sequence[str]) -> PlanPrepared:
         """Have the broker prepare the plan that cuts there and runs on these."""
 
         def choose(dag: OpDag, *, running: Plan, pool: Any, owner: Any, **other: Any) -> Replanned:

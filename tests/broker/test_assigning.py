@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 from broker_pool import graph, profile
 from msgspec.structs import replace
@@ -15,7 +14,7 @@ from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.cuts import cut
 from fusionai.graph.model import OpDag, WeightKey
 from fusionai.network.identity import PeerId
-from fusionai.pool.identifiers import JobId
+from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
 from fusionai.scheduling.plan import Plan, StagePlan, StagePrediction
 from fusionai.training.assignment_parcels import pack, unpack
 from fusionai.training.messages import Assignment
@@ -39,7 +38,13 @@ def shares(dag: OpDag, peers: list[PeerId], cuts: list[int], members: list[Membe
     plan = Plan("", {"s0": 2}, 2, "open", OWNER, stages, 0.0, "")
     by_peer = {each.peer: each for each in members}
     return assignments(
-        JobId("j"), plan, cut(dag, cuts), by_peer, OWNER, LinkBook(lambda _: None), ProgramOptions(device="cuda:0")
+        JobEpoch(JobId("j"), Epoch(3)),
+        plan,
+        cut(dag, cuts),
+        by_peer,
+        OWNER,
+        LinkBook(lambda _: None),
+        ProgramOptions(device="cuda:0"),
     )
 
 
@@ -97,4 +102,4 @@ def test_packing_keeps_everything_and_checks() -> None:
     evil = replace(share.subdags[0], nodes=(replace(node, op="aten.from_file.default"), *share.subdags[0].nodes[1:]))
     with pytest.raises(FusionError, match="from_file"):
         unpack(pack(replace(share, subdags=(evil,))))
-    assert msgspec.msgpack.decode(packed)["job"] == "j"
+    assert (share.job, share.epoch) == ("j", 3)

@@ -15,7 +15,7 @@ from fusionai.network.identity import Identity, PeerId
 from fusionai.network.link import Link
 from fusionai.network.token import JoinToken
 from fusionai.pool.codec import encode, kind_of
-from fusionai.pool.messages import Leave, Measure, Status, StatusQuery
+from fusionai.pool.messages import LeavePool, MeasureLinks, Status, StatusQuery
 
 
 class Silent:
@@ -72,7 +72,7 @@ def test_members_and_links(tmp_path: Path) -> None:
                 pairs = {(each.source, each.target) for each in found.links}
                 assert ("quiet", "a") in pairs, "the side that can be dialled is dialled"
                 assert not [link for link in a.endpoint.links if link.peer != broker.status().broker], "probes end"
-                again = await eye.request(Measure(), Status, timeout_s=30)
+                again = await eye.request(MeasureLinks(), Status, timeout_s=30)
                 assert len(again.links) == 12
                 await a.close("enough")
                 assert (await states(eye)) == {"a": "left", "a-2": "idle", "quiet": "idle"}
@@ -203,11 +203,11 @@ def test_the_unregistered_may_only_register(tmp_path: Path) -> None:
             link = await stranger.connect(
                 token.broker, token.addresses, credential=broker.token().encode(), timeout_s=5
             )
-            for message in (StatusQuery(), Leave("x")):
+            for message in (StatusQuery(), LeavePool("x")):
                 with pytest.raises(AuthenticationError, match="not registered"):
                     await link.request(kind_of(message), encode(message), timeout_s=5)
             with pytest.raises(ProtocolError, match="malformed"):
-                await link.request("broker.register", b"nonsense", timeout_s=5)
+                await link.request("broker.register_member", b"nonsense", timeout_s=5)
             with pytest.raises(ProtocolError, match="knows no request"):
                 await link.request("broker.destroy", b"", timeout_s=5)
             await stranger.close()

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
-from broker_pool import broker_at, graph, member_of, plane, states, status, submit, until
+from broker_pool import broker_at, first_plan, graph, member_of, plane, states, status, submit, until
 from msgspec.structs import replace
 
 from fusionai.broker.broker import Broker
@@ -17,10 +17,11 @@ from fusionai.compnode.member import Member
 from fusionai.errors import FusionError, JobError, NetworkError, PeerLost, ProtocolError
 from fusionai.graph.model import OpDag, ValueName
 from fusionai.network.identity import PeerId
-from fusionai.pool.messages import Heartbeat, JobEnded, JobProgress, Launched, Probed
+from fusionai.pool.identifiers import FIRST_EPOCH, JobId
+from fusionai.pool.messages import Heartbeat, HeldShare, JobEnded, JobLaunched, JobProgress, LinkProbed
 from fusionai.scheduling.profile import LinkProfile
 from fusionai.tensor import TensorData
-from fusionai.training.messages import Begin, Boundary, Bulk, Control, Failed, TiedGradient
+from fusionai.training.messages import BeginRound, Boundary, Bulk, Control, ShareFailed, TiedGradient
 
 MIB = 1 << 20
 
@@ -28,17 +29,17 @@ MIB = 1 << 20
 class Driver:
     """The owner's side of a job, as hostile as a test wants it: it sends what it likes, and keeps what comes."""
 
-    def __init__(self, owner: Member, launched: Launched) -> None:
+    def __init__(self, owner: Member, launched: JobLaunched) -> None:
         self.owner, self.launched = owner, launched
-        self.failures: list[Failed] = []
+        self.failures: list[ShareFailed] = []
         self.closed: list[PeerId] = []
-        owner.wire.attach(launched.job, self)
+        owner.wire.attach(first_plan(launched), self)
 
     def takes(self, message: Control | Bulk) -> bool:
         return True
 
     async def on_control(self, peer: PeerId, message: Control) -> bytes:
-        if isinstance(message, Failed):
+        if isinstance(message, ShareFailed):
             self.failures.append(message)
         return b""
 
@@ -49,7 +50,7 @@ class Driver:
         self.closed.append(peer)
 
     async def begin(self, *members: Member, sizes: int = 2, microbatches: int = 1) -> None:
-        message = Begin(self.launched.job, 0, 0, True, {"s0": sizes}, (1.0,) * microbatches)
+        message = BeginRound(self.launched.job, FIRST_EPOCH, 0, 0, True, {"s0": sizes}, (1.0,) * microbatches)
         for member in members:
             await self.owner.wire.notify(member.identity.peer_id, message)
 
@@ -87,7 +88,7 @@ def run_pool(folder: Path, play: Callable[[Pool], Awaitable[None]], dag: OpDag |
 def boundary(pool: Pool, *, round: int = 0, index: int = 0, source: int = 0, rows: int = 2) -> Boundary:
     """What stage 0 sends to stage 1."""
     job, value = pool.driver.launched.job, ValueName("h1")
-    return Boundary(job, round, index, value, source, 1, False, "float32", (rows, 8))
+    return Boundary(job, FIRST_EPOCH, round, index, value, source, 1, False, "float32", (rows, 8))
 
 
 def zeros(header: Boundary | TiedGradient) -> TensorData:
@@ -105,7 +106,7 @@ def test_sizes_that_explode_when_a_round_begins(tmp_path: Path) -> None:
         await pool.driver.begin(pool.a, sizes=100_000_000)
         await until(lambda: pool.driver.failures)
         assert "this machine offers 1,073,741,824" in pool.driver.failures[0].text
-        assert pool.a.holds == {}, "the compnode is free again"
+        assert pool.a.holds == (), "the compnode is free again"
 
     run_pool(tmp_path, play)
 
@@ -140,7 +141,7 @@ def test_a_flood_before_the_round_is_held_back(tmp_path: Path) -> None:
         window_and_buffers = 64 + 32
         assert 1 <= sent <= window_and_buffers
         await pool.owner.request(JobEnded(pool.driver.launched.job, "cancelled", ""), None, timeout_s=5)
-        await until(lambda: pool.b.holds == {})
+        await until(lambda: pool.b.holds == ())
         flooding.cancel()
         await asyncio.gather(flooding, return_exceptions=True)
 
@@ -151,7 +152,7 @@ def test_more_waiting_tensors_than_memory(tmp_path: Path) -> None:
     """Every tensor is due, but together they exceed what the machine offers."""
 
     async def play(pool: Pool) -> None:
-        host = pool.b.host(pool.driver.launched.job)
+        host = pool.b.host(first_plan(pool.driver.launched))
         assert host is not None
         host._limit_bytes = 8 * MIB
         rows = MIB // 32
@@ -175,10 +176,10 @@ def tied() -> OpDag:
 
 def test_tied_gradients_of_rounds_long_over_are_not_kept(tmp_path: Path) -> None:
     async def play(pool: Pool) -> None:
-        job, host = pool.driver.launched.job, pool.b.host(pool.driver.launched.job)
+        job, host = pool.driver.launched.job, pool.b.host(first_plan(pool.driver.launched))
         assert host is not None
         await pool.driver.begin(pool.b)
-        header = TiedGradient(job, 0, dag.weights[0].key, "float32", (8, 8))
+        header = TiedGradient(job, FIRST_EPOCH, 0, dag.weights[0].key, "float32", (8, 8))
         for number in [*range(-50, 0), 0, 0]:
             await pool.a.wire.send(pool.b.identity.peer_id, replace(header, round=number), zeros(header))
         await until(lambda: len(host._tied) == 1)
@@ -193,7 +194,7 @@ def test_tied_gradients_of_rounds_long_over_are_not_kept(tmp_path: Path) -> None
 @pytest.mark.parametrize("shape", [(8,), (1024, 1024)])
 def test_a_tied_gradient_of_a_wrong_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
     async def play(pool: Pool) -> None:
-        header = TiedGradient(pool.driver.launched.job, 0, dag.weights[0].key, "float32", shape)
+        header = TiedGradient(pool.driver.launched.job, FIRST_EPOCH, 0, dag.weights[0].key, "float32", shape)
         await pool.a.wire.send(pool.b.identity.peer_id, header, zeros(header))
         await until(lambda: pool.driver.failures, within_s=5)
         assert any("but the weight is float32[8, 8]" in each.text for each in pool.driver.failures)
@@ -237,8 +238,8 @@ def test_a_lie_about_a_link_does_not_reach_the_plans(tmp_path: Path, lie: LinkPr
             token, torch = broker.token(), plane()
             liars = [await stack.enter_async_context(member_of(token, name, with_plane=torch)) for name in "ab"]
 
-            async def probe(_: object) -> Probed:
-                return Probed(lie, lie)
+            async def probe(_: object) -> LinkProbed:
+                return LinkProbed(lie, lie)
 
             for liar in liars:
                 liar._probes.probe = probe  # type: ignore[method-assign]
@@ -275,9 +276,9 @@ def test_one_owner_submits_one_job_at_a_time(tmp_path: Path) -> None:
             for name in "ab":
                 await stack.enter_async_context(member_of(token, name, with_plane=torch))
             found = await asyncio.gather(*(submit(owner, compnodes=1) for _ in range(4)), return_exceptions=True)
-            launched = [each for each in found if isinstance(each, Launched)]
+            launched = [each for each in found if isinstance(each, JobLaunched)]
             assert len(launched) == 1
-            assert all(isinstance(each, (Launched, JobError)) for each in found), found
+            assert all(isinstance(each, (JobLaunched, JobError)) for each in found), found
             assert len((await status(owner)).jobs) == 1
 
     asyncio.run(main())
@@ -296,7 +297,9 @@ def test_heartbeats_of_a_member_that_does_not_listen_pile_nothing_up(tmp_path: P
 
             link.notify = never  # type: ignore[method-assign]  # as when the member's window is full
             before = len(broker._state.tasks._tasks)
-            beat = Heartbeat(0.0, 0, {f"job-{number}": "" for number in range(16)}, {})
+            beat = Heartbeat(
+                0.0, 0, tuple(HeldShare(JobId(f"job-{number}"), FIRST_EPOCH, "") for number in range(16)), {}
+            )
             for _ in range(200):
                 member.tell(beat)
             await until(lambda: broker._state.registry.activity(member.identity.peer_id).holds)
@@ -333,9 +336,11 @@ def test_large_requests_in_work_are_bounded(tmp_path: Path) -> None:
                 await waiting.wait()
                 return b""
 
-            broker._requests["broker.measure"] = slow
+            broker._requests["broker.measure_links"] = slow
             link, payload = member._session.link(), bytes(7 * MIB)
-            asked = [asyncio.create_task(link.request("broker.measure", payload, timeout_s=20)) for _ in range(12)]
+            asked = [
+                asyncio.create_task(link.request("broker.measure_links", payload, timeout_s=20)) for _ in range(12)
+            ]
             await until(lambda: sum(each.done() for each in asked) == 8)
             assert broker._state.link(member.identity.peer_id)._answering._bytes <= 32 * MIB
             waiting.set()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broker_pool import broker_at, graph, member_of, plane, states, status, submit, until
+from broker_pool import broker_at, first_plan, graph, held, member_of, plane, states, status, submit, until
 from msgspec.structs import replace
 
 from fusionai.broker.broker import Broker
@@ -16,9 +16,9 @@ from fusionai.compnode.member import Member
 from fusionai.errors import GraphError, JobError, PeerTimeout, PlacementError, ProtocolError
 from fusionai.graph.encoding import content_hash
 from fusionai.network.identity import PeerId
-from fusionai.pool.identifiers import JobId
+from fusionai.pool.identifiers import FIRST_EPOCH, JobId
 from fusionai.pool.messages import JobEnded, JobProgress, JobStatus
-from fusionai.training.messages import Begin, Ready
+from fusionai.training.messages import BeginRound, FinishLoading
 
 
 class Party:
@@ -62,8 +62,8 @@ def test_a_job_from_launch_to_end(tmp_path: Path) -> None:
             assert sorted(launched.names.values()) == ["a", "b", "owner"]
             assert not launched.lab
             assert await party.states() == WORKING
-            assert all(list(each.holds) == [launched.job] for each in (party.a, party.b))
-            assert party.owner.host(launched.job) is None, "nothing is pinned to the owner"
+            assert all(held(each) == [first_plan(launched)] for each in (party.a, party.b))
+            assert party.owner.host(first_plan(launched)) is None, "nothing is pinned to the owner"
             for peer in (party.a.identity.peer_id, party.b.identity.peer_id):
                 assert party.owner.endpoint.link(peer) is not None
             assert party.a.endpoint.link(party.b.identity.peer_id) is not None
@@ -77,11 +77,16 @@ def test_a_job_from_launch_to_end(tmp_path: Path) -> None:
             await until(told)
 
             async def shown() -> bool:
-                return all(launched.job in each.holds for each in (await status(party.owner)).compnodes)
+                return all(
+                    [held.job for held in each.holds] == [launched.job]
+                    for each in (await status(party.owner)).compnodes
+                )
 
             await until(shown)
             with pytest.raises(JobError, match="weights"):
-                await party.owner.wire.request(party.a.identity.peer_id, Ready(launched.job, 0, 0), timeout_s=5)
+                await party.owner.wire.request(
+                    party.a.identity.peer_id, FinishLoading(launched.job, FIRST_EPOCH, 0, 0), timeout_s=5
+                )
             await party.owner.request(JobEnded(launched.job, "finished", ""), None, timeout_s=5)
             assert await party.states() == IDLE
             await until(lambda: not party.a.holds and not party.b.holds)
@@ -99,7 +104,7 @@ def test_owners_share(tmp_path: Path) -> None:
             launched = await submit(party.owner, privacy="private", front=1, back=3)
             peers = [stage.peer for stage in launched.plan.stages]
             assert peers[0] == peers[-1] == party.owner.identity.peer_id
-            host = party.owner.host(launched.job)
+            host = party.owner.host(first_plan(launched))
             assert host is not None
             assert host.description.startswith("stage 0")
 
@@ -204,7 +209,7 @@ def test_a_blip_between_compnode_and_broker_does_not_end_the_job(tmp_path: Path)
             await until(back)
             await asyncio.sleep(1.3)  # longer than the grace
             assert (await party.job()).state == "running"
-            assert list(party.a.holds) == [launched.job]
+            assert held(party.a) == [first_plan(launched)]
 
     asyncio.run(main())
 
@@ -234,13 +239,13 @@ def test_a_running_job_survives_the_brokers_restart(tmp_path: Path) -> None:
                 b = await stack.enter_async_context(member_of(token, "b", with_plane=torch))
                 launched = await submit(owner, cuts=(2,))
             # The data path does without the broker.
-            begin = Begin(launched.job, 0, 0, True, {"s0": 2}, (1.0,))
+            begin = BeginRound(launched.job, FIRST_EPOCH, 0, 0, True, {"s0": 2}, (1.0,))
             await owner.wire.notify(a.identity.peer_id, begin)
             async with broker_at(tmp_path) as broker:
                 await until(lambda: {each.state for each in broker.status().compnodes} == {"working"})
                 await asyncio.sleep(3.2)  # longer than the recovery
                 assert broker.status().jobs[-1].state == "running"
-                assert list(a.holds) == list(b.holds) == [launched.job]
+                assert held(a) == held(b) == [first_plan(launched)]
                 await until(lambda: owner.name and broker.status().jobs[-1].state == "running")
                 await owner.request(JobEnded(launched.job, "finished", ""), None, timeout_s=5)
                 assert {each.state for each in broker.status().compnodes} == {"idle"}

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broker_pool import status, until
+from broker_pool import first_plan, held, status, until
 from job_party import WEIGHT_BYTES, Party, noise, run, undisturbed
 
 from fusionai.errors import JobError, ProtocolError
 from fusionai.graph.model import WeightKey
-from fusionai.pool.messages import JobEnded, Switch
+from fusionai.pool.identifiers import Epoch, JobEpoch
+from fusionai.pool.messages import JobEnded, SwitchPlan
 from fusionai.tensor import TensorData
-from fusionai.training.messages import HandOver, Inherit, Tensor
+from fusionai.training.messages import HandOverWeights, InheritWeights, WeightTensor
 from fusionai.training.weight_traffic import WeightTraffic
 
 
@@ -39,16 +40,16 @@ def test_nothing_but_the_places_changes(
         await party.steps(3)
         chosen = [{"first": party.first, "second": party.second}.get(name, name) for name in names]
         prepared = await party.prepare(cuts, chosen)
-        assert prepared.generation == f"{party.launched.job}.1"
-        await party.steps(1)  # the old generation steps on
+        assert prepared.epoch == 1
+        await party.steps(1)  # the job steps on by the old plan
         event = await party.take()
         assert (event.error, event.bytes_moved) == (None, moved * 3 * WEIGHT_BYTES)
         expected = {name: "working" if name in chosen else "idle" for name in "abc"}
         assert await party.states() == expected
         await party.steps(2)
         for name, member in party.members.items():
-            held = [prepared.generation] if name in chosen else []
-            await until(lambda member=member, held=held: list(member.holds) == held)  # type: ignore[misc]
+            expected_plans = [JobEpoch(party.launched.job, Epoch(1))] if name in chosen else []
+            await until(lambda member=member, plans=expected_plans: held(member) == plans)  # type: ignore[misc]
         await asyncio.sleep(0.3)  # three heartbeats
         assert await party.states() == expected
         assert [each.state for each in (await status(party.owner)).jobs] == ["running"]
@@ -96,9 +97,9 @@ def test_a_newcomer_that_dies_in_the_hand_over(tmp_path: Path, monkeypatch: pyte
         came = 0
         closing: list[asyncio.Future[None]] = []
 
-        async def dying(self: WeightTraffic, peer: Any, header: Tensor, tensor: TensorData) -> None:
+        async def dying(self: WeightTraffic, peer: Any, header: WeightTensor, tensor: TensorData) -> None:
             nonlocal came
-            if header.job == prepared.generation and self._wire.me == party.peer("c"):
+            if header.epoch == prepared.epoch and self._wire.me == party.peer("c"):
                 came += 1
                 if came == 2:
                     closing.append(asyncio.ensure_future(party.members["c"].endpoint.close()))
@@ -114,7 +115,7 @@ def test_a_newcomer_that_dies_in_the_hand_over(tmp_path: Path, monkeypatch: pyte
         await party.driver.check()
         await party.steps(3)
         for name in "ab":
-            await until(lambda name=name: list(party.members[name].holds) == [party.launched.job])  # type: ignore[misc]
+            await until(lambda name=name: held(party.members[name]) == [first_plan(party.launched)])  # type: ignore[misc]
         found = await party.states()
         assert (found["a"], found["b"]) == ("working", "working")
 
@@ -132,8 +133,8 @@ def test_a_machine_of_the_running_plan_that_dies_in_the_hand_over(
             take = WeightTraffic.take
             closing: list[asyncio.Future[None]] = []
 
-            async def dying(self: WeightTraffic, peer: Any, header: Tensor, tensor: TensorData) -> None:
-                if header.job == prepared.generation and self._wire.me == party.peer("c"):
+            async def dying(self: WeightTraffic, peer: Any, header: WeightTensor, tensor: TensorData) -> None:
+                if header.epoch == prepared.epoch and self._wire.me == party.peer("c"):
                     closing.append(asyncio.ensure_future(party.members[party.second].endpoint.close()))
                     await asyncio.sleep(1)
                 await take(self, peer, header, tensor)
@@ -158,9 +159,9 @@ def test_a_newcomer_that_goes_before_the_hand_over(tmp_path: Path, monkeypatch: 
         assert (await party.states())["c"] == "working"
         await party.members["c"].close()
         assert (await party.take()).error is not None
-        assert prepared.generation is not None
+        assert prepared.epoch is not None
         with pytest.raises(JobError, match=r"no plan .* is prepared"):
-            await party.owner.request(Switch(party.launched.job, prepared.generation), None, timeout_s=5)
+            await party.owner.request(SwitchPlan(party.launched.job, prepared.epoch), None, timeout_s=5)
         await party.steps(3)
 
     assert run(tmp_path / "one", monkeypatch, course) == run(tmp_path / "other", monkeypatch, undisturbed)
@@ -187,7 +188,7 @@ def test_a_share_must_fit_beside_the_old_one(tmp_path: Path, monkeypatch: pytest
         assert need <= 5000 < 2 * need, need
         await party.steps(1)
         prepared = await party.prepare((2,), (party.first, party.second))
-        assert prepared.generation is None
+        assert prepared.epoch is None
         assert "beside each other" in prepared.reason
         assert await party.replanning.between_steps(party.done) is None
         await party.steps(5)
@@ -200,26 +201,34 @@ def test_weights_come_only_from_whom_the_owner_named(tmp_path: Path, monkeypatch
         async with Party(tmp_path, monkeypatch) as party:
             await party.steps(1)
             prepared = await party.prepare((2,), (party.first, "c"))
-            assert prepared.generation is not None
+            assert prepared.epoch is not None
             c, key = party.members["c"], WeightKey("layers.2.weight")
             named = {key: party.peer(party.second), WeightKey("layers.3.weight"): party.peer(party.second)}
             with pytest.raises(ProtocolError, match="sources of 1 weights"):
                 await party.owner.wire.request(
-                    c.identity.peer_id, Inherit(prepared.generation, {key: party.peer("a")}), timeout_s=5
+                    c.identity.peer_id,
+                    InheritWeights(party.launched.job, prepared.epoch, {key: party.peer("a")}),
+                    timeout_s=5,
                 )
             with pytest.raises(ProtocolError, match="no machine of this job"):
                 await party.owner.wire.request(
-                    c.identity.peer_id, Inherit(prepared.generation, dict.fromkeys(named, "f" * 64)), timeout_s=5
+                    c.identity.peer_id,
+                    InheritWeights(party.launched.job, prepared.epoch, dict.fromkeys(named, "f" * 64)),
+                    timeout_s=5,
                 )
-            await party.owner.wire.request(c.identity.peer_id, Inherit(prepared.generation, named), timeout_s=5)
+            await party.owner.wire.request(
+                c.identity.peer_id, InheritWeights(party.launched.job, prepared.epoch, named), timeout_s=5
+            )
             with pytest.raises(ProtocolError, match="which is not the driver"):
                 await party.members[party.second].wire.request(
-                    c.identity.peer_id, HandOver(prepared.generation, prepared.generation, {}), timeout_s=5
+                    c.identity.peer_id,
+                    HandOverWeights(party.launched.job, prepared.epoch, prepared.epoch, {}),
+                    timeout_s=5,
                 )
-            host = c.host(prepared.generation)
+            host = c.host(JobEpoch(party.launched.job, prepared.epoch))
             assert host is not None
             weight = noise("w", 8)
-            header = Tensor(prepared.generation, key, None, "float32", (8, 8))
+            header = WeightTensor(party.launched.job, prepared.epoch, key, None, "float32", (8, 8))
             with pytest.raises(ProtocolError, match="to send"):
                 await host.on_tensor(party.owner.identity.peer_id, header, weight)
             second = party.members[party.second].identity.peer_id

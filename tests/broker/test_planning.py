@@ -19,7 +19,7 @@ from fusionai.broker.planning import MOST_PLANS_AGAIN, plan_on_measured_links
 from fusionai.broker.records import LinkRecord
 from fusionai.network.identity import PeerId
 from fusionai.network.lab import EmulatedLink, LabConfig
-from fusionai.pool.messages import Measure, Status
+from fusionai.pool.messages import MeasureLinks, Status
 from fusionai.scheduling.plan import Plan, StagePlan, StagePrediction
 from fusionai.scheduling.profile import Member, Pool
 
@@ -131,7 +131,7 @@ def test_a_newcomer_is_probed_a_bounded_number_of_times(tmp_path: Path, monkeypa
                 broker._prober.consider(record.peer)
             await until(settled, within_s=30)
             assert len(among_members(broker)) <= 2 * len(names)
-            shown = await eye.request(Measure(), Status, timeout_s=60)
+            shown = await eye.request(MeasureLinks(), Status, timeout_s=60)
             assert len(shown.links) == (len(names) + 1) * len(names), "measured or estimated, every pair is shown"
 
     asyncio.run(main())

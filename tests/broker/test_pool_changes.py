@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broker_pool import member_of, plane, submit, until
+from broker_pool import first_plan, member_of, plane, submit, until
 from job_party import OPTIONS, STATES, WEIGHT_BYTES, Party, run, undisturbed
 
 from fusionai.errors import PeerLost, PlacementError, ProtocolError
-from fusionai.pool.messages import Decline, Relieve
+from fusionai.pool.messages import DeclineReplan, WishToLeave
 from fusionai.scheduling.corrections import Corrections
 from fusionai.training.handing_over import HandOverResult, hand_over
 
@@ -154,7 +154,7 @@ def test_the_end_of_a_job_relieves(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         await asyncio.sleep(0.2)
         assert await party.replanning.between_steps(party.done) is None
         assert party.replanning._asking is None
-        await party.members["a"].release(party.launched.job, "over")
+        await party.members["a"].release(first_plan(party.launched), "over")
         assert await waiting == ""
 
     async def main() -> None:
@@ -185,7 +185,7 @@ def test_owners_hear_of_newcomers_and_weigh_them(tmp_path: Path, monkeypatch: py
             await asyncio.wait({asking})
             # Alike machines bring a job of four products nothing, or a little: whichever the probes say.
             event = await party.replanning.between_steps(party.done)
-            assert (event is None) == (asking.result().generation is None)
+            assert (event is None) == (asking.result().epoch is None)
 
     async def main() -> None:
         async with Party(tmp_path, monkeypatch) as party:
@@ -220,8 +220,8 @@ def test_a_leaving_machine_is_no_candidate_for_a_new_job(tmp_path: Path, monkeyp
 def test_only_compnodes_are_relieved_and_only_owners_decline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def course(party: Party) -> None:
         with pytest.raises(ProtocolError, match="only compnodes hold what others could take"):
-            await party.owner.request(Relieve("x"), None, timeout_s=5)
-        party.members["c"].tell(Decline(party.launched.job, "it is not its job"))
+            await party.owner.request(WishToLeave("x"), None, timeout_s=5)
+        party.members["c"].tell(DeclineReplan(party.launched.job, "it is not its job"))
         waiting = asyncio.create_task(party.members["a"].relieve("the test wants it", 1.0))
         await asyncio.sleep(0.3)
         assert not waiting.done()

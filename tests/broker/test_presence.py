@@ -15,7 +15,7 @@ from fusionai.broker.registry import Registry
 from fusionai.broker.validation import check_heartbeat, check_link, check_register
 from fusionai.errors import ProtocolError
 from fusionai.network.identity import Identity, PeerId
-from fusionai.pool.messages import Heartbeat, Register
+from fusionai.pool.messages import Heartbeat, RegisterMember
 from fusionai.scheduling.profile import DiskProfile, LinkProfile
 
 DAY = 86_400.0
@@ -48,13 +48,13 @@ def test_what_happens_while_the_broker_is_away_counts_as_nothing() -> None:
     kept: dict[PeerId, MemberRecord] = {}
     peer = PeerId("a" * 64)
     book = Registry(lambda record: kept.update({record.peer: record}), kept.pop)
-    book.register(peer, Register("a", "compnode", profile(), ()), 1000.0)
+    book.register(peer, RegisterMember("a", "compnode", profile(), ()), 1000.0)
     again = Registry(lambda record: None, lambda peer: None)
     again.restore(kept.values(), alive_s=1000.0 + DAY)
     assert again.status(1000.0 + 3 * DAY)[0].availability == availability(
         Presence(first_s=1000.0, present_s=DAY), 1000.0 + 3 * DAY
     )
-    again.register(peer, Register("a", "compnode", profile(), ()), 1000.0 + 3 * DAY)
+    again.register(peer, RegisterMember("a", "compnode", profile(), ()), 1000.0 + 3 * DAY)
     found = again.status(1000.0 + 4 * DAY)[0].availability
     assert found is not None
     assert (found.present_s, found.losses) == (2 * DAY, 0)
@@ -104,7 +104,7 @@ NAN = float("nan")
     ],
 )
 def test_impossible_disks(disk: DiskProfile) -> None:
-    message = Register("a", "compnode", profile(), (), disk=DiskProfile(1, 1e8, None))
+    message = RegisterMember("a", "compnode", profile(), (), disk=DiskProfile(1, 1e8, None))
     check_register(message)
     with pytest.raises(ProtocolError, match="disk"):
         check_register(replace(message, disk=disk))
@@ -112,8 +112,8 @@ def test_impossible_disks(disk: DiskProfile) -> None:
 
 def test_impossible_figures() -> None:
     with pytest.raises(ProtocolError, match="disk"):
-        check_heartbeat(Heartbeat(0.0, 0, {}, {}, disk_free_bytes=-1))
-    check_heartbeat(Heartbeat(0.0, 0, {}, {}, disk_free_bytes=5))
+        check_heartbeat(Heartbeat(0.0, 0, (), {}, disk_free_bytes=-1))
+    check_heartbeat(Heartbeat(0.0, 0, (), {}, disk_free_bytes=5))
     for bandwidth in (0.0, NAN, 1e13):
         with pytest.raises(ProtocolError, match="bandwidth"):
             check_link(LinkProfile(0.1, bandwidth))

@@ -12,8 +12,8 @@ from fusionai.broker.registry import Registry
 from fusionai.broker.validation import check_heartbeat, check_register
 from fusionai.errors import AuthenticationError, ConfigError, ProtocolError
 from fusionai.network.identity import PeerId
-from fusionai.pool.identifiers import JobId
-from fusionai.pool.messages import Heartbeat, Register
+from fusionai.pool.identifiers import FIRST_EPOCH, JobId
+from fusionai.pool.messages import Heartbeat, HeldShare, RegisterMember
 from fusionai.scheduling.profile import LinkProfile
 
 A, B, C = (PeerId(letter * 64) for letter in "abc")
@@ -26,8 +26,8 @@ def registry(most: int = 100) -> tuple[Registry, dict[PeerId, MemberRecord]]:
     ), kept
 
 
-def register(name: str = "anna", role: str = "compnode") -> Register:
-    return Register(name, role, profile(), ("127.0.0.1:1",))  # type: ignore[arg-type]
+def register(name: str = "anna", role: str = "compnode") -> RegisterMember:
+    return RegisterMember(name, role, profile(), ("127.0.0.1:1",))  # type: ignore[arg-type]
 
 
 def test_names_are_unique_and_stay() -> None:
@@ -94,9 +94,11 @@ def test_bounds() -> None:
     with pytest.raises(ProtocolError, match="addresses"):
         check_register(replace(register(), addresses=("127.0.0.1:1",) * 9))
     with pytest.raises(ProtocolError, match="jobs"):
-        check_heartbeat(Heartbeat(0.5, 1, {str(number): "" for number in range(100)}, {}))
+        check_heartbeat(
+            Heartbeat(0.5, 1, tuple(HeldShare(JobId(str(number)), FIRST_EPOCH, "") for number in range(100)), {})
+        )
     with pytest.raises(ProtocolError, match="text"):
-        check_heartbeat(Heartbeat(0.5, 1, {"j": "x" * 5000}, {}))
+        check_heartbeat(Heartbeat(0.5, 1, (HeldShare(JobId("j"), FIRST_EPOCH, "x" * 5000),), {}))
 
 
 def test_link_matrix_and_dialling() -> None:

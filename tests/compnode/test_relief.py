@@ -10,17 +10,18 @@ import pytest
 from fusionai.compnode.agent import AgentConfig
 from fusionai.compnode.relief import Relief
 from fusionai.errors import ConfigError, PeerLost
-from fusionai.pool.messages import Relieve, Unrelieved
+from fusionai.pool.identifiers import FIRST_EPOCH, JobId
+from fusionai.pool.messages import HeldShare, NoReplacement, WishToLeave
 
-HELD = {"job": "stage 0: layers 0-3"}
+HELD = [HeldShare(JobId("job"), FIRST_EPOCH, "stage 0: layers 0-3")]
 
 
-def waited(after: Callable[[Relief, dict[str, str]], Awaitable[None]], within_s: float = 5.0) -> str:
+def waited(after: Callable[[Relief, list[HeldShare]], Awaitable[None]], within_s: float = 5.0) -> str:
     async def main() -> str:
-        held = dict(HELD)
+        held = list(HELD)
         relief = Relief(lambda: held)
 
-        async def ask(message: Relieve) -> None:
+        async def ask(message: WishToLeave) -> None:
             assert message.reason == "why"
             await after(relief, held)
 
@@ -34,7 +35,7 @@ def later(call: Callable[[], None]) -> None:
 
 
 def test_it_ends_when_nothing_is_held() -> None:
-    async def after(relief: Relief, held: dict[str, str]) -> None:
+    async def after(relief: Relief, held: list[HeldShare]) -> None:
         later(relief.changed)  # of another job: this one is held still
 
         def released() -> None:
@@ -47,17 +48,17 @@ def test_it_ends_when_nothing_is_held() -> None:
 
 
 def test_it_ends_when_nobody_takes_it() -> None:
-    async def refused(relief: Relief, held: dict[str, str]) -> None:
-        later(lambda: relief.refused(Unrelieved("no memory")))
+    async def refused(relief: Relief, held: list[HeldShare]) -> None:
+        later(lambda: relief.refused(NoReplacement("no memory")))
 
-    async def cut_off(relief: Relief, held: dict[str, str]) -> None:
+    async def cut_off(relief: Relief, held: list[HeldShare]) -> None:
         later(lambda: relief.cut_off("reset"))
-        later(lambda: relief.refused(Unrelieved("the first word counts")))
+        later(lambda: relief.refused(NoReplacement("the first word counts")))
 
-    async def unheard(relief: Relief, held: dict[str, str]) -> None:
+    async def unheard(relief: Relief, held: list[HeldShare]) -> None:
         raise PeerLost("nobody there")
 
-    async def silent(relief: Relief, held: dict[str, str]) -> None:
+    async def silent(relief: Relief, held: list[HeldShare]) -> None:
         await asyncio.sleep(10)
 
     assert waited(refused) == "no memory"
@@ -71,7 +72,7 @@ def test_it_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fusionai.compnode.relief.ASK_AGAIN_S", 0.05)
     asked: list[None] = []
 
-    async def heard_at_last(relief: Relief, held: dict[str, str]) -> None:
+    async def heard_at_last(relief: Relief, held: list[HeldShare]) -> None:
         asked.append(None)
         if len(asked) == 3:
             held.clear()
@@ -80,7 +81,7 @@ def test_it_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert waited(heard_at_last) == ""
     assert len(asked) == 3
 
-    async def silent(relief: Relief, held: dict[str, str]) -> None:
+    async def silent(relief: Relief, held: list[HeldShare]) -> None:
         asked.append(None)
 
     assert waited(silent, within_s=0.2) == "nobody took it within 0.2 s"
@@ -92,7 +93,7 @@ def test_what_came_before_the_question_does_not_count() -> None:
         relief = Relief(lambda: HELD)
         relief.cut_off("long ago")
 
-        async def ask(message: Relieve) -> None:
+        async def ask(message: WishToLeave) -> None:
             return None
 
         return await relief.wait(ask, "why", 0.1)

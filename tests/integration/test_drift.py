@@ -23,7 +23,7 @@ from fusionai.owner.local_pool import LocalPool
 from fusionai.owner.membership import OwnerOptions
 from fusionai.owner.replanning import ReplanEvent
 from fusionai.owner.training_run import Observer, StepEvent
-from fusionai.pool.messages import Launched
+from fusionai.pool.messages import JobLaunched
 from fusionai.training.driver import Machine
 
 STEPS = 60
@@ -67,7 +67,7 @@ class Course(Observer):
         self.plans: list[tuple[Machine, ...]] = []
         self.events: list[ReplanEvent] = []
 
-    def launched(self, launched: Launched, machines: Any) -> None:
+    def launched(self, launched: JobLaunched, machines: Any) -> None:
         self.plans.append(tuple(machines))
 
     def stepped(self, event: StepEvent) -> None:
@@ -182,8 +182,8 @@ def test_a_compnode_killed_in_the_middle_of_a_hand_over_ends_the_job_clearly(tmp
                 metrics = folder / "metrics.jsonl"
                 if not metrics.exists() or time.time() - metrics.stat().st_mtime < 1.5:
                     return False
-                held = {generation for each in compnodes(pool.token).values() for generation in each.holds}
-                return any(int(each.partition(".")[2] or 0) > taken(folder) for each in held)
+                epochs = {held.epoch for each in compnodes(pool.token).values() for held in each.holds}
+                return any(epoch > taken(folder) for epoch in epochs)
 
             until(handing_over, within_s=120, what="a hand-over")
             before = taken(folder)

@@ -24,7 +24,7 @@ from torch import nn
 import fusionai
 from fusionai.pool.codec import ASSIGNMENT
 from fusionai.training.assignment_parcels import unpack
-from fusionai.training.messages import Boundary, Tensor
+from fusionai.training.messages import Boundary, WeightTensor
 
 VOCABULARY = 251
 """A prime that no other size shares, so that it shows wherever a tensor has an axis of the vocabulary."""
@@ -148,10 +148,17 @@ def test_the_capture_holds_every_kind_of_message(run: Run, name: str) -> None:
     for process, frames in capture.received.items():
         kinds = [frame.kind for frame in frames]
         if process == "broker":
-            assert {"broker.graph", "broker.submit"} <= set(kinds)
+            assert {"broker.graph", "broker.submit_job"} <= set(kinds)
             continue
-        assert {ASSIGNMENT, "broker.assign", "train.tensor", "train.ready", "train.pull", "train.end"} <= set(kinds)
-        assert kinds.count("train.begin") == kinds.count("train.commit") == STEPS
+        assert {
+            ASSIGNMENT,
+            "broker.assign_share",
+            "train.weight_tensor",
+            "train.finish_loading",
+            "train.pull_weights",
+            "train.end_share",
+        } <= set(kinds)
+        assert kinds.count("train.begin_round") == kinds.count("train.commit_round") == STEPS
         # Of every microbatch a hidden state from one side and its gradient from the other; more where layers are cut.
         assert kinds.count("train.boundary") >= 2 * STEPS * MICROBATCHES
 
@@ -203,7 +210,7 @@ def test_the_search_finds_the_sorted_set(name: str) -> None:
 
 
 def shown_weights(capture: Capture) -> set[str]:
-    return {header.key for header in decoded(capture.compnodes, "train.tensor", Tensor)}
+    return {header.key for header in decoded(capture.compnodes, "train.weight_tensor", WeightTensor)}
 
 
 def shown_rows(capture: Capture) -> set[str]:
@@ -255,7 +262,7 @@ def test_the_same_checks_find_embedding_and_head_in_an_open_job(run: Run, name: 
     capture = run(name, "open")
     assert shown_weights(capture) & capture.keys
     assert shown_rows(capture) == {key for key, rows in capture.rows.items() if any(any(row) for row in rows)}
-    assert {"train.tensor"} < vocabulary_sized(capture), "weights, and values of the sub-DAGs"
+    assert {"train.weight_tensor"} < vocabulary_sized(capture), "weights, and values of the sub-DAGs"
 
 
 # --- inputs as the compnodes' graphs see them ----------------------------------------------------------------
@@ -285,6 +292,6 @@ def test_captures_are_kept_apart(run: Run, tmp_path: Path) -> None:
     jobs = []
     for privacy in ("private", "open"):
         frames = run("llama", privacy).compnodes  # type: ignore[arg-type]
-        (job,) = {header.job for header in decoded(frames, "train.tensor", Tensor)}
+        (job,) = {header.job for header in decoded(frames, "train.weight_tensor", WeightTensor)}
         jobs.append(job)
     assert jobs[0] != jobs[1]

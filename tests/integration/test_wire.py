@@ -29,7 +29,7 @@ from fusionai.graph.model import Dim
 from fusionai.owner.local_pool import LocalPool
 from fusionai.owner.membership import OwnerOptions
 from fusionai.owner.training_run import Observer, StepEvent
-from fusionai.pool.messages import Launched
+from fusionai.pool.messages import JobLaunched
 from fusionai.training.driver import Machine
 
 COMPNODES = 3
@@ -106,7 +106,7 @@ class Meter(Observer):
         self.readings: list[int] = []
         self.losses: list[float] = []
 
-    def launched(self, launched: Launched, machines: Sequence[Machine]) -> None:
+    def launched(self, launched: JobLaunched, machines: Sequence[Machine]) -> None:
         self.plan, self.names, self.machines = launched.plan, launched.names, machines
 
     def stepped(self, event: StepEvent) -> None:

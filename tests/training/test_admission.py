@@ -10,6 +10,7 @@ from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.cost import stage_cost
 from fusionai.graph.cuts import cut, cut_points
 from fusionai.graph.model import SubDag
+from fusionai.pool.identifiers import FIRST_EPOCH, JobId
 from fusionai.training.admission import check_round, check_weights
 from fusionai.training.messages import Assignment
 
@@ -39,7 +40,8 @@ def test_weights_alone_are_checked_before_any_round() -> None:
 
 def assigned(*subdags: SubDag) -> Assignment:
     return Assignment(
-        job="job",
+        job=JobId("job"),
+        epoch=FIRST_EPOCH,
         owner="o" * 64,
         subdags=subdags,
         in_flight={each.index: 1 for each in subdags},

@@ -10,9 +10,9 @@ import pytest
 from msgspec.structs import replace
 
 from fusionai.graph.model import Input, SubDag, TensorType, ValueName, Weight, WeightKey
-from fusionai.pool.identifiers import JobId
+from fusionai.pool.identifiers import FIRST_EPOCH, JobId
 from fusionai.training.ledger import RoundLedger
-from fusionai.training.messages import Report
+from fusionai.training.messages import RoundReport
 from fusionai.training.reports import flaw, printable, total
 
 NAMES = [ValueName(f"x{number}") for number in range(40)]
@@ -28,7 +28,7 @@ LAST = SubDag(
     ValueName("loss"),
 )
 FIRST = replace(LAST, index=0, loss=None)
-GOOD = Report(JobId("j"), 0, {}, {WeightKey("w"): 1.5}, 0.1, 0.2, {"b": 8}, 1000, {0: 0.1}, {0: 0.2})
+GOOD = RoundReport(JobId("j"), FIRST_EPOCH, 0, {}, {WeightKey("w"): 1.5}, 0.1, 0.2, {"b": 8}, 1000, {0: 0.1}, {0: 0.2})
 
 
 def test_honest_reports() -> None:

@@ -13,7 +13,7 @@ from fusionai.errors import PlacementError
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.model import SubDag, WeightKey
 from fusionai.network.identity import PeerId
-from fusionai.pool.identifiers import JobId
+from fusionai.pool.identifiers import JobEpoch
 from fusionai.scheduling.plan import Plan
 from fusionai.training.messages import Assignment, Neighbour
 
@@ -22,7 +22,7 @@ _NO_PAIRS: Mapping[PeerId, Set[PeerId]] = MappingProxyType({})
 
 
 def assignments(
-    job: JobId,
+    of: JobEpoch,
     plan: Plan,
     subdags: Sequence[SubDag],
     members: Mapping[PeerId, MemberRecord],
@@ -33,9 +33,9 @@ def assignments(
 ) -> dict[PeerId, Assignment]:
     """Return the assignment of every machine of a plan, the owner included even when it holds no stage.
 
-    `members` are the records of all of them; `options` are the job's, whose device is the owner's. `handing` tells the
-    pairs that exchange weights before the plan is run, where it follows another one; machines that only give weights
-    get an assignment without stages.
+    `of` names the plan on the wire. `members` are the records of all machines; `options` are the job's, whose device is
+    the owner's. `handing` tells the pairs that exchange weights before the plan is run, where it follows another one;
+    machines that only give weights get an assignment without stages.
 
     Raises:
         PlacementError: two machines must exchange tensors, but neither can dial the other.
@@ -49,7 +49,8 @@ def assignments(
         own = tuple(subdag for subdag in subdags if stage_peers[subdag.index] == peer)
         keys = {weight.key for subdag in own for weight in subdag.weights}
         found[peer] = Assignment(
-            job=job,
+            job=of.job,
+            epoch=of.epoch,
             owner=owner,
             subdags=own,
             in_flight={stage.stage: stage.in_flight for stage in plan.stages_of(peer)},

@@ -29,21 +29,21 @@ from fusionai.network.token import JoinToken
 from fusionai.pool.advertising import advertised
 from fusionai.pool.codec import GRAPH, decode, encode, kind_of
 from fusionai.pool.messages import (
-    Decline,
-    Forget,
+    DeclineReplan,
+    ForgetPlan,
     Heartbeat,
     JobEnded,
     JobProgress,
-    Leave,
-    Measure,
-    Register,
-    Registered,
-    Relieve,
-    Replan,
+    LeavePool,
+    MeasureLinks,
+    MemberRegistered,
+    RegisterMember,
+    ReplanJob,
     Status,
     StatusQuery,
-    Submit,
-    Switch,
+    SubmitJob,
+    SwitchPlan,
+    WishToLeave,
 )
 from fusionai.units.addresses import split_address
 
@@ -110,15 +110,15 @@ class Broker:
         self._closing = False
         self._status: asyncio.Task[bytes] | None = None
         self._requests: dict[str, Callable[[MemberRecord, bytes], Awaitable[bytes]]] = {
-            kind_of(Submit): self._on_submit,
+            kind_of(SubmitJob): self._on_submit,
             kind_of(StatusQuery): self._on_status,
-            kind_of(Measure): self._on_measure,
+            kind_of(MeasureLinks): self._on_measure,
             kind_of(JobEnded): self._on_ended,
-            kind_of(Leave): self._on_leave,
-            kind_of(Relieve): self._on_relieve,
-            kind_of(Replan): self._on_replan,
-            kind_of(Switch): self._on_switch,
-            kind_of(Forget): self._on_forget,
+            kind_of(LeavePool): self._on_leave,
+            kind_of(WishToLeave): self._on_relieve,
+            kind_of(ReplanJob): self._on_replan,
+            kind_of(SwitchPlan): self._on_switch,
+            kind_of(ForgetPlan): self._on_forget,
         }
 
     # --- life -------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ class Broker:
 
     async def on_request(self, link: Link, kind: str, payload: bytes) -> bytes:
         """Answer a member."""
-        if kind == kind_of(Register):
+        if kind == kind_of(RegisterMember):
             return await self._on_register(link, payload)
         handler = self._requests.get(kind)
         if handler is None:
@@ -239,8 +239,8 @@ class Broker:
             progress = decode(JobProgress, payload)
             check_progress(progress)
             self._lifecycle.progress(member.peer, progress)
-        elif kind == kind_of(Decline):
-            decline = decode(Decline, payload)
+        elif kind == kind_of(DeclineReplan):
+            decline = decode(DeclineReplan, payload)
             self._changes.decline(self._lifecycle.owned(member.peer, decline.job), decline)
         else:
             log.info("%s sent a notice %r that this version does not know", member.name, kind)
@@ -273,7 +273,7 @@ class Broker:
     # --- requests ---------------------------------------------------------------------------------------------
 
     async def _on_register(self, link: Link, payload: bytes) -> bytes:
-        message = decode(Register, payload)
+        message = decode(RegisterMember, payload)
         check_register(message)
         known = self._state.registry.get(link.peer)
         if known is not None and known.role != message.role and self._state.jobs.of_owner(link.peer):
@@ -287,12 +287,12 @@ class Broker:
             log.info("%s %s is here (%s)", record.role, record.name, link.peer[:12])
             self._prober.consider(link.peer)
             self._changes.come(record)
-        return encode(Registered(name=record.name, heartbeat_s=self._times.heartbeat_s))
+        return encode(MemberRegistered(name=record.name, heartbeat_s=self._times.heartbeat_s))
 
     async def _on_submit(self, member: MemberRecord, payload: bytes) -> bytes:
         if member.role != "owner":
             raise ProtocolError(f"a {member.role} submits no jobs; register as owner")
-        message = decode(Submit, payload)
+        message = decode(SubmitJob, payload)
         check_submit(message)
         return encode(await self._launcher.submit(member, message))
 
@@ -322,25 +322,25 @@ class Broker:
         return b""
 
     async def _on_replan(self, member: MemberRecord, payload: bytes) -> bytes:
-        message = decode(Replan, payload)
+        message = decode(ReplanJob, payload)
         check_replan(message)
         return encode(await self._replanner.prepare(member, message))
 
     async def _on_switch(self, member: MemberRecord, payload: bytes) -> bytes:
-        message = decode(Switch, payload)
-        self._lifecycle.switch(self._lifecycle.owned(member.peer, message.job).job, message.generation)
+        message = decode(SwitchPlan, payload)
+        self._lifecycle.switch(self._lifecycle.owned(member.peer, message.job).job, message.epoch)
         await self._journal.flush()
         return b""
 
     async def _on_forget(self, member: MemberRecord, payload: bytes) -> bytes:
-        message = decode(Forget, payload)
+        message = decode(ForgetPlan, payload)
         record = self._lifecycle.owned(member.peer, message.job)
-        if record.preparing is not None and record.preparing.generation == message.generation:
+        if record.preparing is not None and record.preparing.epoch == message.epoch:
             self._lifecycle.forget(record.job, message.reason[:500], tell_owner=False)
         return b""
 
     async def _on_leave(self, member: MemberRecord, payload: bytes) -> bytes:
-        reason = decode(Leave, payload).reason[:500] or "it left"
+        reason = decode(LeavePool, payload).reason[:500] or "it left"
         record = self._state.registry.depart(member.peer, "left", self._state.now_s())
         if record is not None and record.role != "observer":
             log.info("%s %s left: %s", record.role, record.name, reason)
@@ -349,7 +349,7 @@ class Broker:
         return b""
 
     async def _on_relieve(self, member: MemberRecord, payload: bytes) -> bytes:
-        self._changes.relieve(member, decode(Relieve, payload).reason[:500] or "it wants to leave")
+        self._changes.relieve(member, decode(WishToLeave, payload).reason[:500] or "it wants to leave")
         return b""
 
     # --- inside -----------------------------------------------------------------------------------------------

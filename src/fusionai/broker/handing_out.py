@@ -12,8 +12,8 @@ from fusionai.errors import FusionError, JobError, NetworkError, PeerTimeout
 from fusionai.network.identity import PeerId
 from fusionai.pool.background_tasks import all_of
 from fusionai.pool.codec import ASSIGNMENT
-from fusionai.pool.identifiers import JobId
-from fusionai.pool.messages import Assign, Connect
+from fusionai.pool.identifiers import JobEpoch
+from fusionai.pool.messages import AssignShare, LinkNeighbours
 from fusionai.training.assignment_parcels import pack
 from fusionai.training.messages import Assignment
 
@@ -32,7 +32,7 @@ async def hand_out(
     async with prober.undisturbed(members):
         await all_of(_assign(state, members[peer], share) for peer, share in shares.items())
         # Only now does every machine know whom to admit.
-        await all_of(_connect(state, members[peer], share.job) for peer, share in shares.items())
+        await all_of(_connect(state, members[peer], share.plan) for peer, share in shares.items())
 
 
 async def _assign(state: PoolState, member: MemberRecord, share: Assignment) -> None:
@@ -40,17 +40,17 @@ async def _assign(state: PoolState, member: MemberRecord, share: Assignment) -> 
     try:
         async with asyncio.timeout(ASSIGN_TIMEOUT_S):
             link = state.link(member.peer)
-            await link.send_bulk(ASSIGNMENT, share.job.encode(), packed)
-            await state.order(member.peer, Assign(share.job), timeout_s=ASSIGN_TIMEOUT_S)
+            await link.send_bulk(ASSIGNMENT, str(share.plan).encode(), packed)
+            await state.order(member.peer, AssignShare(share.job, share.epoch), timeout_s=ASSIGN_TIMEOUT_S)
     except TimeoutError:
         raise PeerTimeout(f"{_who(member)} did not take its share of the job within {ASSIGN_TIMEOUT_S:.0f} s") from None
     except FusionError as error:
         raise _named(error, f"{_who(member)} cannot take its share of the job") from error
 
 
-async def _connect(state: PoolState, member: MemberRecord, job: JobId) -> None:
+async def _connect(state: PoolState, member: MemberRecord, plan: JobEpoch) -> None:
     try:
-        await state.order(member.peer, Connect(job), timeout_s=CONNECT_TIMEOUT_S)
+        await state.order(member.peer, LinkNeighbours(plan.job, plan.epoch), timeout_s=CONNECT_TIMEOUT_S)
     except FusionError as error:
         raise _named(error, f"{_who(member)} cannot link to its neighbours") from error
 

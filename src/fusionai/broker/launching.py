@@ -20,8 +20,8 @@ from fusionai.graph.cuts import cut
 from fusionai.graph.encoding import content_hash, decode
 from fusionai.graph.model import OpDag
 from fusionai.network.identity import PeerId
-from fusionai.pool.identifiers import JobId
-from fusionai.pool.messages import Launched, Release, Submit
+from fusionai.pool.identifiers import FIRST_EPOCH, JobEpoch, JobId
+from fusionai.pool.messages import JobLaunched, ReleaseShare, SubmitJob
 from fusionai.pool.parcels import ParcelInbox
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.planner import plan_training
@@ -52,7 +52,7 @@ class Launcher:
         self._submitting: set[PeerId] = set()
         self._in_work = 0
 
-    async def submit(self, owner: MemberRecord, message: Submit) -> Launched:
+    async def submit(self, owner: MemberRecord, message: SubmitJob) -> JobLaunched:
         """Plan and launch a job; when this returns, its machines hold their shares and are linked.
 
         Raises:
@@ -75,7 +75,7 @@ class Launcher:
         finally:
             self._submitting.discard(owner.peer)
 
-    async def _launch(self, owner: MemberRecord, message: Submit, data: bytes) -> Launched:
+    async def _launch(self, owner: MemberRecord, message: SubmitJob, data: bytes) -> JobLaunched:
         graph = await asyncio.to_thread(decoded, data, message.graph_hash, message.back)
         del data
         job = JobId(secrets.token_hex(6))
@@ -103,7 +103,7 @@ class Launcher:
         except BaseException as error:
             self._give_up(job, owner, error)
             raise
-        return Launched(
+        return JobLaunched(
             job=job,
             plan=plan,
             names={peer: record.name for peer, record in members.items()},
@@ -117,10 +117,10 @@ class Launcher:
         cancelled = isinstance(error, asyncio.CancelledError)
         reason = "the owner went while the job was launched" if cancelled else str(error)
         self._lifecycle.finish(job, "failed", reason, tell_owner=False)
-        self._state.tell(owner.peer, Release(job, reason))
+        self._state.tell(owner.peer, ReleaseShare(job, FIRST_EPOCH, reason))
 
     async def _plan(
-        self, owner: MemberRecord, message: Submit, graph: OpDag
+        self, owner: MemberRecord, message: SubmitJob, graph: OpDag
     ) -> tuple[Plan, Mapping[PeerId, MemberRecord]]:
         idle = self._state.registry.idle()
         if not idle:
@@ -163,14 +163,16 @@ class Launcher:
     async def _hand_out(
         self,
         job: JobId,
-        message: Submit,
+        message: SubmitJob,
         graph: OpDag,
         plan: Plan,
         members: Mapping[PeerId, MemberRecord],
         owner: PeerId,
     ) -> None:
         subdags = await asyncio.to_thread(cut, graph, plan.cuts)
-        shares = assignments(job, plan, subdags, members, owner, self._state.links, message.options)
+        shares = assignments(
+            JobEpoch(job, FIRST_EPOCH), plan, subdags, members, owner, self._state.links, message.options
+        )
         await hand_out(self._state, self._prober, shares, members)
 
     async def _run(self, job: JobId) -> None:

@@ -16,9 +16,8 @@ from fusionai.broker.prober import Prober
 from fusionai.broker.records import OVER, PRESENT, JobRecord, JobState, Preparation
 from fusionai.errors import JobError, ProtocolError
 from fusionai.network.identity import PeerId
-from fusionai.pool.identifiers import JobId
-from fusionai.pool.messages import Heartbeat, JobEnded, JobLost, JobProgress, Release
-from fusionai.training.generations import family
+from fusionai.pool.identifiers import FIRST_EPOCH, Epoch, JobId
+from fusionai.pool.messages import Heartbeat, JobEnded, JobLost, JobProgress, PlanLost, ReleaseShare
 
 log = logging.getLogger(__name__)
 
@@ -90,10 +89,15 @@ class Lifecycle:
             name = record_of_job.leased.get(peer, name)
             self.forget(record_of_job.job, f"compnode {name} is lost: {why}", tell_owner=True)
         elif record_of_job is not None:
-            held = self._state.registry.activity(peer).holds.get(record_of_job.job, "")
+            held = self._held(peer, record_of_job)
             name = record_of_job.compnodes.get(peer, name)
             what = f"compnode {name} ({held})" if held else f"compnode {name}"
             self.finish(record_of_job.job, "failed", f"{what} is lost: {why}")
+
+    def _held(self, peer: PeerId, record: JobRecord) -> str:
+        """Return what a compnode told last of its share of a job's running plan, for people; "" if nothing."""
+        told = [each for each in self._state.registry.activity(peer).holds if each.job == record.job]
+        return next((each.line for each in told if each.epoch == record.epoch), "")
 
     # --- what members say -------------------------------------------------------------------------------------
 
@@ -102,18 +106,18 @@ class Lifecycle:
         leased = self._state.registry.job_of(peer)
         unwanted = []
         for held in message.holds:
-            record = self._state.jobs.get(family(JobId(held)))
+            record = self._state.jobs.get(held.job)
             if record is None or record.state in OVER:
                 reason = "the broker does not know it" if record is None else f"it is {record.state}"
-                unwanted.append(Release(JobId(held), reason))
-            elif record.job != leased or held not in record.held_as:
-                unwanted.append(Release(JobId(held), "its job goes on by another plan"))
+                unwanted.append(ReleaseShare(held.job, held.epoch, reason))
+            elif record.job != leased or held.epoch not in record.epochs:
+                unwanted.append(ReleaseShare(held.job, held.epoch, "its job goes on by another plan"))
         if unwanted and peer not in self._releasing and (task := self._state.tell(peer, *unwanted)) is not None:
             self._releasing.add(peer)
             task.add_done_callback(lambda _: self._releasing.discard(peer))
         record = None if leased is None else self._state.jobs.get(leased)
         taking_part = record is not None and record.state == "running" and peer in record.compnodes
-        if record is not None and taking_part and not any(family(JobId(each)) == record.job for each in message.holds):
+        if record is not None and taking_part and not any(each.job == record.job for each in message.holds):
             # It dropped the job by itself: the owner is gone, or its part failed and the owner knows.
             self._free(peer, record.job)
 
@@ -159,22 +163,22 @@ class Lifecycle:
             job,
             preparing=preparation,
             prepared=record.prepared + 1,
-            generations=(record.held_as[-1], preparation.generation),
+            epochs=(record.epochs[-1], preparation.epoch),
         )
 
-    def switch(self, job: JobId, generation: JobId) -> None:
+    def switch(self, job: JobId, epoch: Epoch) -> None:
         """Make the prepared plan the running one, and free the machines that it does without.
 
         Raises JobError when that plan is not prepared, or not any more.
         """
         record = self._state.jobs.get(job)
         preparing = None if record is None else record.preparing
-        if record is None or preparing is None or preparing.generation != generation:
-            raise JobError(f"no plan {generation[:40]} is prepared for job {job[:40]}; go on with the running one")
+        if record is None or preparing is None or preparing.epoch != epoch:
+            raise JobError(f"no plan {epoch} is prepared for job {job[:40]}; go on with the running one")
         self._state.jobs.change(job, compnodes=preparing.compnodes, plan=preparing.plan, preparing=None)
         log.info("job %s (%s) goes on by a new plan", job, record.name)
         for peer in record.compnodes.keys() - preparing.compnodes.keys():
-            self._state.tell(peer, *(Release(each, "its job goes on without it") for each in record.held_as))
+            self._state.tell(peer, *_releases(record, "its job goes on without it"))
             self._free(peer, job)
 
     def forget(self, job: JobId, reason: str, *, tell_owner: bool) -> None:
@@ -186,17 +190,17 @@ class Lifecycle:
         kept = self._without_preparation(record)
         log.info("job %s (%s) keeps its plan: %s", job, record.name, reason)
         if tell_owner:
-            self._state.tell(record.owner, JobLost(preparing.generation, reason))
+            self._state.tell(record.owner, PlanLost(job, preparing.epoch, reason))
         for peer in (record.owner, *record.leased):
-            self._state.tell(peer, Release(preparing.generation, reason))
+            self._state.tell(peer, ReleaseShare(job, preparing.epoch, reason))
         for peer in record.leased.keys() - kept.compnodes.keys():
             self._free(peer, job)
 
     def _without_preparation(self, record: JobRecord) -> JobRecord:
         if record.preparing is None:
             return record
-        held = tuple(each for each in record.held_as if each != record.preparing.generation)
-        return self._state.jobs.change(record.job, preparing=None, generations=held)
+        held = tuple(each for each in record.epochs if each != record.preparing.epoch)
+        return self._state.jobs.change(record.job, preparing=None, epochs=held or (FIRST_EPOCH,))
 
     # --- the end ----------------------------------------------------------------------------------------------
 
@@ -209,9 +213,9 @@ class Lifecycle:
         if tell_owner:
             self._state.tell(record.owner, JobLost(job, reason))
         if before.preparing is not None:
-            self._state.tell(record.owner, Release(before.preparing.generation, reason or f"the job is {state}"))
+            self._state.tell(record.owner, ReleaseShare(job, before.preparing.epoch, reason or f"the job is {state}"))
         for peer in before.leased:
-            self._state.tell(peer, *(Release(each, reason or f"the job is {state}") for each in before.held_as))
+            self._state.tell(peer, *_releases(before, reason or f"the job is {state}"))
             self._free(peer, job)
         if not self._state.jobs.of_owner(record.owner):
             self.returned(record.owner)
@@ -222,3 +226,8 @@ class Lifecycle:
             record = self._state.registry.get(peer)
             if record is not None and record.state in PRESENT:
                 self._prober.consider(peer)
+
+
+def _releases(record: JobRecord, reason: str) -> list[ReleaseShare]:
+    """Return the words that have a machine drop whatever it may hold of a job."""
+    return [ReleaseShare(record.job, epoch, reason) for epoch in record.epochs]

@@ -14,7 +14,7 @@ from fusionai.broker.prober import Prober
 from fusionai.broker.records import OVER, JobRecord, MemberRecord
 from fusionai.errors import ProtocolError
 from fusionai.network.identity import PeerId
-from fusionai.pool.messages import Decline, Reconsider, Unrelieved
+from fusionai.pool.messages import DeclineReplan, NoReplacement, PoolChanged
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class PoolChanges:
                     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
                     reason = f"{', '.join(names[:_MOST_NAMED])}{more} joined"
                     for record in self._running():
-                        self._state.tell(record.owner, Reconsider(record.job, reason, leaving=False))
+                        self._state.tell(record.owner, PoolChanged(record.job, reason, leaving=False))
         finally:
             self._telling = False
 
@@ -79,13 +79,15 @@ class PoolChanges:
             return  # What it may still hold is being released.
         log.info("compnode %s wants to leave job %s (%s): %s", member.name, record.job, record.name, reason)
         if record.state == "running":
-            self._state.tell(record.owner, Reconsider(record.job, f"{member.name} wants to leave", leaving=True))
+            self._state.tell(record.owner, PoolChanged(record.job, f"{member.name} wants to leave", leaving=True))
         else:
-            self._state.tell(member.peer, Unrelieved(f"job {record.name} is being launched"))
+            self._state.tell(member.peer, NoReplacement(f"job {record.name} is being launched"))
 
-    def decline(self, record: JobRecord, message: Decline) -> None:
+    def decline(self, record: JobRecord, message: DeclineReplan) -> None:
         """An owner cannot do without the machines of its job that want to go."""
         registry = self._state.registry
         for peer in record.leased:
             if registry.is_leaving(peer):
-                self._state.tell(peer, Unrelieved(f"job {record.name} cannot go on without it: {message.reason[:500]}"))
+                self._state.tell(
+                    peer, NoReplacement(f"job {record.name} cannot go on without it: {message.reason[:500]}")
+                )

@@ -25,7 +25,7 @@ from fusionai.errors import FusionError, NetworkError
 from fusionai.network.identity import PeerId
 from fusionai.network.probe import probe_link
 from fusionai.pool.background_tasks import BackgroundTasks
-from fusionai.pool.messages import Expect, Probe, Probed
+from fusionai.pool.messages import ExpectProbe, LinkProbed, ProbeLink
 from fusionai.scheduling.profile import LinkProfile
 
 log = logging.getLogger(__name__)
@@ -231,9 +231,9 @@ class Prober:
                 errors.append(f"{target.name} does not listen")
                 continue
             try:
-                await self._state.order(target.peer, Expect(source.peer), timeout_s=_EXPECT_TIMEOUT_S)
-                probe = Probe(target.peer, target.addresses)
-                found = await self._state.ask(source.peer, probe, Probed, timeout_s=_PROBE_TIMEOUT_S)
+                await self._state.order(target.peer, ExpectProbe(source.peer), timeout_s=_EXPECT_TIMEOUT_S)
+                probe = ProbeLink(target.peer, target.addresses)
+                found = await self._state.ask(source.peer, probe, LinkProbed, timeout_s=_PROBE_TIMEOUT_S)
                 check_link(found.there)
                 check_link(found.back)
                 return LinkRecord(

@@ -8,7 +8,7 @@ import msgspec
 
 from fusionai.broker.presence import Presence
 from fusionai.network.identity import PeerId
-from fusionai.pool.identifiers import JobId
+from fusionai.pool.identifiers import FIRST_EPOCH, Epoch, JobId
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.profile import DeviceProfile, DiskProfile, LinkProfile
 
@@ -42,7 +42,8 @@ class MemberRecord(msgspec.Struct, frozen=True, kw_only=True):
 class Preparation(msgspec.Struct, frozen=True, kw_only=True):
     """A new plan for a running job whose machines hold their shares already, or are about to."""
 
-    generation: JobId
+    epoch: Epoch = FIRST_EPOCH
+    """Of the new plan. Records of versions without epochs lack it; their preparations are given up at the restart."""
     plan: Plan
     compnodes: dict[PeerId, str]
     """Names by peer of the machines that it uses, the owner apart."""
@@ -67,16 +68,16 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     plan: Plan | None = None
     submitted_s: float
     """Unix time."""
-    generations: tuple[JobId, ...] = ()
-    """Ids under which machines may hold shares of it, the running one's and older ones first; empty: only `job`."""
+    epochs: tuple[Epoch, ...] = (FIRST_EPOCH,)
+    """Those of which machines may hold shares: the running plan's and older ones first."""
     prepared: int = 0
-    """New plans prepared so far, taken or not."""
+    """New plans prepared so far, taken or not: the last epoch given out."""
     preparing: Preparation | None = None
 
     @property
-    def held_as(self) -> tuple[JobId, ...]:
-        """Ids under which machines may hold shares of this job."""
-        return self.generations or (self.job,)
+    def epoch(self) -> Epoch:
+        """Of the running plan."""
+        return self.epochs[-1 if self.preparing is None else -2]
 
     @property
     def leased(self) -> dict[PeerId, str]:

@@ -11,13 +11,13 @@ from fusionai.broker.records import PRESENT, MemberRecord, MemberState
 from fusionai.errors import AuthenticationError
 from fusionai.network.identity import PeerId
 from fusionai.pool.identifiers import JobId
-from fusionai.pool.messages import Heartbeat, MemberStatus, Register
+from fusionai.pool.messages import Heartbeat, MemberStatus, RegisterMember
 from fusionai.scheduling.profile import AccessProfile, DiskProfile
 
 MOST_MEMBERS = 20_000
 """Members remembered; those longest gone make room for new ones."""
 
-_QUIET = Heartbeat(busy=0.0, memory_bytes=0, holds={}, bytes_sent={})
+_QUIET = Heartbeat(busy=0.0, memory_bytes=0, holds=(), bytes_sent={})
 
 
 class Registry:
@@ -55,7 +55,7 @@ class Registry:
 
     # --- joining and going ------------------------------------------------------------------------------------
 
-    def register(self, peer: PeerId, message: Register, now_s: float) -> MemberRecord:
+    def register(self, peer: PeerId, message: RegisterMember, now_s: float) -> MemberRecord:
         """Enter a member, new or back again, and return its record.
 
         Raises:

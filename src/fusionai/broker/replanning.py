@@ -21,13 +21,12 @@ from fusionai.errors import JobError
 from fusionai.graph.cuts import cut
 from fusionai.graph.model import OpDag
 from fusionai.network.identity import PeerId
-from fusionai.pool.identifiers import JobId
-from fusionai.pool.messages import Prepared, Release, Replan
+from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
+from fusionai.pool.messages import PlanPrepared, ReleaseShare, ReplanJob
 from fusionai.scheduling.corrections import corrected
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.profile import AccessProfile, Member, Pool
 from fusionai.scheduling.replanning import Replanned, replanned
-from fusionai.training.generations import generation
 from fusionai.training.weight_routes import keys_by_peer, routes
 
 log = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ class Replanner:
         self._launcher = launcher
         self._working: set[JobId] = set()
 
-    async def prepare(self, owner: MemberRecord, message: Replan) -> Prepared:
+    async def prepare(self, owner: MemberRecord, message: ReplanJob) -> PlanPrepared:
         """Look for a better plan; when this returns one, its machines hold their shares and are linked.
 
         Raises:
@@ -66,27 +65,27 @@ class Replanner:
             self._working.discard(record.job)
 
     async def _prepare(
-        self, owner: MemberRecord, record: JobRecord, running: Plan, message: Replan, graph: OpDag
-    ) -> Prepared:
+        self, owner: MemberRecord, record: JobRecord, running: Plan, message: ReplanJob, graph: OpDag
+    ) -> PlanPrepared:
         job = record.job
         async with self._launcher.planning:
             members = self._members(record, message.machines)
             found = await self._plan(owner, members, running, message, graph)
             if found is None:
-                return Prepared("no other plan is worth its move")
+                return PlanPrepared("no other plan is worth its move")
             problem = self._problem(owner, members, running, found.plan)
             if problem is not None:
-                return Prepared(problem)
+                return PlanPrepared(problem)
             peers = {PeerId(stage.peer) for stage in found.plan.stages} - {owner.peer}
             preparation = Preparation(
-                generation=generation(job, record.prepared + 1),
+                epoch=Epoch(record.prepared + 1),
                 plan=found.plan,
                 compnodes={peer: members[peer].name for peer in sorted(peers)},
             )
             self._lifecycle.prepare(job, preparation)
         everybody = {owner.peer: owner, **members}
         try:
-            await self._hand_out(everybody, owner.peer, running, preparation, graph, message)
+            await self._hand_out(job, everybody, owner.peer, running, preparation, graph, message)
             current = self._state.jobs.get(job)
             if current is None or current.preparing != preparation:
                 raise JobError("the new plan was given up while its machines took their shares")
@@ -95,11 +94,11 @@ class Replanner:
             self._lifecycle.forget(job, reason, tell_owner=False)
             for peer in {owner.peer, *record.compnodes, *preparation.compnodes}:
                 # Even if it was forgotten before: what was under way to the machines then has arrived now.
-                self._state.tell(peer, Release(preparation.generation, reason))
+                self._state.tell(peer, ReleaseShare(job, preparation.epoch, reason))
             raise
-        return Prepared(
+        return PlanPrepared(
             found.reason,
-            preparation.generation,
+            preparation.epoch,
             found.plan,
             {str(peer): name for peer, name in ((owner.peer, owner.name), *preparation.compnodes.items())},
             any(everybody[peer].lab for peer in (owner.peer, *preparation.compnodes)),
@@ -119,7 +118,7 @@ class Replanner:
         owner: MemberRecord,
         members: Mapping[PeerId, MemberRecord],
         running: Plan,
-        message: Replan,
+        message: ReplanJob,
         graph: OpDag,
     ) -> Replanned | None:
         peers = [*members, owner.peer]
@@ -175,12 +174,13 @@ class Replanner:
 
     async def _hand_out(
         self,
+        job: JobId,
         members: Mapping[PeerId, MemberRecord],
         owner: PeerId,
         running: Plan,
         preparation: Preparation,
         graph: OpDag,
-        message: Replan,
+        message: ReplanJob,
     ) -> None:
         old, new = await asyncio.to_thread(lambda: (cut(graph, running.cuts), cut(graph, preparation.plan.cuts)))
         ways = routes(
@@ -189,7 +189,7 @@ class Replanner:
         )
         handing = {PeerId(peer): {PeerId(each) for each in others} for peer, others in ways.pairs().items()}
         shares = assignments(
-            preparation.generation,
+            JobEpoch(job, preparation.epoch),
             preparation.plan,
             new,
             members,

@@ -6,7 +6,7 @@ import math
 import re
 
 from fusionai.errors import ProtocolError
-from fusionai.pool.messages import Heartbeat, JobProgress, Register, Replan, Submit
+from fusionai.pool.messages import Heartbeat, JobProgress, RegisterMember, ReplanJob, SubmitJob
 from fusionai.pool.names import check_name
 from fusionai.scheduling.profile import DeviceProfile, DiskProfile, LinkProfile
 from fusionai.units.addresses import split_address
@@ -16,7 +16,7 @@ _MOST_TEXT = 1000
 _MOST_CONFIG = 256 << 10
 _MOST_ENTRIES = 1024
 _MOST_HELD = 16
-"""Jobs of one member: a compnode has one, an owner eight. A status lists them of all members, in one message."""
+"""Shares of one member: a compnode has two, an owner sixteen. A status lists them of all members, in one message."""
 _MOST_MICROBATCHES = 65_536
 _MOST_SIZE = 1 << 40
 _MOST_DISK_BYTES = 1 << 60
@@ -25,7 +25,7 @@ _MOST_BYTES_PER_S = 1e12
 """Of a link: no machine has ten network cards of 800 Gbit/s."""
 
 
-def check_register(message: Register) -> None:
+def check_register(message: RegisterMember) -> None:
     """Raises ConfigError for a bad name, ProtocolError for anything else out of bounds."""
     check_name(message.name)
     _require(len(message.addresses) <= _MOST_ADDRESSES, f"at most {_MOST_ADDRESSES} addresses are allowed")
@@ -72,7 +72,7 @@ def check_heartbeat(message: Heartbeat) -> None:
     _require(free is None or 0 <= free < _MOST_DISK_BYTES, "the disk's free space is out of range")
     _require(len(message.holds) <= _MOST_HELD, "a heartbeat names too many jobs")
     _require(
-        all(len(job) <= 64 and len(line) <= _MOST_TEXT for job, line in message.holds.items()),
+        all(len(each.job) <= 64 and len(each.line) <= _MOST_TEXT for each in message.holds),
         "a heartbeat's text is too long",
     )
     _require(len(message.bytes_sent) <= _MOST_ENTRIES, "a heartbeat names too many peers")
@@ -85,7 +85,7 @@ def check_progress(message: JobProgress) -> None:
     _require(math.isfinite(message.tokens_per_s) and message.tokens_per_s >= 0, "a throughput is not a figure above 0")
 
 
-def check_submit(message: Submit) -> None:
+def check_submit(message: SubmitJob) -> None:
     """Raises ProtocolError."""
     _require(1 <= len(message.job_name) <= 200, "a job's name has 1 to 200 characters")
     _require(len(message.config) <= _MOST_CONFIG, f"a job's configuration has at most {_MOST_CONFIG:,} characters")
@@ -103,7 +103,7 @@ def check_submit(message: Submit) -> None:
     _require(message.cuts is None or len(message.cuts) <= 10_000, "too many cuts")
 
 
-def check_replan(message: Replan) -> None:
+def check_replan(message: ReplanJob) -> None:
     """Raises ProtocolError."""
     _require(len(message.factors) <= _MOST_ENTRIES, "a request for a new plan names too many machines")
     _require(

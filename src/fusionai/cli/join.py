@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fusionai.compnode.member import Member
     from fusionai.execution.plane import Plane
+    from fusionai.pool.messages import HeldShare
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -128,11 +129,12 @@ async def _serve(arguments: argparse.Namespace, folder: Path) -> int:
             },
         )
 
-    def draining(held: Mapping[str, str]) -> bool:
+    def draining(held: Sequence[HeldShare]) -> bool:
         if stop.orphaned:
             return False
+        what = ", ".join(each.line for each in held) or "its part"
         screen.print(
-            f"leaving: others take {', '.join(held.values()) or 'its part'} over first; Ctrl-C again leaves at once",
+            f"leaving: others take {what} over first; Ctrl-C again leaves at once",
             highlight=False,
             soft_wrap=True,
         )

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fusionai.owner.replanning import ReplanEvent
 from fusionai.owner.training_run import Observer, StepEvent
-from fusionai.pool.messages import Launched
+from fusionai.pool.messages import JobLaunched
 from fusionai.training.describe import stage_line
 from fusionai.training.driver import Machine
 from fusionai.units.byte_counts import bytes_text
@@ -52,7 +52,7 @@ class LiveProgress(Observer):
         if self._console.is_terminal:
             self._live.stop()
 
-    def launched(self, launched: Launched, machines: Sequence[Machine]) -> None:
+    def launched(self, launched: JobLaunched, machines: Sequence[Machine]) -> None:
         """Show the plan."""
         self._machines, self._names, self._lab = machines, launched.names, launched.lab
         for line in launched.plan.explanation:

@@ -38,13 +38,13 @@ def run(arguments: argparse.Namespace) -> int:
 async def _ask(token: str, *, measure: bool) -> Status:
     from fusionai.compnode.member import Member
     from fusionai.network.identity import Identity
-    from fusionai.pool.messages import Measure, Status, StatusQuery
+    from fusionai.pool.messages import MeasureLinks, Status, StatusQuery
 
     member = Member(Identity.ephemeral(), token, role="observer", name="observer", listen=None)
     await member.start()
     try:
         return await member.request(
-            Measure() if measure else StatusQuery(), Status, timeout_s=60.0 if measure else 15.0
+            MeasureLinks() if measure else StatusQuery(), Status, timeout_s=60.0 if measure else 15.0
         )
     finally:
         await member.close()
@@ -77,7 +77,7 @@ def _show(screen: Console, status: Status) -> None:
                 f"{device.memory_bytes / 1e9:.1f} GB" if device else "",
                 f"{each.memory_bytes / 1e9:.2f} GB",
                 f"{each.busy:.0%}",
-                "; ".join(each.holds.values()),
+                "; ".join(held.line for held in each.holds),
                 f"{each.last_seen_s:.0f} s ago",
             )
             machines.add_row(each.name, *_disk(each.disk), _access(each.access), *_history(each.availability))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from fusionai.network.identity import Identity
 from fusionai.network.lab import LabConfig
 from fusionai.network.token import JoinToken
 from fusionai.pool.device_measurement import measure
+from fusionai.pool.messages import HeldShare
 from fusionai.training.slowdown import Throttle
 
 log = logging.getLogger(__name__)
@@ -72,12 +73,12 @@ class Agent:
         self,
         stop: asyncio.Event,
         on_joined: Callable[[Member], None],
-        on_draining: Callable[[Mapping[str, str]], bool] = lambda held: True,
+        on_draining: Callable[[Sequence[HeldShare]], bool] = lambda held: True,
     ) -> None:
         """Join, call `on_joined`, and serve until `stop` is set; then leave cleanly.
 
         A machine with a part in a job waits until others have taken it over, no longer than `drain_s`, and leaves all
-        the same if nobody can. `on_draining` is called before that, with what is held (job to a line for people), and
+        the same if nobody can. `on_draining` is called before that, with what is held, and
         returns whether to wait at all.
 
         Raises:

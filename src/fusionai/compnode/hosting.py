@@ -13,8 +13,8 @@ from fusionai.errors import JobError, NetworkError, PlacementError
 from fusionai.execution.plane import Plane
 from fusionai.network.identity import PeerId
 from fusionai.pool.background_tasks import BackgroundTasks, all_of
-from fusionai.pool.identifiers import JobId
-from fusionai.training.generations import family
+from fusionai.pool.identifiers import JobEpoch
+from fusionai.pool.messages import HeldShare
 from fusionai.training.messages import Assignment, Neighbour
 from fusionai.training.slowdown import Slowdown
 from fusionai.training.stage_host import LINK_TIMEOUT_S, StageHost
@@ -26,13 +26,13 @@ OWNER_TIMEOUT_S = 240.0
 """An assignment whose owner has no link with this machine by then is dropped: its launch broke off, and so did the
 connection with the broker that would have said so. Above all of a launch's own deadlines together."""
 
-_MOST_GENERATIONS = 2
-"""Of one job: the running one, and one that is prepared to follow it."""
+_MOST_EPOCHS = 2
+"""Of one job: the running plan's, and one of a plan that is prepared to follow it."""
 
 
 @dataclass
 class _Part:
-    """This machine's part in one job."""
+    """This machine's part in one plan of a job."""
 
     assignment: Assignment
     host: StageHost | None = None
@@ -60,7 +60,7 @@ class Hosting:
         self._most_jobs = most_jobs
         self._slowdown = slowdown
         self._changed = changed
-        self._parts: dict[JobId, _Part] = {}
+        self._parts: dict[JobEpoch, _Part] = {}
         self._tasks = BackgroundTasks()
         self._past_busy_s = 0.0
         self._past_bytes: dict[str, int] = defaultdict(int)
@@ -71,15 +71,15 @@ class Hosting:
         """Take a part in a job; returns when its program is made.
 
         Raises:
-            JobError: this machine has a job already, or two generations of this one.
-            PlacementError: it would need more memory than is offered, beside the running generation's share.
+            JobError: this machine has a job already, or shares of two plans of this one.
+            PlacementError: it would need more memory than is offered, beside the running plan's share.
             GraphError: the plane cannot run it.
         """
-        job = assignment.job
-        relatives = [each for each in self._parts if family(each) == family(job)]
-        others = {family(each) for each in self._parts} - {family(job)}
-        if job in self._parts or len(relatives) >= _MOST_GENERATIONS or len(others) >= self._most_jobs:
-            raise JobError(f"this machine works for job {next(iter(self._parts))} already")
+        plan, job = assignment.plan, assignment.job
+        relatives = [each for each in self._parts if each.job == job]
+        others = {each.job for each in self._parts} - {job}
+        if plan in self._parts or len(relatives) >= _MOST_EPOCHS or len(others) >= self._most_jobs:
+            raise JobError(f"this machine works for job {next(iter(self._parts)).job} already")
         held = sum(self._parts[each].assignment.memory_bytes for each in relatives)
         if held + assignment.memory_bytes > self._memory_bytes:
             beside = f" beside {held:,} of the running plan" if held else ""
@@ -87,14 +87,14 @@ class Hosting:
                 f"the share needs {assignment.memory_bytes:,} bytes{beside}, but this machine offers "
                 f"{self._memory_bytes:,}"
             )
-        part = self._parts[job] = _Part(assignment)
+        part = self._parts[plan] = _Part(assignment)
         try:
             if assignment.subdags:
                 part.host = await self._host(assignment)
         except BaseException:
-            self._parts.pop(job, None)
+            self._parts.pop(plan, None)
             raise
-        if self._parts.get(job) is not part:
+        if self._parts.get(plan) is not part:
             # Released while the program was made.
             if part.host is not None:
                 await part.host.close("the job ended before it began")
@@ -109,7 +109,7 @@ class Hosting:
             raise JobError("this machine has no execution plane; join with one")
 
         async def ended(reason: str) -> None:
-            self._drop(assignment.job)
+            self._drop(assignment.plan)
 
         return await StageHost.create(
             assignment,
@@ -120,16 +120,16 @@ class Hosting:
             on_end=ended,
         )
 
-    async def connect(self, job: JobId) -> None:
-        """Link to the neighbours of a job.
+    async def connect(self, plan: JobEpoch) -> None:
+        """Link to the neighbours of a share.
 
         Raises:
             PeerTimeout, PeerLost, AuthenticationError: one cannot be linked to; the text names it.
             JobError: this machine has no part in the job.
         """
-        part = self._parts.get(job)
+        part = self._parts.get(plan)
         if part is None:
-            raise JobError(f"this machine has no part in job {job} any more")
+            raise JobError(f"this machine has no part in job {plan.job} any more")
         await all_of(self._link(each) for each in _linked(part.assignment))
 
     async def _link(self, neighbour: Neighbour) -> None:
@@ -142,23 +142,23 @@ class Hosting:
         except NetworkError as error:
             raise type(error)(f"no link to {neighbour.name}: {error}") from error
 
-    async def release(self, job: JobId, reason: str) -> None:
-        """Drop a job, if it is here."""
-        part = self._parts.get(job)
+    async def release(self, plan: JobEpoch, reason: str) -> None:
+        """Drop a share, if it is here."""
+        part = self._parts.get(plan)
         if part is None:
             return
         if part.host is not None:
             await part.host.close(reason)
-        self._drop(job)
+        self._drop(plan)
 
     async def close(self, reason: str) -> None:
         """Drop all jobs."""
         await self._tasks.close()
-        for job in list(self._parts):
-            await self.release(job, reason)
+        for plan in list(self._parts):
+            await self.release(plan, reason)
 
-    def _drop(self, job: JobId) -> None:
-        part = self._parts.pop(job, None)
+    def _drop(self, plan: JobEpoch) -> None:
+        part = self._parts.pop(plan, None)
         if part is None:
             return
         if part.host is not None:
@@ -183,13 +183,13 @@ class Hosting:
         try:
             await self._wire.endpoint.wait_for_link(owner, OWNER_TIMEOUT_S)
         except NetworkError as error:
-            await self.release(part.assignment.job, f"its owner did not come: {error}")
+            await self.release(part.assignment.plan, f"its owner did not come: {error}")
 
     # --- asking ---------------------------------------------------------------------------------------------
 
-    def host(self, job: JobId) -> StageHost | None:
-        """Return this machine's stages of a job."""
-        part = self._parts.get(job)
+    def host(self, plan: JobEpoch) -> StageHost | None:
+        """Return this machine's stages of a plan."""
+        part = self._parts.get(plan)
         return None if part is None else part.host
 
     def admits(self, peer: PeerId) -> bool:
@@ -197,12 +197,12 @@ class Hosting:
         return any(peer == each.peer for part in self._parts.values() for each in _linked(part.assignment))
 
     @property
-    def holds(self) -> dict[str, str]:
-        """Job to a line for people. A job is held from the assignment on, made or not."""
-        return {
-            job: part.host.description[:900] if part.host is not None else "no stage"
-            for job, part in self._parts.items()
-        }
+    def holds(self) -> tuple[HeldShare, ...]:
+        """Every share from its assignment on, made or not."""
+        return tuple(
+            HeldShare(plan.job, plan.epoch, part.host.description[:900] if part.host is not None else "no stage")
+            for plan, part in self._parts.items()
+        )
 
     @property
     def busy_s(self) -> float:

@@ -25,20 +25,22 @@ from fusionai.network.token import JoinToken
 from fusionai.pool.advertising import advertised
 from fusionai.pool.background_tasks import BackgroundTasks
 from fusionai.pool.codec import ASSIGNMENT, GRAPH, PREFIX, decode, encode, kind_of
-from fusionai.pool.identifiers import JobId
+from fusionai.pool.identifiers import JobEpoch, JobId
 from fusionai.pool.messages import (
-    Assign,
-    Connect,
-    Expect,
+    AssignShare,
+    ExpectProbe,
     Heartbeat,
+    HeldShare,
     JobLost,
-    Probe,
-    Reconsider,
-    Register,
-    Registered,
-    Release,
-    Relieve,
-    Unrelieved,
+    LinkNeighbours,
+    MemberRegistered,
+    NoReplacement,
+    PlanLost,
+    PoolChanged,
+    ProbeLink,
+    RegisterMember,
+    ReleaseShare,
+    WishToLeave,
 )
 from fusionai.pool.names import check_name
 from fusionai.pool.parcels import MOST_BYTES as PARCEL_BYTES
@@ -70,9 +72,10 @@ class Member:
         member = Member(identity, token, role="owner", name="anna", profile=profile, plane=plane)
         await member.start()                                      # TokenError, AuthenticationError, PeerLost, ...
         await member.send_graph(content_hash, encoded)
-        launched = await member.request(submit, Launched, timeout_s=300)   # errors of the broker, by class and text
+        launched = await member.request(submit, JobLaunched, timeout_s=300)   # errors of the broker, by class and text
         member.on_job_lost(launched.job, driver.fail)             # called at most once, even if it is lost already
-        driver = Driver(launched.job, member.wire, ...)           # `wire` reaches all machines of the plan by now
+        plan = JobEpoch(launched.job, FIRST_EPOCH)
+        driver = Driver(plan, member.wire, ...)                   # `wire` reaches all machines of the plan by now
         member.tell(JobProgress(...))                             # in the background; lost when the broker is away
         await member.request(JobEnded(...), None, timeout_s=10)
         await member.close()
@@ -209,7 +212,7 @@ class Member:
         Returns why something is held still; "" once nothing is, and leaving costs nobody anything.
         """
 
-        async def ask(message: Relieve) -> None:
+        async def ask(message: WishToLeave) -> None:
             await self.request(message, None, timeout_s=ASK_TIMEOUT_S)
 
         return await self._relief.wait(ask, reason, within_s)
@@ -254,28 +257,33 @@ class Member:
             log.debug("the broker was not told %s: %s", kind_of(message), error)
 
     async def send_graph(self, graph_hash: str, encoded: bytes) -> None:
-        """Send the broker an encoded OP-DAG ahead of the `Submit` that names its content hash."""
+        """Send the broker an encoded OP-DAG ahead of the `SubmitJob` that names its content hash."""
         await self._session.link().send_bulk(GRAPH, graph_hash.encode("ascii"), encoded)
 
     def on_job_lost(self, job: JobId, callback: Callable[[str], None]) -> None:
         """Have `callback(reason)` called once when the broker gives a job up; at once if it did already."""
         self._news.on_lost(job, callback)
 
-    def on_pool_changed(self, job: JobId, callback: Callable[[Reconsider], None] | None) -> None:
+    def on_pool_changed(self, job: JobId, callback: Callable[[PoolChanged], None] | None) -> None:
         """Have a callback called whenever the broker says that the pool has changed for an own job; None: no more."""
         self._news.on_pool_changed(job, callback)
 
-    def host(self, job: JobId) -> StageHost | None:
-        """Return this machine's own stages of a job, if it has any."""
-        return self._hosting.host(job)
+    def on_plan_lost(self, plan: JobEpoch, callback: Callable[[str], None]) -> None:
+        """Have `callback(reason)` called once when the broker gives up a plan that is prepared for an own job; at once
+        if it did already."""
+        self._news.on_lost(plan, callback)
 
-    async def release(self, job: JobId, reason: str) -> None:
-        """Drop this machine's own part in a job, or in one generation of it."""
-        await self._hosting.release(job, reason)
+    def host(self, plan: JobEpoch) -> StageHost | None:
+        """Return this machine's own stages of a plan, if it has any."""
+        return self._hosting.host(plan)
+
+    async def release(self, plan: JobEpoch, reason: str) -> None:
+        """Drop this machine's own share of a plan."""
+        await self._hosting.release(plan, reason)
 
     @property
-    def holds(self) -> dict[str, str]:
-        """What this machine holds: job to a line for people."""
+    def holds(self) -> tuple[HeldShare, ...]:
+        """What this machine holds."""
         return self._hosting.holds
 
     # --- admission --------------------------------------------------------------------------------------------
@@ -299,22 +307,24 @@ class Member:
             self._check_job_peer(link)
             return await self.wire.on_request(link, kind, payload)
         self._check_broker(link, kind)
-        if kind == kind_of(Assign):
-            job = decode(Assign, payload).job
-            packed = await self._parcels.take(link.peer, job, timeout_s=PARCEL_TIMEOUT_S)
+        if kind == kind_of(AssignShare):
+            assign = decode(AssignShare, payload)
+            plan = JobEpoch(assign.job, assign.epoch)
+            packed = await self._parcels.take(link.peer, str(plan), timeout_s=PARCEL_TIMEOUT_S)
             assignment = await asyncio.to_thread(unpack, packed)
-            if assignment.job != job:
-                raise ProtocolError(f"the assignment of job {assignment.job!r} came for job {job!r}")
+            if assignment.plan != plan:
+                raise ProtocolError(f"the assignment of job {assignment.plan} came for job {plan}")
             await self._hosting.assign(assignment)
             return b""
-        if kind == kind_of(Connect):
-            await self._hosting.connect(decode(Connect, payload).job)
+        if kind == kind_of(LinkNeighbours):
+            linking = decode(LinkNeighbours, payload)
+            await self._hosting.connect(JobEpoch(linking.job, linking.epoch))
             return b""
-        if kind == kind_of(Expect):
-            self._probes.expect(decode(Expect, payload))
+        if kind == kind_of(ExpectProbe):
+            self._probes.expect(decode(ExpectProbe, payload))
             return b""
-        if kind == kind_of(Probe):
-            return encode(await self._probes.probe(decode(Probe, payload)))
+        if kind == kind_of(ProbeLink):
+            return encode(await self._probes.probe(decode(ProbeLink, payload)))
         raise ProtocolError(f"request {kind!r} is unknown to this member; update fusionai on one of both sides")
 
     async def on_notice(self, link: Link, kind: str, payload: bytes) -> None:
@@ -324,18 +334,23 @@ class Member:
             await self.wire.on_notice(link, kind, payload)
             return
         self._check_broker(link, kind)
-        if kind == kind_of(Release):
-            release = decode(Release, payload)
+        if kind == kind_of(ReleaseShare):
+            release = decode(ReleaseShare, payload)
             # Ending a pass takes its time; the broker's next words must not wait for it.
-            self._tasks.start(self._hosting.release(release.job, release.reason), "release")
-            self._news.lost(release.job, release.reason, keep=self.role == "owner")
+            plan = JobEpoch(release.job, release.epoch)
+            self._tasks.start(self._hosting.release(plan, release.reason), "release")
+            self._news.lost(plan, release.reason, keep=self.role == "owner")
         elif kind == kind_of(JobLost):
             lost = decode(JobLost, payload)
             self._news.lost(lost.job, lost.reason, keep=self.role == "owner")
-        elif kind == kind_of(Reconsider):
-            self._news.pool_changed(decode(Reconsider, payload))
-        elif kind == kind_of(Unrelieved):
-            self._relief.refused(decode(Unrelieved, payload))
+        elif kind == kind_of(PlanLost):
+            plan_lost = decode(PlanLost, payload)
+            plan = JobEpoch(plan_lost.job, plan_lost.epoch)
+            self._news.lost(plan, plan_lost.reason, keep=self.role == "owner")
+        elif kind == kind_of(PoolChanged):
+            self._news.pool_changed(decode(PoolChanged, payload))
+        elif kind == kind_of(NoReplacement):
+            self._relief.refused(decode(NoReplacement, payload))
         else:
             log.info("the broker sent a notice %r that this version does not know", kind)
 
@@ -374,8 +389,8 @@ class Member:
         self._session.beat_now()
         self._relief.changed()
 
-    def _register(self) -> Register:
-        return Register(
+    def _register(self) -> RegisterMember:
+        return RegisterMember(
             name=self._asked_name,
             role=self.role,
             device=self.profile,
@@ -384,7 +399,7 @@ class Member:
             disk=self.disk,
         )
 
-    def _on_registered(self, registered: Registered) -> None:
+    def _on_registered(self, registered: MemberRegistered) -> None:
         self.name = self.endpoint.name = registered.name
 
     def _heartbeat(self) -> Heartbeat:

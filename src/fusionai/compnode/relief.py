@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Sequence
 
 from fusionai.errors import FusionError
-from fusionai.pool.messages import Relieve, Unrelieved
+from fusionai.pool.messages import HeldShare, NoReplacement, WishToLeave
 
 log = logging.getLogger(__name__)
 
@@ -21,11 +21,11 @@ ASK_AGAIN_S = 30.0
 class Relief:
     """Waits until this machine holds nothing, or nobody will take it.
 
-    `holds` tells what is held now, job to a line for people. The caller reports changes: `changed` when a job came or
+    `holds` tells what is held now. The caller reports changes: `changed` when a job came or
     went, `refused` when the broker says that nobody takes this machine's part, `cut_off` when the broker is lost.
     """
 
-    def __init__(self, holds: Callable[[], Mapping[str, str]]) -> None:
+    def __init__(self, holds: Callable[[], Sequence[HeldShare]]) -> None:
         self._holds = holds
         self._news = asyncio.Event()
         self._over = ""
@@ -34,7 +34,7 @@ class Relief:
         """What is held has changed."""
         self._news.set()
 
-    def refused(self, message: Unrelieved) -> None:
+    def refused(self, message: NoReplacement) -> None:
         """Nobody takes what is held."""
         self._end(message.reason[:1000])
 
@@ -46,7 +46,7 @@ class Relief:
         self._over = self._over or why
         self._news.set()
 
-    async def wait(self, ask: Callable[[Relieve], Awaitable[None]], reason: str, within_s: float) -> str:
+    async def wait(self, ask: Callable[[WishToLeave], Awaitable[None]], reason: str, within_s: float) -> str:
         """Ask to be relieved, and wait for it no longer than `within_s`.
 
         `ask` sends the broker the request. Returns why something is held still, "" if nothing is.
@@ -56,14 +56,14 @@ class Relief:
         self._over = ""
         try:
             async with asyncio.timeout(within_s):
-                await ask(Relieve(reason))
+                await ask(WishToLeave(reason))
                 while self._holds() and not self._over:
                     self._news.clear()
                     try:
                         async with asyncio.timeout(ASK_AGAIN_S):
                             await self._news.wait()
                     except TimeoutError:
-                        await ask(Relieve(reason))
+                        await ask(WishToLeave(reason))
         except TimeoutError:
             return f"nobody took it within {within_s:g} s"
         except FusionError as error:

@@ -17,8 +17,16 @@ from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.encoding import encode
 from fusionai.graph.model import OpDag
 from fusionai.owner.machines import machines_of
-from fusionai.pool.identifiers import JobId
-from fusionai.pool.messages import Decline, Forget, Launched, Prepared, Reconsider, Replan, Switch
+from fusionai.pool.identifiers import Epoch, JobEpoch
+from fusionai.pool.messages import (
+    DeclineReplan,
+    ForgetPlan,
+    JobLaunched,
+    PlanPrepared,
+    PoolChanged,
+    ReplanJob,
+    SwitchPlan,
+)
 from fusionai.scheduling.corrections import Corrections, Drift, StageTimes
 from fusionai.scheduling.plan import Plan
 from fusionai.training.driver import Driver, Machine, RoundResult
@@ -106,15 +114,15 @@ class ReplanTerms:
 
 
 class Replanning:
-    """The generations of one job on its owner's side; `driver` is always that of the running one."""
+    """The plans of one job on its owner's side; `driver` is always that of the running one."""
 
     def __init__(
         self,
         terms: ReplanTerms,
         member: Member,
-        launched: Launched,
+        launched: JobLaunched,
         driver: Driver,
-        make_driver: Callable[[JobId, Sequence[Machine]], Driver],
+        make_driver: Callable[[Epoch, Sequence[Machine]], Driver],
     ) -> None:
         self.driver = driver
         self.names: dict[str, str] = dict(launched.names)
@@ -131,7 +139,7 @@ class Replanning:
         self._known: dict[str, float] = {}
         """Factors that the running plan reckons with already, by peer."""
         self._sent: dict[str, float] = {}
-        self._asking: asyncio.Task[Prepared] | None = None
+        self._asking: asyncio.Task[PlanPrepared] | None = None
         self._sought = 0
         """Plans that were looked for."""
         self._noticed = ""
@@ -149,7 +157,7 @@ class Replanning:
         self._leaving = ""
         """Who waits to be relieved."""
 
-    def reconsider(self, message: Reconsider) -> None:
+    def reconsider(self, message: PoolChanged) -> None:
         """Hear that the pool has changed; `between_steps` looks for a plan then."""
         if not message.leaving:
             self._come = message.reason[:500]
@@ -162,7 +170,7 @@ class Replanning:
         """Tell the machines that wait to be relieved that nobody can take their parts."""
         self._leaving, self._attempts = "", 0
         log.warning("a machine that wants to leave cannot be relieved: %s", reason)
-        self._member.tell(Decline(self._job, reason[:500]))
+        self._member.tell(DeclineReplan(self._job, reason[:500]))
 
     def _failed(self, error: FusionError) -> None:
         """See to another attempt, or decline where it would fail as well."""
@@ -176,7 +184,7 @@ class Replanning:
             self._leaving = self._leaving or self._relieving
 
     def fail(self, reason: str) -> None:
-        """End the job, whichever generation runs."""
+        """End the job, whichever plan it runs by."""
         self.driver.fail(reason)
 
     def observe(self, step: int, result: RoundResult) -> None:
@@ -195,8 +203,8 @@ class Replanning:
         A machine that waits to be relieved is reason enough. One that has drifted or joined is, once the last plan's
         pace has been seen and while the job takes `LEAST_LEFT_S` longer.
 
-        Returns what became of a new plan, None while there is none. Raises JobError when the running generation is
-        lost meanwhile.
+        Returns what became of a new plan, None while there is none. Raises JobError when the running plan is lost
+        meanwhile.
         """
         if self._asking is not None:
             if not self._asking.done():
@@ -210,16 +218,16 @@ class Replanning:
                 log.warning("no new plan for the job: %s", error)
                 self._failed(error)
                 return self._event(done, self._noticed, str(error))
-            if prepared.generation is None or prepared.plan is None:
+            if prepared.epoch is None or prepared.plan is None:
                 log.info("the job keeps its plan (%s): %s", self._noticed, prepared.reason)
                 if self._relieving:
                     self._decline(prepared.reason)
                 return None
             if not self._relieving and not self._pays_still(prepared, done):
                 log.info("the job keeps its plan: too few steps are left for %s", prepared.reason)
-                await self._forget(prepared.generation, "too few steps are left")
+                await self._forget(prepared.epoch, "too few steps are left")
                 return None
-            return await self._take(prepared, prepared.generation, prepared.plan, done)
+            return await self._take(prepared, prepared.epoch, prepared.plan, done)
         left = self._terms.steps - done
         # A job that is over soon relieves everybody by itself.
         worth = self._terms.allowed and left * self._step_s > LEAST_LEFT_S
@@ -245,19 +253,19 @@ class Replanning:
         )
 
     async def close(self) -> None:
-        """Stop looking for a plan. The generations themselves are ended by their drivers and the broker."""
+        """Stop looking for a plan. The plans themselves are ended by their drivers and the broker."""
         if self._asking is not None:
             self._asking.cancel()
             await asyncio.wait({self._asking})
             self._asking = None
 
-    async def _ask(self, steps_left: int) -> Prepared:
+    async def _ask(self, steps_left: int) -> PlanPrepared:
         # The running plan's predictions hold what was known of a machine when it was made.
         now = {peer: self._known.get(peer, 1.0) * factor for peer, factor in self._corrections.factors().items()}
         self._sent = {**self._known, **now}
         await self._member.send_graph(self._plan.graph_hash, await asyncio.to_thread(encode, self._terms.graph))
         return await self._member.request(
-            Replan(
+            ReplanJob(
                 job=self._job,
                 factors=self._sent,
                 steps_left=steps_left,
@@ -267,21 +275,21 @@ class Replanning:
                 compnodes=self._terms.compnodes,
                 machines=self._terms.machines,
             ),
-            Prepared,
+            PlanPrepared,
             timeout_s=REPLAN_TIMEOUT_S,
         )
 
-    async def _take(self, prepared: Prepared, generation: JobId, plan: Plan, done: int) -> ReplanEvent:
+    async def _take(self, prepared: PlanPrepared, epoch: Epoch, plan: Plan, done: int) -> ReplanEvent:
         running = self.driver
-        new = self._make_driver(generation, machines_of(self._terms.graph, plan, {**self.names, **prepared.names}))
-        self._member.on_job_lost(generation, new.fail)
+        new = self._make_driver(epoch, machines_of(self._terms.graph, plan, {**self.names, **prepared.names}))
+        self._member.on_plan_lost(JobEpoch(self._job, epoch), new.fail)
         try:
             moved = await hand_over(running, new, self._terms.options.optimizer.states, optimizer_step=done)
             # The broker first: what it does not know to be running, it has released.
-            await self._member.request(Switch(self._job, generation), None, timeout_s=_ANSWER_TIMEOUT_S)
+            await self._member.request(SwitchPlan(self._job, epoch), None, timeout_s=_ANSWER_TIMEOUT_S)
         except FusionError as error:
             await new.close(f"its plan is not taken: {error}")
-            await self._forget(generation, str(error))
+            await self._forget(epoch, str(error))
             await running.check()
             log.warning("the new plan could not be taken, the job goes on by the old one: %s", error)
             self._failed(error)
@@ -299,7 +307,7 @@ class Replanning:
         self._corrections = Corrections(plan)
         await running.close("the job goes on by a new plan")
         # Of a plan without stages here there is no host that the driver could end.
-        await self._member.release(running.job, "the job goes on by a new plan")
+        await self._member.release(JobEpoch(self._job, running.epoch), "the job goes on by a new plan")
         return self._event(
             done,
             f"{self._noticed}; {prepared.reason}",
@@ -309,15 +317,15 @@ class Replanning:
             pause_s=moved.seconds,
         )
 
-    def _pays_still(self, prepared: Prepared, done: int) -> bool:
+    def _pays_still(self, prepared: PlanPrepared, done: int) -> bool:
         """Whether a plan gains more than its move takes, over the steps that are left now."""
         share = (self._terms.steps - done) / (self._terms.steps - self._noticed_step)
         return (prepared.gain_s + prepared.move_s) * share > prepared.move_s
 
-    async def _forget(self, generation: JobId, reason: str) -> None:
-        await self._member.release(generation, "its plan is not taken")
+    async def _forget(self, epoch: Epoch, reason: str) -> None:
+        await self._member.release(JobEpoch(self._job, epoch), "its plan is not taken")
         try:
-            await self._member.request(Forget(self._job, generation, reason[:500]), None, timeout_s=_ANSWER_TIMEOUT_S)
+            await self._member.request(ForgetPlan(self._job, epoch, reason[:500]), None, timeout_s=_ANSWER_TIMEOUT_S)
         except FusionError as error:
             log.warning("the broker could not be told that its plan is not taken: %s", error)
 

@@ -21,8 +21,8 @@ from fusionai.owner.checkpointing import CheckpointFiles, save_checkpoint
 from fusionai.owner.machines import machines_of
 from fusionai.owner.replanning import ReplanEvent, Replanning, ReplanTerms
 from fusionai.owner.run_folder import RunFolder
-from fusionai.pool.identifiers import JobId
-from fusionai.pool.messages import JobEnded, JobProgress, Launched, Submit
+from fusionai.pool.identifiers import FIRST_EPOCH, Epoch, JobEpoch, JobId
+from fusionai.pool.messages import JobEnded, JobLaunched, JobProgress, SubmitJob
 from fusionai.scheduling.plan import Plan
 from fusionai.training.checkpoint import latest, prune
 from fusionai.training.config import PlacementConfig, TrainingConfig
@@ -98,7 +98,7 @@ class TrainingResult(msgspec.Struct, frozen=True):
 class Observer:
     """Hears how a run goes; override what is of interest. Called on the event loop: return quickly."""
 
-    def launched(self, launched: Launched, machines: Sequence[Machine]) -> None:
+    def launched(self, launched: JobLaunched, machines: Sequence[Machine]) -> None:
         """The plan is made and every machine has its share."""
 
     def ready(self) -> None:
@@ -130,10 +130,10 @@ async def train(
         machines = machines_of(graph, launched.plan, {member.identity.peer_id: member.name, **launched.names})
         _write_plan(folder, launched.plan)
 
-        def make_driver(generation: JobId, machines: Sequence[Machine]) -> Driver:
+        def make_driver(epoch: Epoch, machines: Sequence[Machine]) -> Driver:
             assert member.plane is not None, "an owner has a plane"
             return Driver(
-                generation,
+                JobEpoch(launched.job, epoch),
                 member.wire,
                 graph,
                 machines,
@@ -141,7 +141,7 @@ async def train(
                 clipping=member.plane.clipping,
             )
 
-        driver = make_driver(launched.job, machines)
+        driver = make_driver(FIRST_EPOCH, machines)
         replanning = Replanning(terms, member, launched, driver, make_driver)
         member.on_job_lost(launched.job, replanning.fail)
         member.on_pool_changed(launched.job, replanning.reconsider)
@@ -162,12 +162,12 @@ async def train(
         await asyncio.shield(_wind_up(replanning, member, launched, state, reason))
 
 
-async def _submit(job: TrainingJob, member: Member) -> tuple[Launched, ReplanTerms]:
+async def _submit(job: TrainingJob, member: Member) -> tuple[JobLaunched, ReplanTerms]:
     graph, front, back = job.graph, 0, len(job.graph.nodes)
     if job.placement.privacy == "private":
         graph, front, back = await asyncio.to_thread(arrange_private, job.graph)
     encoded = await asyncio.to_thread(encode, graph)
-    submit = Submit(
+    submit = SubmitJob(
         job_name=job.name,
         config=job.description,
         graph_hash=await asyncio.to_thread(content_hash, graph),
@@ -188,7 +188,7 @@ async def _submit(job: TrainingJob, member: Member) -> tuple[Launched, ReplanTer
         machines=job.placement.machines,
     )
     await member.send_graph(submit.graph_hash, encoded)
-    launched = await member.request(submit, Launched, timeout_s=SUBMIT_TIMEOUT_S)
+    launched = await member.request(submit, JobLaunched, timeout_s=SUBMIT_TIMEOUT_S)
     return launched, ReplanTerms(
         graph=graph,
         front=front,
@@ -207,7 +207,9 @@ def _write_plan(folder: RunFolder, plan: Plan) -> None:
     folder.write("plan.json", msgspec.json.format(msgspec.json.encode(plan)).decode())
 
 
-async def _wind_up(replanning: Replanning | None, member: Member, launched: Launched, state: str, reason: str) -> None:
+async def _wind_up(
+    replanning: Replanning | None, member: Member, launched: JobLaunched, state: str, reason: str
+) -> None:
     member.on_pool_changed(launched.job, None)
     if replanning is not None:
         await replanning.close()

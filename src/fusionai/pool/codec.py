@@ -16,7 +16,7 @@ GRAPH = "broker.graph"
 """Bulk to the broker: an encoded OP-DAG; the header is its content hash."""
 
 ASSIGNMENT = "broker.assignment"
-"""Bulk to a member: a packed `Assignment`; the header is the job."""
+"""Bulk to a member: a packed `Assignment`; the header is its job and epoch, written as `JobEpoch` does."""
 
 _Message = TypeVar("_Message", bound=msgspec.Struct)
 _encoder = msgspec.msgpack.Encoder()

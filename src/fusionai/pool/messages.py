@@ -1,8 +1,8 @@
 """What members (compnodes and owners) and the broker say to each other.
 
-All are requests or notices with msgspec payloads; the kind on the wire is the tag. The OP-DAG of a job and the
-sub-DAGs of an assignment may be large, so they travel as bulk ("broker.graph", "broker.assignment") ahead of
-the request that names them.
+All are requests or notices with msgspec payloads; the kind on the wire is the tag: the class's name, as in
+"broker.submit_job". The OP-DAG of a job and the sub-DAGs of an assignment may be large, so they travel as bulk
+("broker.graph", "broker.assignment") ahead of the request that names them.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import msgspec
 
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.model import Sizes
-from fusionai.pool.identifiers import JobId
+from fusionai.pool.identifiers import Epoch, JobId
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.profile import AccessProfile, Availability, DeviceProfile, DiskProfile, LinkProfile
 
 # --- members to broker ------------------------------------------------------------------------------------
 
 
-class Register(msgspec.Struct, frozen=True, tag="broker.register"):
-    """Request: be a member. Answer: `Registered`."""
+class RegisterMember(msgspec.Struct, frozen=True, tag="broker.register_member"):
+    """Request: be a member. Answer: `MemberRegistered`."""
 
     name: str
     role: Literal["compnode", "owner", "observer"]
@@ -35,12 +35,22 @@ class Register(msgspec.Struct, frozen=True, tag="broker.register"):
     """Of its state folder; None: not measured."""
 
 
-class Registered(msgspec.Struct, frozen=True, tag="broker.registered"):
-    """The broker's answer to `Register`."""
+class MemberRegistered(msgspec.Struct, frozen=True, tag="broker.member_registered"):
+    """The broker's answer to `RegisterMember`."""
 
     name: str
     """The member's name, made unique by the broker."""
     heartbeat_s: float
+
+
+class HeldShare(msgspec.Struct, frozen=True):
+    """A share that a machine holds, made or about to be made."""
+
+    job: JobId
+    epoch: Epoch
+    """Of the plan that the share was made for."""
+    line: str
+    """For people, such as "stage 1: layers 0-5"."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="broker.heartbeat"):
@@ -49,31 +59,30 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="broker.heartbeat"):
     busy: float
     """Fraction of the time since the last heartbeat spent computing."""
     memory_bytes: int
-    holds: dict[str, str]
-    """Job to a line for people, such as "stage 1: layers 0-5"."""
+    holds: tuple[HeldShare, ...]
     bytes_sent: dict[str, int]
     """Tensor bytes since joining, by receiving peer."""
     disk_free_bytes: int | None = None
     """Under its state folder now; None: not said."""
 
 
-class Leave(msgspec.Struct, frozen=True, tag="broker.leave"):
+class LeavePool(msgspec.Struct, frozen=True, tag="broker.leave_pool"):
     """Request: go; the broker gives this member no further work."""
 
     reason: str
 
 
-class Relieve(msgspec.Struct, frozen=True, tag="broker.relieve"):
+class WishToLeave(msgspec.Struct, frozen=True, tag="broker.wish_to_leave"):
     """Request by a compnode: go, once others hold what it holds. It gets no further work from then on.
 
-    `Release` tells it that its part is over, `Unrelieved` that nobody takes it.
+    `ReleaseShare` tells it that its part is over, `NoReplacement` that nobody takes it.
     """
 
     reason: str
 
 
-class Submit(msgspec.Struct, frozen=True, tag="broker.submit"):
-    """Request: plan and launch a job whose OP-DAG came as "broker.graph" bulk. Answer: `Launched`.
+class SubmitJob(msgspec.Struct, frozen=True, tag="broker.submit_job"):
+    """Request: plan and launch a job whose OP-DAG came as "broker.graph" bulk. Answer: `JobLaunched`.
 
     When it returns, every compnode of the plan has its assignment and waits for links and weights.
     """
@@ -98,8 +107,8 @@ class Submit(msgspec.Struct, frozen=True, tag="broker.submit"):
     """Names of the only compnodes that may be used; with `cuts` in the order of the shares. Empty: any."""
 
 
-class Launched(msgspec.Struct, frozen=True, tag="broker.launched"):
-    """The broker's answer to `Submit`."""
+class JobLaunched(msgspec.Struct, frozen=True, tag="broker.job_launched"):
+    """The broker's answer to `SubmitJob`."""
 
     job: JobId
     plan: Plan
@@ -109,13 +118,13 @@ class Launched(msgspec.Struct, frozen=True, tag="broker.launched"):
     """Whether any machine of the plan emulates its speed or its links."""
 
 
-class Replan(msgspec.Struct, frozen=True, tag="broker.replan"):
-    """Request by the owner: look for a better plan for a running job. Answer: `Prepared`.
+class ReplanJob(msgspec.Struct, frozen=True, tag="broker.replan_job"):
+    """Request by the owner: look for a better plan for a running job. Answer: `PlanPrepared`.
 
-    The OP-DAG comes as "broker.graph" bulk ahead of it, as for `Submit`: the broker keeps none. When it returns with
+    The OP-DAG comes as "broker.graph" bulk ahead of it, as for `SubmitJob`: the broker keeps none. When it returns with
     a plan, every machine of that plan holds its new share beside the old one, without weights, and is linked to those
-    with which it will exchange weights; the job goes on stepping meanwhile. The owner then answers with `Switch` or
-    `Forget`.
+    with which it will exchange weights; the job goes on stepping meanwhile. The owner then answers with `SwitchPlan` or
+    `ForgetPlan`.
     """
 
     job: JobId
@@ -131,13 +140,13 @@ class Replan(msgspec.Struct, frozen=True, tag="broker.replan"):
     """Names of the only compnodes to be used; empty: any."""
 
 
-class Prepared(msgspec.Struct, frozen=True, tag="broker.prepared"):
-    """The broker's answer to `Replan`."""
+class PlanPrepared(msgspec.Struct, frozen=True, tag="broker.plan_prepared"):
+    """The broker's answer to `ReplanJob`."""
 
     reason: str
     """Why the plan is better, or why the running one is kept."""
-    generation: JobId | None = None
-    """Id under which the new shares are held; None: keep the running plan."""
+    epoch: Epoch | None = None
+    """Of the new plan; None: keep the running one."""
     plan: Plan | None = None
     names: dict[str, str] = {}
     """Names of the plan's peers, for people."""
@@ -147,29 +156,29 @@ class Prepared(msgspec.Struct, frozen=True, tag="broker.prepared"):
     move_s: float = 0.0
 
 
-class Switch(msgspec.Struct, frozen=True, tag="broker.switch"):
+class SwitchPlan(msgspec.Struct, frozen=True, tag="broker.switch_plan"):
     """Request by the owner: every machine of the new plan has its weights; the job goes on there."""
 
     job: JobId
-    generation: JobId
+    epoch: Epoch
 
 
-class Forget(msgspec.Struct, frozen=True, tag="broker.forget"):
-    """Request by the owner: the new plan is not taken; the job goes on with the running one."""
+class ForgetPlan(msgspec.Struct, frozen=True, tag="broker.forget_plan"):
+    """Request by the owner: the new plan is not taken; the job goes on by the running one."""
 
     job: JobId
-    generation: JobId
+    epoch: Epoch
     reason: str
 
 
-class Decline(msgspec.Struct, frozen=True, tag="broker.decline"):
+class DeclineReplan(msgspec.Struct, frozen=True, tag="broker.decline_replan"):
     """Notice by the owner: its job cannot do without the machines that asked to be relieved."""
 
     job: JobId
     reason: str
 
 
-class JobProgress(msgspec.Struct, frozen=True, tag="broker.progress"):
+class JobProgress(msgspec.Struct, frozen=True, tag="broker.job_progress"):
     """Notice by the owner, at most one a second."""
 
     job: JobId
@@ -179,7 +188,7 @@ class JobProgress(msgspec.Struct, frozen=True, tag="broker.progress"):
     tokens_per_s: float
 
 
-class JobEnded(msgspec.Struct, frozen=True, tag="broker.ended"):
+class JobEnded(msgspec.Struct, frozen=True, tag="broker.job_ended"):
     """Request by the owner: the job is over; the broker frees its compnodes."""
 
     job: JobId
@@ -187,11 +196,11 @@ class JobEnded(msgspec.Struct, frozen=True, tag="broker.ended"):
     reason: str
 
 
-class StatusQuery(msgspec.Struct, frozen=True, tag="broker.status"):
+class StatusQuery(msgspec.Struct, frozen=True, tag="broker.status_query"):
     """Request: answer with `Status`."""
 
 
-class Measure(msgspec.Struct, frozen=True, tag="broker.measure"):
+class MeasureLinks(msgspec.Struct, frozen=True, tag="broker.measure_links"):
     """Request: measure all links between idle compnodes again, then answer with `Status`."""
 
 
@@ -205,7 +214,7 @@ class MemberStatus(msgspec.Struct, frozen=True):
     device: DeviceProfile | None
     busy: float
     memory_bytes: int
-    holds: dict[str, str]
+    holds: tuple[HeldShare, ...]
     last_seen_s: float
     """Seconds since the broker heard from it."""
     lab: bool
@@ -242,7 +251,7 @@ class JobStatus(msgspec.Struct, frozen=True):
     compnodes: tuple[str, ...]
 
 
-class Status(msgspec.Struct, frozen=True, tag="broker.status_reply"):
+class Status(msgspec.Struct, frozen=True, tag="broker.status"):
     """The pool as the broker knows it."""
 
     broker: str
@@ -254,31 +263,41 @@ class Status(msgspec.Struct, frozen=True, tag="broker.status_reply"):
 # --- broker to members ------------------------------------------------------------------------------------
 
 
-class Assign(msgspec.Struct, frozen=True, tag="broker.assign"):
+class AssignShare(msgspec.Struct, frozen=True, tag="broker.assign_share"):
     """Request to a compnode: hold a share of a job; its `Assignment` came as "broker.assignment" bulk.
 
     The answer comes when the program is made, without weights. The owner gets its own share the same way.
     """
 
     job: JobId
+    epoch: Epoch
 
 
-class Release(msgspec.Struct, frozen=True, tag="broker.release"):
-    """Notice to a compnode or owner: the job is over for you."""
+class ReleaseShare(msgspec.Struct, frozen=True, tag="broker.release_share"):
+    """Notice to a compnode or owner: drop the share of this epoch; the job is over for you, or goes on by another
+    plan."""
 
     job: JobId
+    epoch: Epoch
     reason: str
 
 
 class JobLost(msgspec.Struct, frozen=True, tag="broker.job_lost"):
-    """Notice to the owner: the job cannot go on; `reason` names the compnode. Of a generation that is prepared only:
-    that one cannot be taken."""
+    """Notice to the owner: the job cannot go on; `reason` names the compnode."""
 
     job: JobId
     reason: str
 
 
-class Reconsider(msgspec.Struct, frozen=True, tag="broker.reconsider"):
+class PlanLost(msgspec.Struct, frozen=True, tag="broker.plan_lost"):
+    """Notice to the owner: the plan prepared for its job cannot be taken; the job goes on by the running one."""
+
+    job: JobId
+    epoch: Epoch
+    reason: str
+
+
+class PoolChanged(msgspec.Struct, frozen=True, tag="broker.pool_changed"):
     """Notice to the owner: the pool is another one than the running plan was made for."""
 
     job: JobId
@@ -288,33 +307,34 @@ class Reconsider(msgspec.Struct, frozen=True, tag="broker.reconsider"):
     """Whether a machine of the job waits to be relieved; if not, there is a machine that the plan might use."""
 
 
-class Unrelieved(msgspec.Struct, frozen=True, tag="broker.unrelieved"):
+class NoReplacement(msgspec.Struct, frozen=True, tag="broker.no_replacement"):
     """Notice to a compnode that asked to be relieved: nobody takes its part."""
 
     reason: str
 
 
-class Connect(msgspec.Struct, frozen=True, tag="broker.connect"):
+class LinkNeighbours(msgspec.Struct, frozen=True, tag="broker.link_neighbours"):
     """Request to a member that holds an assignment: link to its neighbours. Answered when all links are up."""
 
     job: JobId
+    epoch: Epoch
 
 
-class Expect(msgspec.Struct, frozen=True, tag="broker.expect"):
+class ExpectProbe(msgspec.Struct, frozen=True, tag="broker.expect_probe"):
     """Request: admit a link from this peer for a while; it will probe."""
 
     peer: str
 
 
-class Probe(msgspec.Struct, frozen=True, tag="broker.probe"):
-    """Request: dial a peer, measure the link, close it if it was not there before. Answer: `Probed`."""
+class ProbeLink(msgspec.Struct, frozen=True, tag="broker.probe_link"):
+    """Request: dial a peer, measure the link, close it if it was not there before. Answer: `LinkProbed`."""
 
     peer: str
     addresses: tuple[str, ...]
 
 
-class Probed(msgspec.Struct, frozen=True, tag="broker.probed"):
-    """The answer to `Probe`: the link to the peer and back."""
+class LinkProbed(msgspec.Struct, frozen=True, tag="broker.link_probed"):
+    """The answer to `ProbeLink`: the link to the peer and back."""
 
     there: LinkProfile
     back: LinkProfile

@@ -9,7 +9,7 @@ from fusionai.errors import ProtocolError
 from fusionai.network.endpoint import Endpoint
 from fusionai.network.identity import PeerId
 from fusionai.network.probe import probe_link
-from fusionai.pool.messages import Expect, Probe, Probed
+from fusionai.pool.messages import ExpectProbe, LinkProbed, ProbeLink
 from fusionai.scheduling.profile import LinkProfile
 
 EXPECT_S = 60.0
@@ -31,7 +31,7 @@ class Probes:
         """Whether the broker has announced a probe by a peer."""
         return self._expected.get(peer, 0.0) > time.monotonic()
 
-    def expect(self, message: Expect) -> None:
+    def expect(self, message: ExpectProbe) -> None:
         """Admit a peer for a while. Raises ProtocolError when too many are announced."""
         now_s = time.monotonic()
         self._expected = {peer: until_s for peer, until_s in self._expected.items() if until_s > now_s}
@@ -39,7 +39,7 @@ class Probes:
             raise ProtocolError(f"more than {_MOST_EXPECTED} probes are announced to this member")
         self._expected[PeerId(message.peer)] = now_s + EXPECT_S
 
-    async def probe(self, message: Probe) -> Probed:
+    async def probe(self, message: ProbeLink) -> LinkProbed:
         """Measure the link with a peer, both ways; raises NetworkError where there is none."""
         peer = PeerId(message.peer)
         before = self._endpoint.link(peer)
@@ -49,7 +49,7 @@ class Probes:
         finally:
             if before is None and not self._needed(peer):
                 await link.close("the probe is over")
-        return Probed(
+        return LinkProbed(
             there=LinkProfile(found.rtt_s, found.up_bytes_per_s),
             back=LinkProfile(found.rtt_s, found.down_bytes_per_s),
         )

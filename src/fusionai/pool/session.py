@@ -13,7 +13,7 @@ from fusionai.network.link import Link
 from fusionai.network.token import JoinToken
 from fusionai.pool.background_tasks import BackgroundTasks
 from fusionai.pool.codec import decode, encode, kind_of
-from fusionai.pool.messages import Heartbeat, Leave, Register, Registered
+from fusionai.pool.messages import Heartbeat, LeavePool, MemberRegistered, RegisterMember
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +34,9 @@ class BrokerSession:
         endpoint: Endpoint,
         token: JoinToken,
         *,
-        register: Callable[[], Register],
+        register: Callable[[], RegisterMember],
         heartbeat: Callable[[], Heartbeat] | None,
-        on_registered: Callable[[Registered], None],
+        on_registered: Callable[[MemberRegistered], None],
     ) -> None:
         """`heartbeat` makes the notice to send now and then; None sends none."""
         self._endpoint = endpoint
@@ -92,7 +92,7 @@ class BrokerSession:
             self.ended.cancel()
         if self._link is not None and not self._link.closed:
             try:
-                await self._link.request(kind_of(Leave), encode(Leave(reason)), timeout_s=LEAVE_TIMEOUT_S)
+                await self._link.request(kind_of(LeavePool), encode(LeavePool(reason)), timeout_s=LEAVE_TIMEOUT_S)
             except FusionError as error:
                 log.info("the broker did not take leave: %s", error)
 
@@ -106,8 +106,8 @@ class BrokerSession:
             timeout_s=CONNECT_TIMEOUT_S,
         )
         self._link = link
-        answer = await link.request(kind_of(Register), encode(self._register()), timeout_s=REGISTER_TIMEOUT_S)
-        registered = decode(Registered, answer)
+        answer = await link.request(kind_of(RegisterMember), encode(self._register()), timeout_s=REGISTER_TIMEOUT_S)
+        registered = decode(MemberRegistered, answer)
         self._heartbeat_s = min(max(registered.heartbeat_s, 0.1), 60.0)
         self._on_registered(registered)
         self._beat.set()

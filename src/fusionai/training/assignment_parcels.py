@@ -8,7 +8,7 @@ from fusionai.errors import ProtocolError
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.encoding import decode_subdag, encode_subdag
 from fusionai.graph.model import WeightKey
-from fusionai.pool.identifiers import JobId
+from fusionai.pool.identifiers import Epoch, JobId
 from fusionai.training.messages import Assignment, Neighbour
 
 
@@ -16,6 +16,7 @@ class _Packed(msgspec.Struct, frozen=True):
     """An `Assignment` whose sub-DAGs are in their canonical encoding, so that they are verified like every OP-DAG."""
 
     job: JobId
+    epoch: Epoch
     owner: str
     subdags: tuple[bytes, ...]
     in_flight: dict[int, int]
@@ -35,6 +36,7 @@ def pack(assignment: Assignment) -> bytes:
     return msgspec.msgpack.encode(
         _Packed(
             assignment.job,
+            assignment.epoch,
             assignment.owner,
             tuple(encode_subdag(each) for each in assignment.subdags),
             assignment.in_flight,
@@ -61,6 +63,7 @@ def unpack(data: bytes) -> Assignment:
         raise ProtocolError(f"malformed assignment: {error}") from error
     assignment = Assignment(
         packed.job,
+        packed.epoch,
         packed.owner,
         tuple(decode_subdag(each) for each in packed.subdags),
         packed.in_flight,

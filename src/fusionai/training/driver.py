@@ -21,26 +21,26 @@ from fusionai.errors import DataError, JobError, NetworkError, PeerLost, Protoco
 from fusionai.execution.plane import Clipping
 from fusionai.graph.model import OpDag, Sizes, WeightKey
 from fusionai.network.identity import PeerId
-from fusionai.pool.identifiers import JobId
+from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
 from fusionai.tensor import TensorData
 from fusionai.training.data.batches import Batch
 from fusionai.training.machine import Machine, sizes_of
 from fusionai.training.messages import (
-    Begin,
+    BeginRound,
     Boundary,
     Bulk,
-    Commit,
+    CommitRound,
     Control,
-    End,
-    Failed,
-    HandedOver,
-    HandOver,
-    Inherit,
-    Pull,
-    Pulled,
-    Ready,
-    Report,
-    Tensor,
+    EndShare,
+    FinishLoading,
+    HandOverWeights,
+    InheritWeights,
+    PulledWeight,
+    PullWeights,
+    RoundReport,
+    ShareFailed,
+    WeightsHandedOver,
+    WeightTensor,
 )
 from fusionai.training.reports import flaw, printable, total
 from fusionai.training.wire import JobWire
@@ -78,18 +78,18 @@ class RoundResult:
     gradient_scale: float
     """What clipping multiplies the gradients by."""
     seconds: float
-    reports: Mapping[str, Report]
+    reports: Mapping[str, RoundReport]
     """By peer."""
     fed_bytes: Mapping[str, int]
     """Bytes of graph inputs that the driver sent to other machines, by receiving peer."""
 
 
 class Driver:
-    """Drives one job, from the loading of weights to the last pull."""
+    """Drives one job by one plan, from the loading of weights to the last pull."""
 
     def __init__(
         self,
-        job: JobId,
+        plan: JobEpoch,
         wire: JobWire,
         graph: OpDag,
         machines: Sequence[Machine],
@@ -98,7 +98,8 @@ class Driver:
         clipping: Callable[[Sequence[float], float], Clipping],
     ) -> None:
         """`clipping` is the owner's plane's: gradients are clipped as its framework does it, to `gradient_clip`."""
-        self.job = job
+        self.job: JobId = plan.job
+        self.epoch: Epoch = plan.epoch
         self.machines = tuple(machines)
         self._wire = wire
         self._graph = graph
@@ -116,22 +117,22 @@ class Driver:
         self._fed_bytes: dict[str, int] = {}
         self._microbatches = 0
         self._longest_s = 0.0
-        self._reports: dict[str, Report] = {}
+        self._reports: dict[str, RoundReport] = {}
         self._reported = asyncio.Event()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._sink: Callable[[PeerId, Pulled, TensorData], Awaitable[None]] | None = None
-        wire.attach(job, self)
+        self._sink: Callable[[PeerId, PulledWeight, TensorData], Awaitable[None]] | None = None
+        wire.attach(plan, self)
 
     # --- Receiver ---------------------------------------------------------------------------------------------
 
     def takes(self, message: Control | Bulk) -> bool:
         """What stages send to their driver."""
-        return isinstance(message, (Report, Failed, Pulled))
+        return isinstance(message, (RoundReport, ShareFailed, PulledWeight))
 
     async def on_control(self, peer: PeerId, message: Control) -> bytes:
         """Take a report or a failure from a machine of this job."""
         machine = self._machine(peer)
-        if isinstance(message, Report):
+        if isinstance(message, RoundReport):
             if message.round == self._round and peer not in self._reports:
                 others = {self._wire.me, *(each.peer for each in self.machines)}
                 problem = flaw(message, machine.subdags, self._microbatches, others)
@@ -140,14 +141,14 @@ class Driver:
                     return b""
                 self._reports[peer] = message
                 self._reported.set()
-        elif isinstance(message, Failed):
+        elif isinstance(message, ShareFailed):
             self.fail(f"compnode {machine.name} ({machine.holding}) failed: {printable(message.text)}")
         return b""
 
     async def on_tensor(self, peer: PeerId, header: Bulk, tensor: TensorData) -> None:
         """Pass a pulled tensor on to whoever pulls."""
         machine = self._machine(peer)
-        if not isinstance(header, Pulled) or self._sink is None or header.key not in machine.keys:
+        if not isinstance(header, PulledWeight) or self._sink is None or header.key not in machine.keys:
             raise ProtocolError(f"compnode {machine.name} sent a tensor that was not asked for")
         await self._sink(peer, header, tensor)
 
@@ -185,7 +186,9 @@ class Driver:
 
         async def load(machine: Machine) -> None:
             count = await self._load(machine, weights, optimizer_states)
-            await self._ask(machine, Ready(self.job, count, optimizer_step), timeout_s=READY_TIMEOUT_S)
+            await self._ask(
+                machine, FinishLoading(self.job, self.epoch, count, optimizer_step), timeout_s=READY_TIMEOUT_S
+            )
 
         await self.guard(asyncio.gather(*(load(each) for each in self.machines)))
 
@@ -197,7 +200,7 @@ class Driver:
             for state in (None, *(states if key in trainable else ())):
                 name = key if state is None else f"{key}::{state}"
                 tensor = await asyncio.to_thread(weights.read, name)
-                header = Tensor(self.job, key, state, tensor.dtype, tensor.shape)
+                header = WeightTensor(self.job, self.epoch, key, state, tensor.dtype, tensor.shape)
                 await self._wire.send(machine.peer, header, tensor)
                 count += 1
         return count
@@ -207,22 +210,24 @@ class Driver:
         await self.guard(
             asyncio.gather(
                 *(
-                    self._ask(each, Inherit(self.job, dict(sources[each.peer])), timeout_s=READY_TIMEOUT_S)
+                    self._ask(
+                        each, InheritWeights(self.job, self.epoch, dict(sources[each.peer])), timeout_s=READY_TIMEOUT_S
+                    )
                     for each in self.machines
                 )
             )
         )
 
-    async def give(self, to: JobId, targets: Mapping[str, Mapping[WeightKey, tuple[str, ...]]]) -> int:
-        """Have each machine send its weights and states to those of the new generation `to`; return the bytes sent."""
+    async def give(self, to: Epoch, targets: Mapping[str, Mapping[WeightKey, tuple[str, ...]]]) -> int:
+        """Have each machine send its weights and states to those of the new plan `to`; return the bytes sent."""
         total_bytes = 0
 
         async def send(machine: Machine) -> None:
             nonlocal total_bytes
-            message = HandOver(self.job, to, dict(targets[machine.peer]))
+            message = HandOverWeights(self.job, self.epoch, to, dict(targets[machine.peer]))
             answer = await self._ask(machine, message, timeout_s=PULL_TIMEOUT_S)
             try:
-                sent = msgspec.msgpack.decode(answer, type=HandedOver).bytes_sent
+                sent = msgspec.msgpack.decode(answer, type=WeightsHandedOver).bytes_sent
             except msgspec.MsgspecError as error:
                 raise JobError(f"compnode {machine.name} tells nothing sensible of its hand-over: {error}") from error
             total_bytes += sum(sent.values())
@@ -235,7 +240,11 @@ class Driver:
         await self.guard(
             asyncio.gather(
                 *(
-                    self._ask(each, Ready(self.job, tensors[each.peer], optimizer_step), timeout_s=READY_TIMEOUT_S)
+                    self._ask(
+                        each,
+                        FinishLoading(self.job, self.epoch, tensors[each.peer], optimizer_step),
+                        timeout_s=READY_TIMEOUT_S,
+                    )
                     for each in self.machines
                 )
             )
@@ -251,7 +260,9 @@ class Driver:
         """
         result = await self._run_round(step, batch, weights, train=True)
         finite = math.isfinite(result.loss) and math.isfinite(result.gradient_norm)
-        await self._tell(Commit(self.job, self._round - 1, learning_rate, result.gradient_scale, finite))
+        await self._tell(
+            CommitRound(self.job, self.epoch, self._round - 1, learning_rate, result.gradient_scale, finite)
+        )
         if not finite:
             what = "the loss" if not math.isfinite(result.loss) else "the norm of the gradients"
             value = result.loss if not math.isfinite(result.loss) else result.gradient_norm
@@ -283,7 +294,7 @@ class Driver:
         self._reports.clear()
         self._microbatches = len(batch)
         self._fed_bytes.clear()
-        begin = Begin(self.job, self._round, step, train, self._sizes(batch), tuple(weights))
+        begin = BeginRound(self.job, self.epoch, self._round, step, train, self._sizes(batch), tuple(weights))
         await self._tell(begin)
         feeding = asyncio.ensure_future(self._feed(batch))
         try:
@@ -313,7 +324,9 @@ class Driver:
         for index, microbatch in enumerate(batch):
             for peer, stage, name in self._readers:
                 tensor = microbatch[name]
-                header = Boundary(self.job, self._round, index, name, -1, stage, False, tensor.dtype, tensor.shape)
+                header = Boundary(
+                    self.job, self.epoch, self._round, index, name, -1, stage, False, tensor.dtype, tensor.shape
+                )
                 await self._wire.send(peer, header, tensor)
                 if peer != self._wire.me:
                     self._fed_bytes[peer] = self._fed_bytes.get(peer, 0) + tensor.nbytes
@@ -352,7 +365,7 @@ class Driver:
         arrived = asyncio.Event()
         asked = self._wire.me
 
-        async def take(peer: PeerId, header: Pulled, tensor: TensorData) -> None:
+        async def take(peer: PeerId, header: PulledWeight, tensor: TensorData) -> None:
             if peer != asked or (header.key, header.state) not in missing:
                 raise ProtocolError(f"{header.key!r} was not asked for, or came twice")
             await sink(header.key, header.state, tensor)
@@ -383,7 +396,9 @@ class Driver:
                             wanted.append((weight.key, None))
                             wanted += [(weight.key, state) for state in states if weight.trainable]
                 missing.update(wanted)
-                await self.guard(self._ask(machine, Pull(self.job, tuple(wanted)), timeout_s=PULL_TIMEOUT_S))
+                await self.guard(
+                    self._ask(machine, PullWeights(self.job, self.epoch, tuple(wanted)), timeout_s=PULL_TIMEOUT_S)
+                )
                 await self.guard(all_here())
         finally:
             self._sink = None
@@ -392,15 +407,15 @@ class Driver:
         """End the job on every machine that can still be reached."""
         for machine in self.machines:
             try:
-                await self._wire.notify(machine.peer, End(self.job, reason))
+                await self._wire.notify(machine.peer, EndShare(self.job, self.epoch, reason))
             except (NetworkError, ProtocolError):
                 log.debug("job %s: %s is gone already", self.job, machine.name)
-        self._wire.detach(self.job, self)
+        self._wire.detach(JobEpoch(self.job, self.epoch), self)
         self._failure.cancel()
 
     # --- talking to machines --------------------------------------------------------------------------------------
 
-    async def _tell(self, message: Begin | Commit) -> None:
+    async def _tell(self, message: BeginRound | CommitRound) -> None:
         for machine in self.machines:
             try:
                 await self._wire.notify(machine.peer, message)
@@ -409,7 +424,13 @@ class Driver:
         if self._failure.done():
             await self._failure
 
-    async def _ask(self, machine: Machine, message: Ready | Inherit | HandOver | Pull, *, timeout_s: float) -> bytes:
+    async def _ask(
+        self,
+        machine: Machine,
+        message: FinishLoading | InheritWeights | HandOverWeights | PullWeights,
+        *,
+        timeout_s: float,
+    ) -> bytes:
         try:
             return await self._wire.request(machine.peer, message, timeout_s=timeout_s)
         except NetworkError as error:

@@ -1,7 +1,7 @@
 """From one plan of a running job to the next: between two steps every weight goes straight to its new holder.
 
-The running generation is not touched until the new one has everything: whatever fails before that leaves the old one
-as it was, and training goes on there.
+The running plan's machines are not touched until those of the new one have everything: whatever fails before that
+leaves them as they were, and training goes on there.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class HandOverResult:
 
 
 async def hand_over(running: Driver, new: Driver, states: Sequence[str], *, optimizer_step: int) -> HandOverResult:
-    """Give the new generation everything that the running one holds, between two steps.
+    """Give the machines of the new plan everything that those of the running one hold, between two steps.
 
-    `states` are the optimizer's, `optimizer_step` the updates applied so far. When this returns, the new generation
-    may go on where the running one stands, and the running one may be ended. On any error the running one is as it
-    was; whether it still lives, `running.failed` tells.
+    `states` are the optimizer's, `optimizer_step` the updates applied so far. When this returns, the job may go on by
+    the new plan, and the running one may be ended. On any error the running plan is as it was; whether it still lives,
+    `running.failed` tells.
     """
     start_s = time.perf_counter()
     ways = routes({each.peer: each.keys for each in running.machines}, {each.peer: each.keys for each in new.machines})
@@ -43,9 +43,9 @@ async def hand_over(running: Driver, new: Driver, states: Sequence[str], *, opti
         if weight.trainable
     }
     await new.inherit(ways.sources)
-    moved = asyncio.ensure_future(running.give(new.job, ways.targets))
+    moved = asyncio.ensure_future(running.give(new.epoch, ways.targets))
     try:
-        await new.guard(moved)  # what ends the new generation ends the waiting
+        await new.guard(moved)  # what ends the new plan ends the waiting
     finally:
         moved.cancel()
         await asyncio.wait({moved})

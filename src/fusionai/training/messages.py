@@ -1,7 +1,10 @@
 """What drivers and stages of one job say to each other, as typed messages.
 
 Control messages are small and travel as notices or requests; tensors travel as bulk, with one of the bulk
-headers below and the raw bytes as body. The kind on the wire is the tag, such as "train.begin".
+headers below and the raw bytes as body. The kind on the wire is the tag: the class's name, as in "train.begin_round".
+
+Every message names its job and the epoch that it belongs to: a new plan of a running job is a further epoch, whose
+machines get its messages beside those of the running one.
 
 A *round* is one pass over a fixed set of microbatches: a training step, or one evaluation. Rounds of a job
 are numbered from 0 without gaps; a stage works on one round at a time and accepts early arrivals for
@@ -14,7 +17,7 @@ import msgspec
 
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.model import Sizes, SubDag, ValueName, WeightKey
-from fusionai.pool.identifiers import JobId
+from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
 from fusionai.tensor import DType
 
 
@@ -32,6 +35,8 @@ class Assignment(msgspec.Struct, frozen=True):
     """Everything a machine needs to hold its share of a job, weights apart."""
 
     job: JobId
+    epoch: Epoch
+    """Of the plan that the share was made for."""
     owner: str
     """Peer that drives the job; only it may give commands."""
     subdags: tuple[SubDag, ...]
@@ -47,17 +52,23 @@ class Assignment(msgspec.Struct, frozen=True):
     memory_bytes: int
     """Memory that the plan reckons with on this machine."""
     handing: tuple[Neighbour, ...] = ()
-    """Further machines to hold links with until weights are handed over (`HandOver`): by a new plan of a running job,
-    those that the weights of this machine come from or go to."""
+    """Further machines to hold links with until weights are handed over (`HandOverWeights`): by a new plan of a running
+    job, those that the weights of this machine come from or go to."""
+
+    @property
+    def plan(self) -> JobEpoch:
+        """The job and epoch whose messages this share takes."""
+        return JobEpoch(self.job, self.epoch)
 
 
 # --- driver to stages -------------------------------------------------------------------------------------
 
 
-class Begin(msgspec.Struct, frozen=True, tag="train.begin"):
+class BeginRound(msgspec.Struct, frozen=True, tag="train.begin_round"):
     """Start a round."""
 
     job: JobId
+    epoch: Epoch
     round: int
     step: int
     train: bool
@@ -66,73 +77,80 @@ class Begin(msgspec.Struct, frozen=True, tag="train.begin"):
     """Weight of each microbatch in the round's loss; its length is the number of microbatches."""
 
 
-class Commit(msgspec.Struct, frozen=True, tag="train.commit"):
+class CommitRound(msgspec.Struct, frozen=True, tag="train.commit_round"):
     """End a training round: apply the update, or with `apply` false drop the gradients."""
 
     job: JobId
+    epoch: Epoch
     round: int
     learning_rate: float
     gradient_scale: float
     apply: bool
 
 
-class Ready(msgspec.Struct, frozen=True, tag="train.ready"):
+class FinishLoading(msgspec.Struct, frozen=True, tag="train.finish_loading"):
     """Request: answer once every weight is loaded and every neighbour is linked."""
 
     job: JobId
+    epoch: Epoch
     tensors: int
     """Tensors sent to load; bulk may arrive after this request."""
     optimizer_step: int
     """Updates that the loaded optimizer state has seen (0 when training starts)."""
 
 
-class Inherit(msgspec.Struct, frozen=True, tag="train.inherit"):
-    """Request to the new generation of a job: its weights come from machines of the running one, not the driver."""
+class InheritWeights(msgspec.Struct, frozen=True, tag="train.inherit_weights"):
+    """Request to a machine of a new plan: its weights come from machines of the running plan, not from the driver."""
 
     job: JobId
+    epoch: Epoch
     sources: dict[WeightKey, str]
     """Every weight held here, with the one peer that may send it and its optimizer states."""
 
 
-class HandOver(msgspec.Struct, frozen=True, tag="train.hand_over"):
-    """Request to the running generation, between two steps: send weights and their optimizer states to machines of
-    the new one as `Tensor` bulk. Answered with `HandedOver` when all are sent; nothing changes here."""
+class HandOverWeights(msgspec.Struct, frozen=True, tag="train.hand_over_weights"):
+    """Request to a machine of the running plan, between two steps: send weights and their optimizer states to machines
+    of the new plan as `WeightTensor` bulk. Answered with `WeightsHandedOver` when all are sent; they stay here too."""
 
     job: JobId
-    to: JobId
-    """The new generation."""
+    epoch: Epoch
+    to: Epoch
+    """Epoch of the new plan."""
     targets: dict[WeightKey, tuple[str, ...]]
 
 
-class HandedOver(msgspec.Struct, frozen=True):
-    """The answer to `HandOver`."""
+class WeightsHandedOver(msgspec.Struct, frozen=True):
+    """The answer to `HandOverWeights`."""
 
     bytes_sent: dict[str, int]
     """Tensor bytes by receiving peer; what stays on the machine does not count."""
 
 
-class Pull(msgspec.Struct, frozen=True, tag="train.pull"):
-    """Request: send the named tensors to the driver as `Pulled` bulk, then answer."""
+class PullWeights(msgspec.Struct, frozen=True, tag="train.pull_weights"):
+    """Request: send the named tensors to the driver as `PulledWeight` bulk, then answer."""
 
     job: JobId
+    epoch: Epoch
     tensors: tuple[tuple[WeightKey, str | None], ...]
     """Weight key and optimizer-state name (None for the weight itself)."""
 
 
-class End(msgspec.Struct, frozen=True, tag="train.end"):
-    """The job is over; free everything."""
+class EndShare(msgspec.Struct, frozen=True, tag="train.end_share"):
+    """The share is not needed any more, since the job is over or goes on by another plan; free everything."""
 
     job: JobId
+    epoch: Epoch
     reason: str = ""
 
 
 # --- stages to driver -------------------------------------------------------------------------------------
 
 
-class Report(msgspec.Struct, frozen=True, tag="train.report"):
+class RoundReport(msgspec.Struct, frozen=True, tag="train.round_report"):
     """A machine has counted every microbatch of a round once, in each of its stages."""
 
     job: JobId
+    epoch: Epoch
     round: int
     losses: dict[int, float]
     """Loss by microbatch, from the machine that computes it; empty elsewhere."""
@@ -149,10 +167,11 @@ class Report(msgspec.Struct, frozen=True, tag="train.report"):
     """Compute seconds by stage, summed over microbatches."""
 
 
-class Failed(msgspec.Struct, frozen=True, tag="train.failed"):
+class ShareFailed(msgspec.Struct, frozen=True, tag="train.share_failed"):
     """A machine cannot go on with the job."""
 
     job: JobId
+    epoch: Epoch
     error: str
     """Class name of the error."""
     text: str
@@ -165,6 +184,7 @@ class Boundary(msgspec.Struct, frozen=True, tag="train.boundary"):
     """A boundary tensor (or with `gradient` its gradient), or a graph input fed by the driver."""
 
     job: JobId
+    epoch: Epoch
     round: int
     index: int
     """Microbatch."""
@@ -177,36 +197,49 @@ class Boundary(msgspec.Struct, frozen=True, tag="train.boundary"):
     shape: tuple[int, ...]
 
 
-class TiedGradient(msgspec.Struct, frozen=True, tag="train.tied"):
+class TiedGradient(msgspec.Struct, frozen=True, tag="train.tied_gradient"):
     """One holder's gradient of a tied weight."""
 
     job: JobId
+    epoch: Epoch
     round: int
     key: WeightKey
     dtype: DType
     shape: tuple[int, ...]
 
 
-class Tensor(msgspec.Struct, frozen=True, tag="train.tensor"):
+class WeightTensor(msgspec.Struct, frozen=True, tag="train.weight_tensor"):
     """A weight, or with `state` its optimizer state, to a stage that is to load it: from the driver, or by its order
     from the machine that holds it."""
 
     job: JobId
+    epoch: Epoch
     key: WeightKey
     state: str | None
     dtype: DType
     shape: tuple[int, ...]
 
 
-class Pulled(msgspec.Struct, frozen=True, tag="train.pulled"):
-    """A weight, or with `state` its optimizer state, from a stage to the driver that asked for it by `Pull`."""
+class PulledWeight(msgspec.Struct, frozen=True, tag="train.pulled_weight"):
+    """A weight, or with `state` its optimizer state, from a stage to the driver that asked for it by `PullWeights`."""
 
     job: JobId
+    epoch: Epoch
     key: WeightKey
     state: str | None
     dtype: DType
     shape: tuple[int, ...]
 
 
-Control = Begin | Commit | Ready | Inherit | HandOver | Pull | End | Report | Failed
-Bulk = Boundary | TiedGradient | Tensor | Pulled
+Control = (
+    BeginRound
+    | CommitRound
+    | FinishLoading
+    | InheritWeights
+    | HandOverWeights
+    | PullWeights
+    | EndShare
+    | RoundReport
+    | ShareFailed
+)
+Bulk = Boundary | TiedGradient | WeightTensor | PulledWeight

@@ -6,13 +6,13 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 
 from fusionai.graph.model import SubDag
-from fusionai.training.messages import Report
+from fusionai.training.messages import RoundReport
 
 _MOST_BYTES = 1 << 60
 _MOST_TEXT = 2000
 
 
-def flaw(report: Report, subdags: Sequence[SubDag], microbatches: int, peers: Collection[str]) -> str | None:
+def flaw(report: RoundReport, subdags: Sequence[SubDag], microbatches: int, peers: Collection[str]) -> str | None:
     """Return what is wrong with the report of a machine that holds `subdags`, None if nothing is.
 
     Losses and gradients that are not finite are no flaw: they are the job's own trouble, and end it by themselves.

@@ -1,9 +1,9 @@
 """A machine's part in a job: its stages, run round by round at the driver's command.
 
-The event loop moves tensors and messages; the compute thread runs the passes. A round goes: `Begin` from the
+The event loop moves tensors and messages; the compute thread runs the passes. A round goes: `BeginRound` from the
 driver, boundary tensors in and out until the ledger is complete, tied gradients exchanged with the other holders,
-`Report` to the driver, and for training `Commit` back, which applies the update. Whatever goes wrong ends this
-machine's part and is told to the driver once.
+`RoundReport` to the driver, and for training `CommitRound` back, which applies the update. Whatever goes wrong ends
+this machine's part and is told to the driver once.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from fusionai.training.describe import stage_line
 from fusionai.training.ledger import RoundLedger, Slot, Task
 from fusionai.training.messages import (
     Assignment,
-    Begin,
+    BeginRound,
     Boundary,
     Bulk,
-    Commit,
+    CommitRound,
     Control,
-    End,
-    Failed,
-    HandedOver,
-    HandOver,
-    Inherit,
+    EndShare,
+    FinishLoading,
+    HandOverWeights,
+    InheritWeights,
     Neighbour,
-    Pull,
-    Pulled,
-    Ready,
-    Report,
-    Tensor,
+    PulledWeight,
+    PullWeights,
+    RoundReport,
+    ShareFailed,
     TiedGradient,
+    WeightsHandedOver,
+    WeightTensor,
 )
 from fusionai.training.slowdown import FULL_SPEED, Slowdown
-from fusionai.training.tied_gradients import TiedGradients
+from fusionai.training.tied_gradients import GradientExchange
 from fusionai.training.weight_traffic import WeightTraffic
 from fusionai.training.wire import JobWire
 
@@ -109,7 +109,7 @@ class StageHost:
         self._begun = asyncio.Event()
         """Replaced at each round's begin; set for the one that has begun, and when this part is closed."""
         self._admitted: set[tuple[bool, tuple[tuple[str, int], ...]]] = set()
-        self._tied: TiedGradients
+        self._tied: GradientExchange
         self._weights: WeightTraffic
         self._round_bytes: dict[str, int] = defaultdict(int)
         self._losses: dict[int, float] = {}
@@ -141,9 +141,9 @@ class StageHost:
             await host._compute.stop()
             raise
         host._compute.use(host._program)
-        host._tied = TiedGradients(assignment, wire, host._compute, host._program, host._count_sent)
+        host._tied = GradientExchange(assignment, wire, host._compute, host._program, host._count_sent)
         host._weights = WeightTraffic(assignment, wire, host._compute, host._program, host._count_sent)
-        wire.attach(assignment.job, host)
+        wire.attach(assignment.plan, host)
         return host
 
     @property
@@ -157,8 +157,8 @@ class StageHost:
             return
         self._closed = True
         self._begun.set()
-        log.info("job %s ends here: %s", self.assignment.job, reason)
-        self._wire.detach(self.assignment.job, self)
+        log.info("job %s ends here: %s", self.assignment.plan, reason)
+        self._wire.detach(self.assignment.plan, self)
         me = asyncio.current_task()
         others = [task for task in self._tasks if task is not me]
         for task in others:
@@ -172,29 +172,29 @@ class StageHost:
 
     def takes(self, message: Control | Bulk) -> bool:
         """Everything but what stages send to their driver."""
-        return not isinstance(message, (Report, Failed, Pulled))
+        return not isinstance(message, (RoundReport, ShareFailed, PulledWeight))
 
     async def on_control(self, peer: PeerId, message: Control) -> bytes:
         """Obey the driver."""
         if peer != self.assignment.owner:
             raise ProtocolError(f"{type(message).__name__} came from {peer[:12]}, which is not the driver")
         match message:
-            case Begin():
+            case BeginRound():
                 await self._begin(message)
-            case Commit():
+            case CommitRound():
                 self._commit(message)
-            case Ready():
+            case FinishLoading():
                 await self._weights.ready(message)
                 await self.connect()
-            case Inherit():
+            case InheritWeights():
                 self._weights.inherit(message)
-            case HandOver():
+            case HandOverWeights():
                 if self._current is not None or self._committing is not None:
                     raise ProtocolError("weights are handed over between two steps, and a round is in progress")
-                return msgspec.msgpack.encode(HandedOver(await self._weights.hand_over(message)))
-            case Pull():
+                return msgspec.msgpack.encode(WeightsHandedOver(await self._weights.hand_over(message)))
+            case PullWeights():
                 await self._weights.pull(message)
-            case End():
+            case EndShare():
                 self._own(self._end(message.reason or "the driver ended the job"))
             case _:
                 raise ProtocolError(f"a stage does not take {type(message).__name__}")
@@ -215,7 +215,7 @@ class StageHost:
                 current = await self._round_of(header.round)
                 if current is not None and current.train:
                     self._tied.keep(peer, header, tensor)
-            case Tensor():
+            case WeightTensor():
                 await self._weights.take(peer, header, tensor)
 
     async def on_peer_closed(self, peer: PeerId, error: NetworkError) -> None:
@@ -235,7 +235,7 @@ class StageHost:
 
     # --- the round --------------------------------------------------------------------------------------------
 
-    async def _begin(self, message: Begin) -> None:
+    async def _begin(self, message: BeginRound) -> None:
         if self._current is not None or self._committing is not None or message.round != self._next_round:
             raise ProtocolError(f"round {message.round} cannot begin; round {self._next_round} is next")
         count = len(message.loss_weights)
@@ -259,7 +259,7 @@ class StageHost:
         begun, self._begun = self._begun, asyncio.Event()
         begun.set()
 
-    async def _admit(self, message: Begin) -> None:
+    async def _admit(self, message: BeginRound) -> None:
         """Refuse sizes at which this share needs more memory than the machine offers, each pair of them once."""
         key = (message.train, tuple(sorted(message.sizes.items())))
         if key in self._admitted:
@@ -303,6 +303,7 @@ class StageHost:
             source, target = (transfer.source, transfer.target) if forward else (transfer.target, transfer.source)
             header = Boundary(
                 self.assignment.job,
+                self.assignment.epoch,
                 current.number,
                 task.turn.index,
                 transfer.value,
@@ -341,8 +342,9 @@ class StageHost:
             self._committing = current
         self.memory_bytes = await self._compute.call(self._program.memory_bytes)
         self._current = None
-        report = Report(
+        report = RoundReport(
             self.assignment.job,
+            self.assignment.epoch,
             current.number,
             dict(self._losses),
             norms,
@@ -355,7 +357,7 @@ class StageHost:
         )
         await self._wire.notify(PeerId(self.assignment.owner), report)
 
-    def _commit(self, message: Commit) -> None:
+    def _commit(self, message: CommitRound) -> None:
         committing, self._committing = self._committing, None
         if committing is None or message.round != committing.number:
             raise ProtocolError(f"round {message.round} cannot be committed: it is not complete here")
@@ -388,15 +390,16 @@ class StageHost:
     async def _fail(self, error: BaseException) -> None:
         """Tell the driver, then end."""
         if isinstance(error, FusionError):
-            log.warning("job %s failed here: %s", self.assignment.job, error)
+            log.warning("job %s failed here: %s", self.assignment.plan, error)
         else:
-            log.error("job %s failed here", self.assignment.job, exc_info=error)
+            log.error("job %s failed here", self.assignment.plan, exc_info=error)
         name = type(error).__name__ if isinstance(error, FusionError) else "JobError"
         text = str(error) if isinstance(error, FusionError) else f"{type(error).__name__}: {error}"
+        failed = ShareFailed(self.assignment.job, self.assignment.epoch, name, text[:2000])
         try:
-            await self._wire.notify(PeerId(self.assignment.owner), Failed(self.assignment.job, name, text[:2000]))
+            await self._wire.notify(PeerId(self.assignment.owner), failed)
         except NetworkError:
-            log.info("job %s: the driver is gone and cannot be told", self.assignment.job)
+            log.info("job %s: the driver is gone and cannot be told", self.assignment.plan)
         await self._end(text)
 
     async def _end(self, reason: str) -> None:

@@ -15,7 +15,7 @@ from fusionai.training.messages import Assignment, TiedGradient
 from fusionai.training.wire import JobWire
 
 
-class TiedGradients:
+class GradientExchange:
     """This machine's side of the exchange: what has come of the round in progress, and the sums."""
 
     def __init__(
@@ -72,7 +72,9 @@ class TiedGradients:
         for key, holders in tied.items():
             gradient = await self._compute.call(lambda key=key: self._program.read_gradient(key))  # type: ignore[misc]
             mine[key] = gradient
-            header = TiedGradient(self._assignment.job, number, key, gradient.dtype, gradient.shape)
+            header = TiedGradient(
+                self._assignment.job, self._assignment.epoch, number, key, gradient.dtype, gradient.shape
+            )
             for holder in holders:
                 if holder != me:
                     self._count_sent(holder, gradient.nbytes)

@@ -1,8 +1,8 @@
 """Weights and optimizer states that come to a stage and leave it: loading, pulling, and handing over to a new plan.
 
-A job that is planned anew while it runs has two *generations* for a while, under two job ids: the running one, and the
-new one, whose programs are made and linked but empty. Between two steps the machines of the running generation send
-what they hold straight to its new holders; a machine that keeps a weight hands it over in memory.
+A job that is planned anew while it runs has two plans for a while, told apart by their epochs: the running one, and the
+new one, whose programs are made and linked but empty. Between two steps the machines of the running plan send what they
+hold straight to its new holders; a machine that keeps a weight hands it over in memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from fusionai.graph.model import Weight, WeightKey
 from fusionai.network.identity import PeerId
 from fusionai.tensor import TensorData
 from fusionai.training.compute import ComputeThread
-from fusionai.training.messages import Assignment, HandOver, Inherit, Pull, Pulled, Ready, Tensor
+from fusionai.training.messages import (
+    Assignment,
+    FinishLoading,
+    HandOverWeights,
+    InheritWeights,
+    PulledWeight,
+    PullWeights,
+    WeightTensor,
+)
 from fusionai.training.wire import JobWire
 
 LOAD_TIMEOUT_S = 100.0
@@ -25,7 +33,7 @@ LOAD_TIMEOUT_S = 100.0
 
 
 class WeightTraffic:
-    """The weights of one machine's part in one generation of a job."""
+    """The weights of one machine's share of a job."""
 
     def __init__(
         self,
@@ -52,7 +60,7 @@ class WeightTraffic:
 
     # --- coming -------------------------------------------------------------------------------------------------
 
-    def inherit(self, message: Inherit) -> None:
+    def inherit(self, message: InheritWeights) -> None:
         """Take weights from the machines named from now on, each from one. Raises ProtocolError."""
         if self._sources is not None or self._loaded:
             raise ProtocolError("weights have been sent or announced here already")
@@ -66,7 +74,7 @@ class WeightTraffic:
             raise ProtocolError(f"{min(strangers)[:12]} is to send weights, but is no machine of this job")
         self._sources = dict(message.sources)
 
-    async def take(self, peer: PeerId, header: Tensor, tensor: TensorData) -> None:
+    async def take(self, peer: PeerId, header: WeightTensor, tensor: TensorData) -> None:
         """Load a weight or an optimizer state.
 
         Raises ProtocolError when it is not this peer's to send, came before, or is not of the declared dtype and shape.
@@ -87,7 +95,7 @@ class WeightTraffic:
         self._loaded += 1
         self._arrived.set()
 
-    async def ready(self, message: Ready) -> None:
+    async def ready(self, message: FinishLoading) -> None:
         """Return once all weights are here, and set the optimizer's step. Raises JobError when some are missing."""
         # Bulk and control are not ordered against each other: the last weights may still be on their way.
         try:
@@ -114,8 +122,8 @@ class WeightTraffic:
 
     # --- leaving ------------------------------------------------------------------------------------------------
 
-    async def hand_over(self, message: HandOver) -> dict[str, int]:
-        """Send weights with their states to machines of the new generation; return the bytes by receiving peer."""
+    async def hand_over(self, message: HandOverWeights) -> dict[str, int]:
+        """Send weights with their states to machines of the new plan; return the bytes by receiving peer."""
         unknown = message.targets.keys() - self._weights.keys()
         if unknown:
             raise ProtocolError(f"the weight {min(unknown)[:80]!r} is not held here")
@@ -124,7 +132,7 @@ class WeightTraffic:
             for key, targets in message.targets.items():
                 for state in self._states(key):
                     tensor = await self._read(key, state)
-                    header = Tensor(message.to, key, state, tensor.dtype, tensor.shape)
+                    header = WeightTensor(message.job, message.to, key, state, tensor.dtype, tensor.shape)
                     for target in targets:
                         await self._wire.send(PeerId(target), header, tensor)
                         if target != self._wire.me:
@@ -133,12 +141,12 @@ class WeightTraffic:
                     del tensor
         return dict(sent)
 
-    async def pull(self, message: Pull) -> None:
+    async def pull(self, message: PullWeights) -> None:
         """Send the driver the tensors that it asks for."""
         async with self._pulling:  # one copy of one tensor at a time, however many requests there are
             for key, state in message.tensors:
                 tensor = await self._read(key, state)
-                header = Pulled(self._assignment.job, key, state, tensor.dtype, tensor.shape)
+                header = PulledWeight(message.job, message.epoch, key, state, tensor.dtype, tensor.shape)
                 await self._wire.send(PeerId(self._assignment.owner), header, tensor)
                 del tensor
 

@@ -1,4 +1,4 @@
-"""Messages of jobs over an endpoint: encoded, checked, and routed to the receiver of their job.
+"""Messages of jobs over an endpoint: encoded, checked, and routed to the receiver of their job and epoch.
 
 A machine may be driver and stage of one job at once, so messages to itself are delivered directly, through the
 same handlers and in the same order as they would be over a link.
@@ -6,32 +6,16 @@ same handlers and in the same order as they would be over a link.
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, get_args
 
 import msgspec
 
 from fusionai.errors import NetworkError, PeerLost, ProtocolError
 from fusionai.network.endpoint import Endpoint, Link
 from fusionai.network.identity import PeerId
-from fusionai.pool.identifiers import JobId
+from fusionai.pool.identifiers import JobEpoch
 from fusionai.tensor import TensorData, tensor_bytes
-from fusionai.training.messages import (
-    Begin,
-    Boundary,
-    Bulk,
-    Commit,
-    Control,
-    End,
-    Failed,
-    HandOver,
-    Inherit,
-    Pull,
-    Pulled,
-    Ready,
-    Report,
-    Tensor,
-    TiedGradient,
-)
+from fusionai.training.messages import Bulk, Control
 
 _Message = TypeVar("_Message")
 
@@ -39,23 +23,6 @@ PREFIX = "train."
 """Kinds that begin so belong to jobs."""
 
 _Decoder = msgspec.msgpack.Decoder
-_CONTROL: dict[str, _Decoder[Control]] = {
-    "train.begin": _Decoder(Begin),
-    "train.commit": _Decoder(Commit),
-    "train.ready": _Decoder(Ready),
-    "train.inherit": _Decoder(Inherit),
-    "train.hand_over": _Decoder(HandOver),
-    "train.pull": _Decoder(Pull),
-    "train.end": _Decoder(End),
-    "train.report": _Decoder(Report),
-    "train.failed": _Decoder(Failed),
-}
-_BULK: dict[str, _Decoder[Bulk]] = {
-    "train.boundary": _Decoder(Boundary),
-    "train.tied": _Decoder(TiedGradient),
-    "train.tensor": _Decoder(Tensor),
-    "train.pulled": _Decoder(Pulled),
-}
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -75,29 +42,33 @@ class Receiver(Protocol):
         """A link is gone."""
 
 
-def _kind(message: Control | Bulk) -> str:
+def _kind(message: Control | Bulk | type[Control] | type[Bulk]) -> str:
     return str(message.__struct_config__.tag)
 
 
+_CONTROL: dict[str, _Decoder[Control]] = {_kind(each): _Decoder(each) for each in get_args(Control)}
+_BULK: dict[str, _Decoder[Bulk]] = {_kind(each): _Decoder(each) for each in get_args(Bulk)}
+
+
 class JobWire:
-    """Sends and receives the messages of all jobs of this machine."""
+    """Sends and receives the messages of all jobs of this machine, routed by job and epoch."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.me = endpoint.peer_id
-        self._receivers: dict[JobId, list[Receiver]] = {}
+        self._receivers: dict[JobEpoch, list[Receiver]] = {}
 
-    def attach(self, job: JobId, receiver: Receiver) -> None:
-        """Route the messages of a job to a receiver too."""
-        self._receivers.setdefault(job, []).append(receiver)
+    def attach(self, plan: JobEpoch, receiver: Receiver) -> None:
+        """Route the messages of a job's epoch to a receiver too."""
+        self._receivers.setdefault(plan, []).append(receiver)
 
-    def detach(self, job: JobId, receiver: Receiver) -> None:
-        """Stop routing to a receiver."""
-        remaining = [other for other in self._receivers.get(job, []) if other is not receiver]
+    def detach(self, plan: JobEpoch, receiver: Receiver) -> None:
+        """Stop routing to a receiver. Messages of an epoch without receivers are dropped, and requests refused."""
+        remaining = [other for other in self._receivers.get(plan, []) if other is not receiver]
         if remaining:
-            self._receivers[job] = remaining
+            self._receivers[plan] = remaining
         else:
-            self._receivers.pop(job, None)
+            self._receivers.pop(plan, None)
 
     # --- sending ------------------------------------------------------------------------------------------
 
@@ -135,15 +106,15 @@ class JobWire:
         return await self._receiver(message).on_control(link.peer, message)
 
     async def on_notice(self, link: Link, kind: str, payload: bytes) -> None:
-        """Take a notice of a job; one of a job that is over is dropped."""
+        """Take a notice of a job; one of an epoch that is not here, or not any more, is dropped."""
         message = _decoded(_CONTROL, kind, payload)
-        if message.job in self._receivers:
+        if _plan(message) in self._receivers:
             await self._receiver(message).on_control(link.peer, message)
 
     async def on_bulk(self, link: Link, kind: str, header: bytes, body: bytearray) -> None:
-        """Take a tensor of a job; one of a job that is over is dropped."""
+        """Take a tensor of a job; one of an epoch that is not here, or not any more, is dropped."""
         message = _decoded(_BULK, kind, header)
-        if message.job not in self._receivers:
+        if _plan(message) not in self._receivers:
             return
         if any(size < 0 for size in message.shape) or tensor_bytes(message.dtype, message.shape) != len(body):
             raise ProtocolError(f"a {message.dtype} tensor of shape {list(message.shape)} came with {len(body)} bytes")
@@ -156,10 +127,16 @@ class JobWire:
             await receiver.on_peer_closed(peer, error)
 
     def _receiver(self, message: Control | Bulk) -> Receiver:
-        for receiver in self._receivers.get(message.job, []):
+        for receiver in self._receivers.get(_plan(message), []):
             if receiver.takes(message):
                 return receiver
-        raise ProtocolError(f"{_kind(message)} for job {message.job!r}, which this machine has no part in")
+        raise ProtocolError(
+            f"{_kind(message)} for epoch {message.epoch} of job {message.job!r}, which this machine has no part in"
+        )
+
+
+def _plan(message: Control | Bulk) -> JobEpoch:
+    return JobEpoch(message.job, message.epoch)
 
 
 def _decoded(decoders: dict[str, _Decoder[_Message]], kind: str, payload: bytes) -> _Message:
