@@ -40,7 +40,7 @@ def test_a_script_sees_every_message_twice() -> None:
     seen: list[tuple[str, Message]] = []
 
     async def main() -> None:
-        async with linked() as (network, a, b, link):
+        async with linked() as (network, _, b, link):
             network.on_send = lambda message: seen.append(("sent", message))
             network.on_arrival = lambda message: seen.append(("here", message))
             await link.notify("n", b"one")
@@ -157,6 +157,7 @@ def test_a_cut_link_is_seen_by_both_and_may_be_made_anew() -> None:
             link = await a.connect(b)
             assert await link.request("echo", b"again", timeout_s=1) == b"again"
             network.cut("b", "a", for_good=True)
+            await until(lambda: link.closed)
             with pytest.raises(PeerLost, match="nobody can be reached"):
                 await a.connect(b)
 

@@ -65,7 +65,7 @@ def test_requests_carry_answers_and_errors(go: Any) -> None:
         assert await back.request("echo", b"back", timeout_s=5) == b"back"
         with pytest.raises(DataError, match="line 3 is not text"):
             await link.request("fail", b"", timeout_s=5)
-        with pytest.raises(PeerTimeout, match="'sleep' within 0.05 s"):
+        with pytest.raises(PeerTimeout, match=r"'sleep' within 0\.05 s"):
             await link.request("sleep", b"", timeout_s=0.05)
         await until(lambda: b.got.cancelled == 1)
         with pytest.raises(ProtocolError, match="send it as bulk"):
@@ -198,7 +198,7 @@ def test_who_may_have_a_link(go: Any) -> None:
         await a.connect(b, credential=b"right")
         with pytest.raises(AuthenticationError, match=f"is {b.peer[:12]}, but .* was to be reached"):
             await a.endpoint.connect(Identity.ephemeral().peer_id, [b.address], timeout_s=5)
-        with pytest.raises(PeerLost, match="nobody can be reached at 127.0.0.1:1"):
+        with pytest.raises(PeerLost, match="nobody can be reached at"):
             await b.endpoint.connect(Identity.ephemeral().peer_id, ["127.0.0.1:1"], timeout_s=5)
         with pytest.raises(ConfigError, match="this node itself"):
             await a.connect(a)
