@@ -7,11 +7,11 @@ from collections import deque
 from dataclasses import dataclass
 
 from fusionai.errors import NetworkError
-from fusionai.network.connection import Connection
 from fusionai.network.credit import SendCredit, charge_bytes
 from fusionai.network.framing import FrameType
 from fusionai.network.messages import Bulk, encode
 from fusionai.network.statistics import LinkStatistics
+from fusionai.network.transport import Channel
 
 
 @dataclass(slots=True)
@@ -31,15 +31,15 @@ class BulkSender:
     body would leave the stream corrupt.
     """
 
-    def __init__(self, connection: Connection, window_bytes: int, statistics: LinkStatistics) -> None:
-        self._connection = connection
+    def __init__(self, channel: Channel, window_bytes: int, statistics: LinkStatistics) -> None:
+        self._channel = channel
         self._statistics = statistics
         self._waiting: deque[_Waiting] = deque()
         self._filled = asyncio.Event()
         self.credit = SendCredit(window_bytes)
 
     async def send(self, kind: str, header: bytes, body: memoryview) -> None:
-        """Return when all of the message has been handed to the connection."""
+        """Return when all of the message has been handed to the channel."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(kind, header, body, done))
         self._filled.set()
@@ -52,7 +52,7 @@ class BulkSender:
             raise
 
     async def run(self) -> None:
-        """Send for ever. Raises the reason when the connection is gone."""
+        """Send for ever. Raises the reason when the channel is gone."""
         while True:
             while not self._waiting:
                 self._filled.clear()
@@ -62,7 +62,7 @@ class BulkSender:
                 header = encode(Bulk(message.kind, message.header))
                 charge = charge_bytes(len(header) + len(message.body), self.credit.window_bytes)
                 await self.credit.take(charge)
-                wire_bytes = await self._connection.send_large(FrameType.BULK, header, message.body)
+                wire_bytes = await self._channel.send_large(FrameType.BULK, header, message.body)
                 self._statistics.count_sent(message.kind, len(message.body), wire_bytes)
                 if not message.done.done():
                     message.done.set_result(None)

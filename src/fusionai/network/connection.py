@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import time
 from collections.abc import Callable, Mapping
 from typing import cast
 
@@ -22,15 +21,15 @@ import msgspec
 
 from fusionai.errors import AuthenticationError, NetworkError, PeerLost, PeerTimeout, ProtocolError
 from fusionai.network.certificates import ALPN, peer_public_key
+from fusionai.network.clock import now_s
 from fusionai.network.framing import Admit, Frame, FrameDecoder, FrameType, frame_prefix
 from fusionai.network.identity import PeerId, peer_id
 from fusionai.network.limits import Limits
 from fusionai.network.messages import encode
 from fusionai.network.shaping import Lane, LinkShaper
+from fusionai.network.transport import Buffer, Channel
 
 log = logging.getLogger(__name__)
-
-Buffer = bytes | bytearray | memoryview
 
 WRITE_CHUNK_BYTES = 256 << 10
 """Bulk is handed to TLS in such pieces: about 0.2 ms of work, so control is never kept waiting for long."""
@@ -39,7 +38,7 @@ _JOIN_BYTES = 64 << 10
 _GREETINGS = {FrameType.HELLO: 0, FrameType.WELCOME: 0, FrameType.REFUSE: 0}
 
 
-class Connection(asyncio.BufferedProtocol):
+class Connection(asyncio.BufferedProtocol, Channel):
     """A connection to one proven peer. Methods are for the event loop's thread only."""
 
     def __init__(self, limits: Limits) -> None:
@@ -55,12 +54,10 @@ class Connection(asyncio.BufferedProtocol):
         self._gone = asyncio.Event()
         self._failure: NetworkError | None = None
         self._lane: Lane | None = None
-        self.heard_s = time.monotonic()
-        """Monotonic time in seconds when bytes last arrived."""
+        self.heard_s = now_s()
         self.peer = PeerId("")
-        """Who is at the other end; set when the handshake is done."""
+        """Set when the handshake is done."""
         self.remote_host = ""
-        """The address from which the other end is seen, without its port; "" when the system does not say."""
 
     # --- asyncio's side -----------------------------------------------------------------------------------
 
@@ -94,7 +91,7 @@ class Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         if self._failure is not None:
             return
-        self.heard_s = time.monotonic()
+        self.heard_s = now_s()
         self._decoder.advance(nbytes)
         self._parse()
 
@@ -140,7 +137,7 @@ class Connection(asyncio.BufferedProtocol):
         self._decoder.expect(body_limits, self._limits.header_bytes, admit)
         self._receive = receive
         self._on_lost = on_lost
-        self.heard_s = time.monotonic()
+        self.heard_s = now_s()
         if self._failure is not None:
             asyncio.get_running_loop().call_soon(self._report)
             return

@@ -14,15 +14,14 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 
 from fusionai.errors import ConfigError, PeerLost, PeerTimeout, ProtocolError
-from fusionai.network.connection import Buffer, Connection
-from fusionai.network.dialling import dial
 from fusionai.network.greeting import Announcement, DuplicateLink
 from fusionai.network.identity import Identity, PeerId
 from fusionai.network.lab import LabConfig
 from fusionai.network.limits import Limits
 from fusionai.network.link import Handler, Link
-from fusionai.network.listening import Listener
 from fusionai.network.messages import Hello, Release
+from fusionai.network.tls_transport import TlsTransport
+from fusionai.network.transport import Arrivals, Buffer, Channel, Listening, Transport
 
 __all__ = ["Buffer", "Endpoint", "Handler", "Link"]
 
@@ -45,6 +44,7 @@ class Endpoint:
         lab: emulated links; None for real ones only.
         name: what peers are told; lab mode and logs go by it. May be changed, for links to come.
         release: what this node speaks; tests change it.
+        transport: what carries the frames; None for TLS over TCP.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Endpoint:
         lab: LabConfig | None = None,
         name: str = "",
         release: Release | None = None,
+        transport: Transport | None = None,
     ) -> None:
         self.identity = identity
         self.name = name
@@ -66,9 +67,8 @@ class Endpoint:
         self._limits = limits or Limits()
         self._release = release or Release()
         self._instance = secrets.token_bytes(8)
-        self._server_context = identity.tls(server=True)
-        self._client_context = identity.tls(server=False)
-        self._listeners: list[Listener] = []
+        self._transport = transport or TlsTransport(identity, self._limits)
+        self._listeners: list[Listening] = []
         self._links: dict[PeerId, Link] = {}
         self._not_gone: set[Link] = set()
         self._starting: set[asyncio.Task[None]] = set()
@@ -93,17 +93,12 @@ class Endpoint:
         Raises:
             ConfigError: the port is in use, or the address is not this machine's.
         """
-        listener = Listener(
-            context=self._server_context,
-            limits=self._limits,
-            announcement=self._announcement,
-            admit=self._admit,
-            established=self._accepted,
-            ended=self._arrival_ended,
+        arrivals = Arrivals(
+            announcement=self._announcement, admit=self._admit, established=self._accepted, ended=self._arrival_ended
         )
-        address = await listener.open(host, port)
+        listener = await self._transport.listen(host, port, arrivals)
         self._listeners.append(listener)
-        return address
+        return listener.address
 
     async def connect(
         self, peer: PeerId, addresses: Sequence[str], *, credential: bytes = b"", timeout_s: float
@@ -172,14 +167,7 @@ class Endpoint:
         """Dial, unless the peer's own link appears before."""
         self._dialling.add(peer)
         dialled = asyncio.create_task(
-            dial(
-                peer,
-                addresses,
-                context=self._client_context,
-                announcement=self._announcement(),
-                credential=credential,
-                limits=self._limits,
-            )
+            self._transport.dial(peer, addresses, announcement=self._announcement(), credential=credential)
         )
         appeared = asyncio.create_task(self._appearance(peer))
         made: Link | None = None
@@ -195,8 +183,8 @@ class Endpoint:
                 task.cancel()
             await asyncio.gather(dialled, appeared, return_exceptions=True)
             if made is None and not dialled.cancelled() and dialled.exception() is None:
-                for connection in dialled.result()[1:]:
-                    connection.abort(PeerLost("this attempt to connect was given up"))
+                for channel in dialled.result()[1:]:
+                    channel.abort(PeerLost("this attempt to connect was given up"))
             self._dialling.discard(peer)
             self._wake(peer)
 
@@ -222,7 +210,7 @@ class Endpoint:
             raise DuplicateLink("the node with the smaller id is dialling already")
         self._arriving.setdefault(peer, set()).add(hello.session)
 
-    def _accepted(self, greeting: Hello, control: Connection, bulk: Connection) -> None:
+    def _accepted(self, greeting: Hello, control: Channel, bulk: Channel) -> None:
         self._add(greeting, control, bulk, dialled=False)
 
     def _arrival_ended(self, peer: PeerId, hello: Hello) -> None:
@@ -235,7 +223,7 @@ class Endpoint:
 
     # --- links --------------------------------------------------------------------------------------------
 
-    def _add(self, greeting: Hello, control: Connection, bulk: Connection, *, dialled: bool) -> Link:
+    def _add(self, greeting: Hello, control: Channel, bulk: Channel, *, dialled: bool) -> Link:
         peer = control.peer
         lab = self.lab.link(self.name, greeting.name) if self.lab is not None else None
         link = Link(

@@ -21,7 +21,6 @@ from typing import Any, Protocol
 from fusionai.errors import ConfigError, FusionError, NetworkError, PeerLost, PeerTimeout, ProtocolError
 from fusionai.network.bulk_receiver import BulkReceiver
 from fusionai.network.bulk_sender import BulkSender
-from fusionai.network.connection import Buffer, Connection
 from fusionai.network.framing import Frame, FrameType
 from fusionai.network.identity import PeerId
 from fusionai.network.inbox import Inbox
@@ -47,6 +46,7 @@ from fusionai.network.probing import BURST, RESERVED, ProbeResponder
 from fusionai.network.requests import Answering, Asking
 from fusionai.network.shaping import LinkShaper
 from fusionai.network.statistics import LinkStatistics
+from fusionai.network.transport import Buffer, Channel
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +80,8 @@ class Link:
         self,
         *,
         greeting: Hello,
-        control: Connection,
-        bulk: Connection,
+        control: Channel,
+        bulk: Channel,
         dialled: bool,
         handler: Handler,
         limits: Limits,

@@ -12,28 +12,23 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 from fusionai.errors import ConfigError, FusionError, PeerLost, PeerTimeout, ProtocolError
 from fusionai.network.connection import Connection
 from fusionai.network.framing import FrameType
-from fusionai.network.greeting import Announcement, DuplicateLink, check_greeting, check_release, refuse
+from fusionai.network.greeting import DuplicateLink, check_greeting, check_release, refuse
 from fusionai.network.identity import PeerId
 from fusionai.network.limits import Limits
 from fusionai.network.messages import Hello, decode
+from fusionai.network.transport import Arrivals, Listening
 from fusionai.units.addresses import join_address
 
 log = logging.getLogger(__name__)
 
 _BACKLOG = 256
 _FAREWELL_S = 1.0
-
-Admission = Callable[[PeerId, Hello], Awaitable[None]]
-"""Raises a FusionError unless this peer may have a link by this greeting."""
-Established = Callable[[Hello, Connection, Connection], None]
-"""Takes the greeting, the control and the bulk connection of a new link."""
 
 
 @dataclass
@@ -44,33 +39,25 @@ class _Pairing:
     taken: asyncio.Future[bool] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
-class Listener:
+class Listener(Listening):
     """One listening socket."""
 
-    def __init__(
-        self,
-        *,
-        context: ssl.SSLContext,
-        limits: Limits,
-        announcement: Callable[[], Announcement],
-        admit: Admission,
-        established: Established,
-        ended: Callable[[PeerId, Hello], None],
-    ) -> None:
+    def __init__(self, *, context: ssl.SSLContext, limits: Limits, arrivals: Arrivals) -> None:
+        self.address = ""
         self._context = context
         self._limits = limits
-        self._announcement = announcement
-        self._admit = admit
-        self._established = established
-        self._ended = ended
+        self._announcement = arrivals.announcement
+        self._admit = arrivals.admit
+        self._established = arrivals.established
+        self._ended = arrivals.ended
         self._socket: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._unfinished: dict[asyncio.Task[None], None] = {}
         self._untouched: set[socket.socket] = set()
         self._pairings: dict[tuple[PeerId, bytes], _Pairing] = {}
 
-    async def open(self, host: str, port: int) -> str:
-        """Listen; return the address, with the port chosen where `port` is 0.
+    async def open(self, host: str, port: int) -> None:
+        """Listen at `address` from now on: the host, and the port chosen where `port` is 0.
 
         Raises:
             ConfigError: the address cannot be listened at.
@@ -96,7 +83,7 @@ class Listener:
             raise _listen_error(host, port, error) from error
         self._socket = listening
         self._accepting = loop.create_task(self._accept(listening))
-        return join_address(host, int(listening.getsockname()[1]))
+        self.address = join_address(host, int(listening.getsockname()[1]))
 
     async def close(self) -> None:
         """Stop listening, and drop what is not a link yet."""

@@ -7,10 +7,10 @@ cable, a crashed machine, a NAT that forgot. Any byte on either connection count
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 
 from fusionai.errors import NetworkError, PeerLost
+from fusionai.network.clock import now_s
 from fusionai.network.limits import Limits
 
 _RTT_MARGIN_LEAST_S, _RTT_MARGIN_MOST_S = 0.5, 5.0
@@ -24,7 +24,7 @@ class Liveness:
     Args:
         limits: for the interval and the patience.
         send: writes a ping with a number.
-        heard_s: monotonic time when bytes last arrived.
+        heard_s: when bytes last arrived, by `clock.now_s`.
         listening: false while this side does not read: silence then says nothing.
     """
 
@@ -50,7 +50,7 @@ class Liveness:
         self._numbers += 1
         number = self._numbers
         reply: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = (time.monotonic(), reply)
+        self._waiting[number] = (now_s(), reply)
         self._send(number)
         try:
             return await reply
@@ -64,7 +64,7 @@ class Liveness:
         sent_s, reply = self._waiting.get(number, (0.0, None))
         if reply is None or reply.done():
             return
-        rtt_s = time.monotonic() - sent_s
+        rtt_s = now_s() - sent_s
         self.rtt_s = rtt_s if self.rtt_s is None else self.rtt_s + _SMOOTHING * (rtt_s - self.rtt_s)
         reply.set_result(rtt_s)
 
@@ -86,19 +86,19 @@ class Liveness:
         When this process itself was stopped (a sleeping laptop, a starved machine), the peer's bytes may still lie
         unread: the time that a wait overran is not held against the peer.
         """
-        forgiven_s = time.monotonic()
+        forgiven_s = now_s()
         interval_s = min(self._limits.ping_interval_s, self._limits.silence_s / 4)
         while True:
-            began_s = time.monotonic()
+            began_s = now_s()
             try:
                 async with asyncio.timeout(interval_s):
                     await self.ping()
             except TimeoutError:
                 pass
-            await asyncio.sleep(max(0.0, began_s + interval_s - time.monotonic()))
-            now_s = time.monotonic()
-            if now_s - began_s > interval_s + _LATE_S or not self._listening():
-                forgiven_s = now_s
-            silent_s = now_s - max(self._heard_s(), forgiven_s)
+            await asyncio.sleep(max(0.0, began_s + interval_s - now_s()))
+            current_s = now_s()
+            if current_s - began_s > interval_s + _LATE_S or not self._listening():
+                forgiven_s = current_s
+            silent_s = current_s - max(self._heard_s(), forgiven_s)
             if silent_s > self.patience_s:
                 return PeerLost(f"{who} has been silent for {silent_s:.1f} s, although pinged")

@@ -8,11 +8,11 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from fusionai.errors import FusionError, NetworkError, ProtocolError
-from fusionai.network.connection import Connection
 from fusionai.network.framing import FrameType
 from fusionai.network.limits import Limits
 from fusionai.network.messages import Call, Failure, Reply, error_from, error_name, short_text
 from fusionai.network.statistics import LinkStatistics
+from fusionai.network.transport import Channel
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Answering:
     def __init__(
         self,
         *,
-        control: Connection,
+        control: Channel,
         limits: Limits,
         answer_bytes: int,
         work: Callable[[str, bytes], Awaitable[bytes]],
