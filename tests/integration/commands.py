@@ -7,7 +7,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,8 +19,7 @@ import psutil
 from fusionai.compnode.member import Member
 from fusionai.network.identity import Identity
 from fusionai.pool.messages import JobStatus, MemberStatus, Status, StatusQuery
-
-COMMAND = [sys.executable, "-m", "fusionai"]
+from quick_pool import start
 
 ENDLESS = 1_000_000
 """Steps of a job that a test ends."""
@@ -67,16 +65,11 @@ def words(count: int) -> str:
 
 
 @contextmanager
-def started(*arguments: str | Path, prefix: Sequence[str] = COMMAND) -> Iterator[Command]:
-    """Run a command in the background; it is killed at the end if it still runs."""
-    process = subprocess.Popen(
-        [*prefix, *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
+def started(*arguments: str | Path, prefix: Sequence[str] = ()) -> Iterator[Command]:
+    """Run `fusionai`, or what `prefix` says, in the background; it is killed at the end if it still runs."""
+    words = [*prefix, *map(str, arguments)]
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(words, **streams, text=True) if prefix else start(words, **streams, text=True)
     try:
         yield process
     finally:
@@ -123,7 +116,7 @@ class Ended:
         return errors[0]
 
 
-def run(*arguments: str | Path, within_s: float = 60.0, prefix: Sequence[str] = COMMAND) -> Ended:
+def run(*arguments: str | Path, within_s: float = 60.0, prefix: Sequence[str] = ()) -> Ended:
     """Run a command to its end."""
     with started(*arguments, prefix=prefix) as process:
         return Ended(process, within_s=within_s)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fusionai.owner.local_pool import LocalPool
+from quick_pool import QuickPool
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -18,5 +19,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalPool]:
     """A broker and four compnodes with one thread each."""
     torch.set_num_threads(1)
-    with LocalPool(4, folder=tmp_path_factory.mktemp("pool")) as pool:
+    with QuickPool(4, folder=tmp_path_factory.mktemp("pool")) as pool:
         yield pool

@@ -13,10 +13,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from fusionai.network.framing import PREFIX_BYTES, Frame, FrameDecoder, FrameType
 from fusionai.network.messages import Bulk, Call, Notice, decode
-from fusionai.owner.local_pool import LocalPool, _Child
+from fusionai.owner.local_pool import LocalPool
+from quick_pool import keep_measurements, start
 
 _RECORD = struct.Struct("<QQBIQ?")
 _STAGING_BYTES = 64 << 10
@@ -92,19 +94,11 @@ class RecordedPool(LocalPool):
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.frames"
 
-    def _spawn(self, name: str, arguments: Sequence[str]) -> _Child:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        log = self.folder / f"{name}.log"
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                [sys.executable, __file__, str(self._path(name)), *arguments, "--exit-with-parent"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-            )
-        child = _Child(name, process, log)
-        self._children.append(child)
-        return child
+    def _start_command(self, name: str, arguments: Sequence[str], errors: IO[bytes]) -> subprocess.Popen[bytes]:
+        if arguments[0] == "join":
+            keep_measurements(self.folder / name)
+        words = [str(self._path(name)), *arguments]
+        return start(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, script=Path(__file__))
 
 
 def record_frames(path: Path) -> None:

@@ -26,6 +26,7 @@ from fusionai.network.identity import Identity
 from fusionai.network.token import JoinToken
 from fusionai.owner.local_pool import LocalPool
 from fusionai.training.checkpoint import CheckpointReader, latest
+from quick_pool import QuickPool
 
 Here = Callable[..., Ended]
 
@@ -231,10 +232,10 @@ def test_a_port_in_use(here: Here, free_pool: LocalPool, tmp_path: Path) -> None
 
 def test_no_compnodes_and_then_too_little_memory(here: Here, tmp_path: Path) -> None:
     job = tiny_job(tmp_path, **{"model.config": {"hidden_size": 256, "intermediate_size": 512}})
-    with LocalPool(0, folder=tmp_path / "empty") as empty:
+    with QuickPool(0, folder=tmp_path / "empty") as empty:
         ended = here("train", job, "--broker", empty.token, "--run", tmp_path / "first")
         ended.failed(3, "PlacementError", "fusionai join TOKEN")
-    with LocalPool(1, arguments=[["--memory", "1MB"]], folder=tmp_path / "small") as small:
+    with QuickPool(1, arguments=[["--memory", "1MB"]], folder=tmp_path / "small") as small:
         ended = here("train", job, "--broker", small.token, "--run", tmp_path / "second")
         ended.failed(3, "PlacementError", "compnode-1", "1 MB", "--memory")
         assert all_free(small.token, "compnode-1")

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from commands import COMMAND, POSIX, Ended, compnodes, last_job, started, states, tiny_job, until, until_training
+from commands import POSIX, Ended, compnodes, last_job, started, states, tiny_job, until, until_training
 from models import language_model, named_parts, token_batch, train_alone
 
 import fusionai
@@ -26,6 +23,7 @@ from fusionai.owner.membership import OwnerOptions
 from fusionai.owner.replanning import ReplanEvent
 from fusionai.owner.training_run import Observer, StepEvent
 from fusionai.scheduling.corrections import Corrections
+from quick_pool import QuickPool, keep_measurements, start
 
 STEPS = 80
 HURRIED = 45
@@ -35,49 +33,25 @@ SLOW = ["--slowdown", "12"]
 ADAMW: dict[str, Any] = {"kind": "adamw", "weight_decay": 0.01}
 
 
-@pytest.fixture(scope="module")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the first pool's measurements go; this machine is measured once, which takes seconds."""
-    return tmp_path_factory.mktemp("calibration") / "calibration.json"
-
-
-@contextmanager
-def pool_of(
-    names: Sequence[str], folder: Path, calibration: Path, arguments: Sequence[Sequence[str]] | None = None
-) -> Iterator[LocalPool]:
-    """Run a pool of compnodes that are measured already, where one was before."""
-    if calibration.exists():
-        for name in names:
-            (folder / name).mkdir(parents=True)
-            shutil.copy(calibration, folder / name)
-    with LocalPool(len(names), names=names, arguments=arguments, folder=folder) as pool:
-        if not calibration.exists():
-            shutil.copy(folder / names[0] / "calibration.json", calibration)
-        yield pool
-
-
 class Visit(Observer):
     """Has a fast compnode join at the second step, and asks it to leave as soon as it has work."""
 
-    def __init__(self, pool: LocalPool, calibration: Path) -> None:
+    def __init__(self, pool: LocalPool) -> None:
         self.losses: list[float] = []
         self.events: list[ReplanEvent] = []
         self.over = threading.Event()
         """Set when the visitor has left again."""
         self.visitor: subprocess.Popen[str] | None = None
         self._pool = pool
-        self._calibration = calibration
 
     def stepped(self, event: StepEvent) -> None:
         self.losses.append(event.loss)
         if len(self.losses) == 2:
             folder = self._pool.folder / "visitor"
-            folder.mkdir()
-            shutil.copy(self._calibration, folder)
+            keep_measurements(folder)
             command = ["join", self._pool.token, "--name", "visitor", "--threads", "1", "--state-dir", str(folder)]
-            self.visitor = subprocess.Popen(
-                [*COMMAND, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
+            streams: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            self.visitor = start(command, stdin=subprocess.DEVNULL, **streams, text=True)
 
     def replanned(self, event: ReplanEvent) -> None:
         self.events.append(event)
@@ -90,14 +64,14 @@ class Visit(Observer):
 
 
 @pytest.mark.skipif(not POSIX, reason="sends POSIX signals")
-def test_a_fast_compnode_comes_and_goes(tmp_path: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fast_compnode_comes_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fusionai.owner.replanning.LEAST_LEFT_S", 0.0)  # however fast the machine is
     monkeypatch.setattr("fusionai.owner.replanning.PAUSE_STEPS", 2)
     monkeypatch.setattr(Corrections, "drifted", lambda _: ())  # the subject of test_drift
     torch.set_num_threads(1)
     content = token_batch("llama", 2, 16)
-    with pool_of(["slow-1", "slow-2"], tmp_path / "pool", calibration, [SLOW, SLOW]) as pool:
-        visit = Visit(pool, calibration)
+    with QuickPool(names=["slow-1", "slow-2"], arguments=[SLOW, SLOW], folder=tmp_path / "pool") as pool:
+        visit = Visit(pool)
 
         def batch(step: int, index: int) -> Any:
             if not visit.over.is_set():
@@ -146,10 +120,10 @@ def test_a_fast_compnode_comes_and_goes(tmp_path: Path, calibration: Path, monke
 
 
 @pytest.mark.skipif(not POSIX, reason="sends POSIX signals")
-def test_a_compnode_that_nobody_can_replace_leaves_all_the_same(tmp_path: Path, calibration: Path) -> None:
+def test_a_compnode_that_nobody_can_replace_leaves_all_the_same(tmp_path: Path) -> None:
     """It is told at once that it cannot be relieved, and the job ends with its name."""
     job = tiny_job(tmp_path, placement={"compnodes": 1})
-    with pool_of(["compnode-1"], tmp_path / "pool", calibration) as pool:
+    with QuickPool(1, folder=tmp_path / "pool") as pool:
         with started("train", job, "--broker", pool.token, "--run", tmp_path / "run", "--json") as owner:
             until_training(tmp_path / "run", owner)
             asked_s = time.monotonic()
@@ -164,9 +138,9 @@ def test_a_compnode_that_nobody_can_replace_leaves_all_the_same(tmp_path: Path, 
 
 
 @pytest.mark.skipif(not POSIX, reason="sends POSIX signals")
-def test_a_second_signal_leaves_at_once(tmp_path: Path, calibration: Path) -> None:
+def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, placement={"compnodes": 1, "machines": ["compnode-1"]})
-    with pool_of(["compnode-1"], tmp_path / "pool", calibration) as pool:
+    with QuickPool(1, folder=tmp_path / "pool") as pool:
         with started("train", job, "--broker", pool.token, "--run", tmp_path / "run", "--json") as owner:
             until_training(tmp_path / "run", owner)
             log = pool.folder / "compnode-1.log"

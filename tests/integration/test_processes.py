@@ -31,6 +31,7 @@ from commands import (
 import fusionai
 from fusionai.errors import JobError
 from fusionai.owner.local_pool import LocalPool
+from quick_pool import QuickPool, keep_measurements
 
 pytestmark = pytest.mark.skipif(not POSIX, reason="sends POSIX signals")
 
@@ -40,7 +41,7 @@ STEADY = ("steady-1", "steady-2")
 @pytest.fixture(scope="module")
 def small_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalPool]:
     """A broker and two compnodes that outlive every test of this module."""
-    with LocalPool(2, names=STEADY, folder=tmp_path_factory.mktemp("small-pool")) as pool:
+    with QuickPool(2, names=STEADY, folder=tmp_path_factory.mktemp("small-pool")) as pool:
         yield pool
 
 
@@ -52,9 +53,7 @@ def train(pool: LocalPool, folder: Path, *options: str) -> list[str | Path]:
 def test_a_killed_compnode_ends_its_job_and_nothing_else(small_pool: LocalPool, tmp_path: Path) -> None:
     token = small_pool.token
     state = tmp_path / "state"
-    state.mkdir()
-    measured = small_pool.folder / STEADY[0] / "calibration.json"
-    (state / measured.name).write_bytes(measured.read_bytes())
+    keep_measurements(state)
     joining = ["join", token, "--name", "doomed", "--threads", "1", "--state-dir", state, "--json"]
     with started(*joining) as doomed:
         assert ready(doomed)["name"] == "doomed"

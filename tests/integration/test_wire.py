@@ -31,6 +31,7 @@ from fusionai.owner.membership import OwnerOptions
 from fusionai.owner.training_run import Observer, StepEvent
 from fusionai.pool.messages import JobLaunched
 from fusionai.training.driver import Machine
+from quick_pool import QuickPool
 
 COMPNODES = 3
 STEPS = 4
@@ -127,7 +128,7 @@ def relays() -> Iterator[Relays]:
 def relayed_pool(relays: Relays, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalPool]:
     """Compnodes that tell everybody to come through their relays."""
     arguments = [["--advertise", relays.address(name)] for name in relays.names[1:]]
-    relays.pool = LocalPool(COMPNODES, arguments=arguments, folder=tmp_path_factory.mktemp("relayed"))
+    relays.pool = QuickPool(COMPNODES, arguments=arguments, folder=tmp_path_factory.mktemp("relayed"))
     with relays.pool:
         yield relays.pool
 

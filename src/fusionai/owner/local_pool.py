@@ -100,15 +100,19 @@ class LocalPool:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.log"
         with path.open("wb") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "fusionai", *arguments, "--exit-with-parent"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-            )
+            process = self._start_command(name, [*arguments, "--exit-with-parent"], file)
         child = _Child(name, process, path)
         self._children.append(child)
         return child
+
+    def _start_command(self, name: str, arguments: Sequence[str], errors: IO[bytes]) -> subprocess.Popen[bytes]:
+        """Start `fusionai` with these arguments, its standard input and output piped; tests start it otherwise."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "fusionai", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        )
 
     def close(self) -> None:
         """End every child: first by closing its pipe, then, if it does not go, by killing it."""
