@@ -13,7 +13,7 @@ from replicated_tasks import task
 
 from contenders.replicated.equal_stages import equal_stages
 from contenders.replicated.job_of_cuts import job_of_cuts
-from contenders.replicated.replicated_planner import best_stages, plan_replicated
+from contenders.replicated.replicated_planner import best_stages
 from contenders.routers.step_estimate import step_estimate
 from fusionai.errors import PlacementError
 from fusionai.scheduling.profile import LinkProfile
@@ -23,49 +23,44 @@ from fusionai.scheduling.swarm.planner import plan
 
 @pytest.mark.parametrize("private", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_plan_is_valid(private: bool, tied: bool) -> None:
+def test_stages_are_valid(private: bool, tied: bool) -> None:
     members = [member(f"m{each}", gflops=20.0 + 30.0 * (each % 3), memory_bytes=GB) for each in range(7)]
     asked = task(members, decoder(6, tied=tied), private=private)
-    made = plan_replicated(asked)
-    assert made.stages[0].start == 0
-    assert made.stages[-1].stop == len(asked.graph.nodes)
-    assert all(one.stop == other.start for one, other in itertools.pairwise(made.stages))
-    held = [holder.peer for stage in made.stages for holder in stage.holders]
-    owned = [peer for peer in held if peer == made.owner]
-    assert len(set(held)) == len(held) - max(0, len(owned) - 1)
-    assert set(held) | set(made.left_out) | {made.owner} - {""} == {each.peer for each in asked.machines}
-    for stage in made.stages:
-        assert sum(holder.share for holder in stage.holders) == pytest.approx(1.0)
-        assert all(holder.in_flight >= 1 for holder in stage.holders)
-    if private:
-        assert made.stages[0].stop == asked.front
-        assert made.stages[-1].start == asked.back
-        assert [holder.peer for holder in made.stages[0].holders] == [made.owner]
-    assert made.predicted_step_s > made.sync_s
-    assert any("limits it" in line for line in made.explanation)
+    work = make_work(asked)
+    bounds, holders, job = best_stages(work)
+    assert (bounds[0], bounds[-1]) == (0, work.count)
+    assert all(one < other for one, other in itertools.pairwise(bounds))
+    assert len(holders) == job.stages == len(bounds) - 1 + (2 if private else 0)
+    owned = [stage for stage, group in enumerate(holders) if asked.owner_index in group]
+    assert owned == ([0, job.stages - 1] if private else [])
+    held = [machine for group in holders for machine in group if machine != asked.owner_index]
+    assert len(set(held)) == len(held)
+    assert all(job.possible(stage, machine) for stage, group in enumerate(holders) for machine in group)
+    estimate = step_estimate(job, holders)
+    assert estimate.step_s > estimate.sum_s + estimate.commit_s
 
 
 def test_a_bottleneck_gets_more_holders() -> None:
     """With fast links and many microbatches, everybody works; the sum of gradients is nearly free."""
     members = [member(f"m{each}", gflops=1.0) for each in range(6)]
-    made = plan_replicated(task(members, decoder(3), microbatches=64, bytes_per_s=1e11))
-    assert made.left_out == ()
-    assert max(len(stage.holders) for stage in made.stages) > 1
+    _, holders, _ = best_stages(make_work(task(members, decoder(3), microbatches=64, bytes_per_s=1e11)))
+    assert sorted(machine for group in holders for machine in group) == list(range(6))
+    assert max(len(group) for group in holders) > 1
 
 
 def test_holders_of_a_stage_are_near_each_other() -> None:
     """Two clusters with a slow link between: no stage has holders in both, or the sum would cross it."""
     members = [member(f"m{each}", gflops=1.0) for each in range(8)]
-    cluster = {each.peer: place < 4 for place, each in enumerate(members)}
     links = {
-        f"{one.peer}>{other.peer}": LinkProfile(1e-3, 1e10 if cluster[one.peer] == cluster[other.peer] else 2e5)
-        for one, other in itertools.permutations(members, 2)
+        f"{one.peer}>{other.peer}": LinkProfile(1e-3, 1e10 if (place < 4) == (behind < 4) else 2e5)
+        for (place, one), (behind, other) in itertools.permutations(enumerate(members), 2)
     }
-    made = plan_replicated(task(members, decoder(4), microbatches=64, links=links))
-    for stage in made.stages:
-        assert len({cluster[holder.peer] for holder in stage.holders}) == 1
+    _, holders, _ = best_stages(make_work(task(members, decoder(4), microbatches=64, links=links)))
+    for group in holders:
+        assert len({machine < 4 for machine in group}) == 1
 
 
+@pytest.mark.slow
 def test_no_worse_than_the_best_single_pipeline_as_estimated() -> None:
     for seed in range(6):
         draw = random.Random(seed)
@@ -82,6 +77,7 @@ def test_no_worse_than_the_best_single_pipeline_as_estimated() -> None:
             assert step_estimate(job, holders).step_s <= step_estimate(job_of_cuts(work, bounds), alone).step_s * 1.0001
 
 
+@pytest.mark.slow
 def test_near_the_best_of_all_in_small_pools() -> None:
     """Every cut and every assignment of three machines to stages, by the same estimate."""
     ratios = []
@@ -131,6 +127,6 @@ def test_equal_stages_use_everybody() -> None:
 
 def test_too_little_memory_is_said() -> None:
     with pytest.raises(PlacementError, match="memory"):
-        plan_replicated(task([member("a", memory_bytes=1000), member("b", memory_bytes=1000)], decoder(4)))
+        best_stages(make_work(task([member("a", memory_bytes=1000), member("b", memory_bytes=1000)], decoder(4))))
     with pytest.raises(PlacementError, match="memory"):
         equal_stages(make_work(task([member("a", memory_bytes=1000)], decoder(2))), 2)

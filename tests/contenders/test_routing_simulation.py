@@ -314,6 +314,7 @@ CHURNS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @example(
     churn=Poisson(seed=342, mean_up_s=400.0, mean_down_s=20.0),
@@ -395,6 +396,7 @@ def test_whoever_dies_every_microbatch_counts_once(
         }
 
 
+@pytest.mark.slow
 def test_a_planned_step_takes_about_what_was_estimated() -> None:
     for seed in range(5):
         draw = random.Random(seed)

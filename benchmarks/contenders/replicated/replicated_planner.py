@@ -2,7 +2,7 @@
 
 Machines come in the order of OP-Fence (FusionLLM, arXiv 2410.12707): clusters by bandwidth, slow links crossed least.
 For several choices of clusters and every number of stages a dynamic programme finds groups and cuts together
-(`cuts.drafts`). The best drafts are improved by single changes (leave a holder out, take one in, move one), each judged
+(`stage_cuts.drafts`). The best drafts are improved by single changes (leave a holder out, take one in, move one), each judged
 by the estimated step with its links, memory and sums of gradients.
 """
 
@@ -13,22 +13,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from contenders.replicated.job_of_cuts import job_of_cuts, stage_costs
-from contenders.replicated.replicated_plan import HolderPlan, ReplicatedPlan, ReplicatedStage
+from contenders.replicated.job_of_cuts import job_of_cuts
 from contenders.replicated.stage_cuts import Draft, drafts
 from contenders.routers.routed_job import RoutedJob
-from contenders.routers.step_estimate import StepEstimate, step_estimate
+from contenders.routers.step_estimate import step_estimate
 from fusionai.errors import PlacementError
-from fusionai.scheduling.estimator import training_memory_bytes
-from fusionai.scheduling.explain import holding
-from fusionai.scheduling.plan import StagePrediction
-from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.grouping import fenced, scopes
 from fusionai.scheduling.swarm.planner import plan
-from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.scheduling.swarm.work import Work
-from fusionai.units.byte_counts import bytes_text
-from fusionai.units.durations import seconds_text
 
 _MOST_STAGES = 16
 _MOST_MACHINES = 128
@@ -42,20 +34,14 @@ _LEAST_GAIN = 1e-3
 
 _MOST_CHANGES = 60
 
-_MOST_NAMED = 20
-
 Holders = tuple[tuple[int, ...], ...]
 
 
-def plan_replicated(task: SwarmTask) -> ReplicatedPlan:
-    """Return the fastest plan found. Raises PlacementError when no cuts give every stage a machine that holds it."""
-    work = make_work(task)
-    bounds, holders, job = best_stages(work)
-    return plan_of_stages(work, bounds, holders, job)
-
-
 def best_stages(work: Work) -> tuple[tuple[int, ...], Holders, RoutedJob]:
-    """Return cuts (indices of `work.positions`), holders by stage (the owner's among them), and the job so cut."""
+    """Return the fastest stages found: cuts (indices of `work.positions`), holders by stage, and the job so cut.
+
+    The owner's stages are among them. Raises PlacementError when no cuts give every stage a machine that can hold it.
+    """
     found: list[tuple[float, Draft, Holders, RoutedJob]] = []
     jobs: dict[tuple[int, ...], RoutedJob] = {}
     seen: set[Draft] = set()
@@ -157,100 +143,3 @@ def _changes(work: Work, job: RoutedJob, holders: Holders) -> Iterator[Holders]:
             for other in stages:
                 if other != stage and job.possible(other, machine):
                     yield changed(stage, rest, other, sorted([*holders[other], machine]))
-
-
-def plan_of_stages(work: Work, bounds: Sequence[int], holders: Holders, job: RoutedJob) -> ReplicatedPlan:
-    """Return the plan of given cuts and holders, with its explanation."""
-    task = work.task
-    estimate = step_estimate(job, holders)
-    ends = [work.positions[bound] for bound in bounds]
-    nodes = (*[0] * work.before, *ends, *[len(task.graph.nodes)] * work.segments.outer_after)
-    costs = stage_costs(work, bounds)
-    stages = []
-    for stage, group in enumerate(holders):
-        rates = [1 / job.pass_s(stage, machine) for machine in group]
-        machines = []
-        for machine, rate in zip(group, rates, strict=True):
-            room = int(job.in_flight[stage, machine])
-            share = rate / sum(rates)
-            # Held at once: what is under way, dealt out over the holders.
-            held = min(room, max(1, math.ceil(share * estimate.latency_s / estimate.period_s) + 1))
-            device = task.machines[machine].device
-            machines.append(
-                HolderPlan(
-                    peer=task.machines[machine].peer,
-                    in_flight=room,
-                    share=share,
-                    predicted=StagePrediction(
-                        forward_s=float(job.forward_s[stage, machine]),
-                        backward_s=float(job.backward_s[stage, machine]),
-                        update_s=float(job.update_s[stage, machine]),
-                        memory_bytes=training_memory_bytes(costs[stage], device, held, task.optimizer_states),
-                        send_s=_send_s(job, holders, stage, machine),
-                    ),
-                )
-            )
-        stages.append(ReplicatedStage(stage, nodes[stage], nodes[stage + 1], tuple(machines)))
-    used = {machine for group in holders for machine in group}
-    left_out = [machine for machine in range(len(task.members)) if machine not in used]
-    bottleneck = _bottleneck(estimate)
-    return ReplicatedPlan(
-        graph_hash=task.graph_hash,
-        sizes=task.sizes,
-        microbatches=task.microbatches,
-        privacy=task.privacy,
-        owner=task.owner.peer if task.owner else "",
-        stages=tuple(stages),
-        sync_s=estimate.sum_s + estimate.commit_s,
-        predicted_step_s=estimate.step_s,
-        bottleneck=bottleneck,
-        left_out=tuple(task.peers(left_out)),
-        explanation=_explanation(task, stages, job, estimate, left_out, bottleneck),
-    )
-
-
-def _send_s(job: RoutedJob, holders: Holders, stage: int, machine: int) -> float:
-    """Return for how long a microbatch's sends occupy a holder's links, on average over those it may send to."""
-    total = 0.0
-    for other, size in ((stage + 1, "forward"), (stage - 1, "gradient")):
-        if 0 <= other < job.stages:
-            bytes_out = job.forward_bytes[other] if size == "forward" else job.gradient_bytes[stage]
-            rates = [float(job.bandwidth[machine, each]) for each in holders[other]]
-            usable = [rate for rate in rates if rate > 0]
-            total += bytes_out * len(usable) / sum(usable) if usable else math.inf
-    return total
-
-
-def _bottleneck(estimate: StepEstimate) -> str:
-    passes_s = (estimate.microbatches - 1) * estimate.period_s
-    words, busy_s = estimate.limit, passes_s
-    if estimate.sum_s > busy_s:
-        words, busy_s = "summing gradients among holders", estimate.sum_s
-    return f"{words} (busy {busy_s / estimate.step_s:.0%} of a step)"
-
-
-def _explanation(
-    task: SwarmTask,
-    stages: Sequence[ReplicatedStage],
-    job: RoutedJob,
-    estimate: StepEstimate,
-    left_out: Sequence[int],
-    bottleneck: str,
-) -> tuple[str, ...]:
-    names = {member.peer: member.name for member in task.machines}
-    lines = []
-    for each in stages:
-        what = holding(task.graph.nodes[each.start : each.stop])
-        held = ", ".join(f"{names[holder.peer]} ({holder.share:.0%})" for holder in each.holders[:_MOST_NAMED])
-        more = f" and {len(each.holders) - _MOST_NAMED} more" if len(each.holders) > _MOST_NAMED else ""
-        state = bytes_text(job.state_bytes[each.stage])
-        lines.append(f"stage {each.stage}: {what}, {state} of state, on {held}{more}")
-    lines.append(
-        f"a step takes about {seconds_text(estimate.step_s)}, {seconds_text(estimate.sum_s + estimate.commit_s)} of it "
-        f"after the last backward; {bottleneck} limits it"
-    )
-    if left_out:
-        named = ", ".join(task.machines[machine].name for machine in left_out[:_MOST_NAMED])
-        more = f" and {len(left_out) - _MOST_NAMED} more" if len(left_out) > _MOST_NAMED else ""
-        lines.append(f"in the pool for those that die: {named}{more} (with them a step would not be shorter)")
-    return tuple(lines)

@@ -1,1 +1,1 @@
-"""Microbatches routed over stages that several machines hold, simulated: queues, links, deaths and takeovers."""
+"""A simulator of microbatches routed over stages that several machines hold: queues, links, deaths, takeovers."""

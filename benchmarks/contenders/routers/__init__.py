@@ -1,1 +1,1 @@
-"""Routing of microbatches over stages that several machines hold. Decisions only: no clock, no network."""
+"""Decisions about microbatches routed over stages that several machines hold: no clock, no network, no simulator."""

@@ -1,1 +1,1 @@
-"""Serving without running it: requests through a placement, token by token, and published clusters to try it on."""
+"""Other systems' placements for serving, published clusters, and a simulator of requests through a placement."""
