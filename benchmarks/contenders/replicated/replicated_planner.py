@@ -2,8 +2,8 @@
 
 Machines come in the order of OP-Fence (FusionLLM, arXiv 2410.12707): clusters by bandwidth, slow links crossed least.
 For several choices of clusters and every number of stages a dynamic programme finds groups and cuts together
-(`stage_cuts.drafts`). The best drafts are improved by single changes (leave a holder out, take one in, move one), each judged
-by the estimated step with its links, memory and sums of gradients.
+(`stage_cuts.drafts`). The best drafts are improved by single changes (leave a holder out, take one in, move one), each
+judged by the estimated step with its links, memory and sums of gradients.
 """
 
 from __future__ import annotations
