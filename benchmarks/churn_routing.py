@@ -33,25 +33,25 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from contenders.replicated.equal_stages import equal_stages
+from contenders.replicated.replicated_planner import best_stages
+from contenders.routed_simulation.recovery_rules import AGORA, FUSION, SWARM, RecoveryRules
+from contenders.routed_simulation.routing_report import RoutingReport
+from contenders.routed_simulation.routing_simulator import RoutingScenario, links_of_job, simulate_routing
+from contenders.routers.balanced import BalancedConfig, BalancedMembership
+from contenders.routers.ema_heap import EmaHeap
+from contenders.routers.expected_finish import ExpectedFinish
+from contenders.routers.membership import SwarmMembership
+from contenders.routers.routed_job import RoutedJob
+from contenders.routers.step_estimate import step_estimate
 from fusionai.graph.capture import capture_transformers
 from fusionai.graph.model import OpDag
 from fusionai.scheduling.links import LinkModel
-from fusionai.scheduling.replication.equal_stages import equal_stages
-from fusionai.scheduling.replication.planner import best_stages
-from fusionai.scheduling.routing.balanced import BalancedConfig, BalancedMembership
-from fusionai.scheduling.routing.ema_heap import EmaHeap
-from fusionai.scheduling.routing.expected_finish import ExpectedFinish
-from fusionai.scheduling.routing.job import RoutedJob
-from fusionai.scheduling.routing.membership import SwarmMembership
-from fusionai.scheduling.routing.step_estimate import step_estimate
 from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.planner import plan
 from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.simulation.availability import Churn, Poisson, Scripted
 from fusionai.simulation.links import Links
-from fusionai.simulation.routing.report import RoutingReport
-from fusionai.simulation.routing.rules import AGORA, FUSION, SWARM, RecoveryRules
-from fusionai.simulation.routing.simulator import RoutingScenario, links_of_job, simulate_routing
 from planner_pools import MEGABIT, clustered_links, gpus
 
 MICROBATCHES = 256

@@ -34,18 +34,18 @@ from typing import Any
 
 import numpy as np
 
+from contenders.planners.genetic_order import genetic_order
+from contenders.planners.grid_search import best_grid
+from contenders.planners.one_chain import chain_outcome
+from contenders.planners.proportional_splits import RULES, cheapest_prefix, cut_again
+from contenders.planners.whole_pool import everyone_in_one_chain
 from fusionai.errors import PlacementError
-from fusionai.scheduling.baselines.genetic_order import genetic_order
-from fusionai.scheduling.baselines.grid_search import best_grid
-from fusionai.scheduling.baselines.one_chain import chain_outcome
-from fusionai.scheduling.baselines.proportional_splits import RULES, cheapest_prefix, cut_again
 from fusionai.scheduling.links import Indices, PoolLinks
 from fusionai.scheduling.profile import LinkProfile, Pool
 from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.outcome import Outcome
 from fusionai.scheduling.swarm.planner import plan
 from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm.whole_pool import everyone_in_one_chain
 from fusionai.scheduling.swarm.work import Work
 from fusionai.scheduling.swarm_plan import SwarmPlan
 from planner_pools import WORKLOADS, Workload, clustered_links, equal_links, gpus, pool_of, simulated_step_s

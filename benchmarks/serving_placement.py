@@ -20,10 +20,13 @@ from typing import Any
 import torch
 import transformers
 
+from contenders.serving.helix_clusters import CLUSTERS, PublishedCluster, device_of
+from contenders.serving.other_placements import PLACEMENTS, baseline_plan
+from contenders.serving.requests import Lengths, offline, poisson
+from contenders.serving.serving_simulator import simulate_serving
 from fusionai.errors import PlacementError
 from fusionai.graph.capture import capture_transformers
 from fusionai.owner.model_configuration import MODEL_CLASSES
-from fusionai.scheduling.serving.baselines import PLACEMENTS, baseline_plan
 from fusionai.scheduling.serving.estimator import range_times
 from fusionai.scheduling.serving.evaluation import Evaluator, Share
 from fusionai.scheduling.serving.load import load_of
@@ -31,9 +34,6 @@ from fusionai.scheduling.serving.model import ServingModel, serving_model
 from fusionai.scheduling.serving.plan import ServingPlan
 from fusionai.scheduling.serving.planner import plan_of_placement, plan_serving
 from fusionai.scheduling.serving.task import ServingTask
-from fusionai.simulation.serving.clusters import CLUSTERS, PublishedCluster, device_of
-from fusionai.simulation.serving.requests import Lengths, offline, poisson
-from fusionai.simulation.serving.simulator import simulate_serving
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "scheduling"))
 

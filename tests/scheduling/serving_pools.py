@@ -1,4 +1,4 @@
-"""Small random pools for serving, and what is best on them by trying everything."""
+"""Small pools for serving, what holds of every plan of theirs, and what is best on them by trying everything."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterable
 
 import numpy as np
+import pytest
 
 from fusionai.scheduling.links import PoolLinks
 from fusionai.scheduling.profile import DeviceProfile, LinkProfile, Member, Pool
@@ -16,11 +17,14 @@ from fusionai.scheduling.serving.estimator import CHUNK_TOKENS
 from fusionai.scheduling.serving.evaluation import Evaluator, Share
 from fusionai.scheduling.serving.load import ServingLoad, load_of
 from fusionai.scheduling.serving.model import TOKEN_BYTES, ServingModel
+from fusionai.scheduling.serving.plan import ServingPlan
 from fusionai.scheduling.serving.planner import plan_serving
 from fusionai.scheduling.serving.task import ServingTask
 from fusionai.scheduling.serving.throughput import best_throughput
 
 HIDDEN_BYTES = 2048.0
+
+LOAD = load_of([(100, 20)])
 
 
 def small_model(blocks: int, *, weight: float = 1e8, kv: float = 1000.0) -> ServingModel:
@@ -189,3 +193,50 @@ def gaps(seeds: Iterable[int]) -> list[tuple[float, float]]:
             planned = plan_serving(task).predicted_tokens_per_s
             found.append((1 - (searched.evaluated.tokens_per_s if searched else 0.0) / best, 1 - planned / best))
     return found
+
+
+def links_of_pool(members: tuple[Member, ...], owner: bool, rate: float = 1e9, rtt_s: float = 2e-3) -> PoolLinks:
+    peers = [*(each.peer for each in members), *(["owner"] if owner else [])]
+    pairs = {f"{one}>{other}": LinkProfile(rtt_s, rate) for one, other in itertools.permutations(peers, 2)}
+    return PoolLinks(Pool(members, pairs), peers)
+
+
+def task_of(*members: Member, blocks: int = 3, **more: object) -> ServingTask:
+    owner = more.get("owner")
+    fields: dict[str, object] = {
+        "links": links_of_pool(members, owner is not None),
+        "load": LOAD,
+        "precision": "fp32",
+        **more,
+    }
+    return ServingTask(model=small_model(blocks), members=members, **fields)  # type: ignore[arg-type]
+
+
+def check(task: ServingTask, plan: ServingPlan) -> None:
+    """Assert what every plan must keep."""
+    model, peers = task.model, {member.peer: member for member in task.members}
+    assert plan.graph_hash == model.graph_hash
+    inflow: dict[str, float] = {}
+    outflow: dict[str, float] = {}
+    shards = {shard.peer: shard for shard in plan.shards}
+    for flow in plan.flows:
+        assert flow.tokens_per_s <= flow.capacity_tokens_per_s * (1 + 1e-6)
+        inflow[flow.target] = inflow.get(flow.target, 0.0) + flow.tokens_per_s
+        outflow[flow.source] = outflow.get(flow.source, 0.0) + flow.tokens_per_s
+        if flow.source in shards and flow.target in shards:
+            assert shards[flow.target].first <= shards[flow.source].last < shards[flow.target].last
+            assert peers[flow.source].dialable or peers[flow.target].dialable
+    assert outflow[plan.owner] == pytest.approx(plan.predicted_tokens_per_s, rel=1e-6)
+    assert inflow[plan.owner] == pytest.approx(plan.predicted_tokens_per_s, rel=1e-6)
+    for shard in plan.shards:
+        assert (shard.start, shard.stop) == (model.positions[shard.first], model.positions[shard.last])
+        assert task.front <= shard.first < shard.last <= task.back
+        assert inflow[shard.peer] == pytest.approx(shard.tokens_per_s, rel=1e-6)
+        assert outflow[shard.peer] == pytest.approx(shard.tokens_per_s, rel=1e-6)
+        assert shard.tokens_per_s <= shard.capacity_tokens_per_s * (1 + 1e-6)
+        assert shard.sequences >= 1
+        assert shard.memory_bytes <= peers[shard.peer].device.memory_bytes
+    assert {*shards, *plan.left_out} == set(peers)
+    assert plan.predicted_tokens_per_s <= plan.bound_tokens_per_s * (1 + 1e-9)
+    assert plan.predicted_tokens_per_s <= plan.ceiling_tokens_per_s * (1 + 1e-6)
+    assert plan.bound_token_s <= plan.predicted_token_s * (1 + 1e-9)

@@ -18,7 +18,9 @@ from fusionai.graph.privacy import arrange_private
 from fusionai.scheduling.links import LinkModel, PoolLinks
 from fusionai.scheduling.profile import LinkProfile, Member, Pool
 from fusionai.scheduling.segments import MEMORY_MARGIN, reachable
+from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.task import SwarmTask
+from fusionai.scheduling.swarm.work import Work
 from fusionai.scheduling.swarm_plan import SwarmPlan
 
 OWNER = member("owner", gflops=400.0)
@@ -75,6 +77,17 @@ def task_of(
         front=front,
         back=back,
     )
+
+
+def scarce(seed: int, machines: int, layers: int, *, tied: bool = False) -> Work:
+    """Return the costs of segments on machines of mixed speed whose memory holds a few microbatches, in two cities."""
+    draw = random.Random(seed)
+    members = [
+        member(f"m{k}", gflops=draw.choice((40.0, 160.0)), memory_bytes=draw.choice((6, 12)) * 10**6, device="cuda:0")
+        for k in range(machines)
+    ]
+    links = TwoCities(machines, far_bytes_per_s=10 ** draw.uniform(6, 8))
+    return make_work(task_of(decoder(layers, tied=tied), members, links=links, microbatches=24))
 
 
 def check(task: SwarmTask, made: SwarmPlan) -> None:

@@ -10,71 +10,25 @@ import msgspec
 import networkx as nx
 import numpy as np
 import pytest
-from serving_pools import gaps, latency_is_optimal, least_token_s, machine, random_task, small_model
+from serving_pools import (
+    LOAD,
+    check,
+    gaps,
+    latency_is_optimal,
+    least_token_s,
+    links_of_pool,
+    machine,
+    random_task,
+    task_of,
+)
 
 from fusionai.errors import PlacementError
 from fusionai.scheduling.links import PoolLinks
-from fusionai.scheduling.profile import LinkProfile, Member, Pool
-from fusionai.scheduling.serving.baselines import PLACEMENTS, baseline_plan
+from fusionai.scheduling.profile import LinkProfile, Pool
 from fusionai.scheduling.serving.cover import Filler, fill
 from fusionai.scheduling.serving.evaluation import Evaluator, Share
 from fusionai.scheduling.serving.flow import SINK, SOURCE, Arc, most_flow
-from fusionai.scheduling.serving.load import load_of
-from fusionai.scheduling.serving.plan import ServingPlan
 from fusionai.scheduling.serving.planner import plan_of_placement, plan_serving
-from fusionai.scheduling.serving.task import ServingTask
-
-LOAD = load_of([(100, 20)])
-
-
-def links_of(members: tuple[Member, ...], owner: bool, rate: float = 1e9, rtt_s: float = 2e-3) -> PoolLinks:
-    peers = [*(each.peer for each in members), *(["owner"] if owner else [])]
-    pairs = {f"{one}>{other}": LinkProfile(rtt_s, rate) for one, other in itertools.permutations(peers, 2)}
-    return PoolLinks(Pool(members, pairs), peers)
-
-
-def task_of(*members: Member, blocks: int = 3, **more: object) -> ServingTask:
-    owner = more.get("owner")
-    fields: dict[str, object] = {
-        "links": links_of(members, owner is not None),
-        "load": LOAD,
-        "precision": "fp32",
-        **more,
-    }
-    return ServingTask(model=small_model(blocks), members=members, **fields)  # type: ignore[arg-type]
-
-
-def check(task: ServingTask, plan: ServingPlan) -> None:
-    """Assert what every plan must keep."""
-    model, peers = task.model, {member.peer: member for member in task.members}
-    assert plan.graph_hash == model.graph_hash
-    inflow: dict[str, float] = {}
-    outflow: dict[str, float] = {}
-    shards = {shard.peer: shard for shard in plan.shards}
-    for flow in plan.flows:
-        assert flow.tokens_per_s <= flow.capacity_tokens_per_s * (1 + 1e-6)
-        inflow[flow.target] = inflow.get(flow.target, 0.0) + flow.tokens_per_s
-        outflow[flow.source] = outflow.get(flow.source, 0.0) + flow.tokens_per_s
-        if flow.source in shards and flow.target in shards:
-            assert shards[flow.target].first <= shards[flow.source].last < shards[flow.target].last
-            assert peers[flow.source].dialable or peers[flow.target].dialable
-    assert outflow[plan.owner] == pytest.approx(plan.predicted_tokens_per_s, rel=1e-6)
-    assert inflow[plan.owner] == pytest.approx(plan.predicted_tokens_per_s, rel=1e-6)
-    for shard in plan.shards:
-        assert (shard.start, shard.stop) == (model.positions[shard.first], model.positions[shard.last])
-        assert task.front <= shard.first < shard.last <= task.back
-        assert inflow[shard.peer] == pytest.approx(shard.tokens_per_s, rel=1e-6)
-        assert outflow[shard.peer] == pytest.approx(shard.tokens_per_s, rel=1e-6)
-        assert shard.tokens_per_s <= shard.capacity_tokens_per_s * (1 + 1e-6)
-        assert shard.sequences >= 1
-        assert shard.memory_bytes <= peers[shard.peer].device.memory_bytes
-    assert {*shards, *plan.left_out} == set(peers)
-    assert plan.predicted_tokens_per_s <= plan.bound_tokens_per_s * (1 + 1e-9)
-    assert plan.predicted_tokens_per_s <= plan.ceiling_tokens_per_s * (1 + 1e-6)
-    assert plan.bound_token_s <= plan.predicted_token_s * (1 + 1e-9)
-
-
-# --- against trying everything --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block", range(6))
@@ -217,7 +171,7 @@ def test_hidden_machines_are_never_neighbours() -> None:
 def test_a_narrow_link_limits_the_flow_and_is_named() -> None:
     members = (machine("a", memory=3e8), machine("b", memory=3e8))
     owner = machine("owner")
-    task = task_of(*members, links=links_of(members, True, rate=1e6), owner=owner, blocks=3)
+    task = task_of(*members, links=links_of_pool(members, True, rate=1e6), owner=owner, blocks=3)
     plan = plan_serving(task)
     check(task, plan)
     carried = LOAD.carried_tokens * 2048
@@ -275,21 +229,3 @@ def test_an_owner_too_small_for_its_ends_is_told() -> None:
         task_of(machine("a"), private=True)
     with pytest.raises(PlacementError, match="no compnodes"):
         task_of()
-
-
-# --- baselines ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", sorted(PLACEMENTS))
-def test_baselines_are_plans_and_not_better(name: str) -> None:
-    members = tuple(machine(f"m{k}", memory=(3.3e8, 5e8, 8e8)[k % 3], bandwidth=(1 + k % 3) * 5e10) for k in range(6))
-    task = task_of(*members, blocks=6)
-    plan = baseline_plan(task, name)
-    check(task, plan)
-    assert plan.planner == name
-    assert plan.predicted_tokens_per_s <= plan_serving(task).predicted_tokens_per_s * (1 + 1e-9)
-
-
-def test_a_baseline_that_leaves_a_hole_says_so() -> None:
-    with pytest.raises(PlacementError, match="the placement that equal_layers makes for small"):
-        baseline_plan(task_of(machine("a", memory=8e8), machine("b", memory=1.5e8), blocks=6), "equal_layers")

@@ -17,8 +17,6 @@ from swarm_tasks import TwoCities, check, small_task, task_of
 from fusionai.errors import PlacementError
 from fusionai.graph.cost import stage_cost
 from fusionai.graph.cuts import cut
-from fusionai.scheduling.baselines.genetic_order import genetic_order
-from fusionai.scheduling.baselines.proportional_splits import equal_compute, equal_layers, memory_proportional
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.swarm.chain import Chain
 from fusionai.scheduling.swarm.clusters import clustered
@@ -166,16 +164,6 @@ def test_clusters_are_the_cities(count: int) -> None:
     task = task_of(decoder(1), [member(f"m{k}") for k in range(count)], links=TwoCities(count))
     found = {frozenset(each.tolist()) for each in clustered(task, task.candidates)}
     assert found == {frozenset(range(count // 2)), frozenset(range(count // 2, count))}
-
-
-@pytest.mark.parametrize("baseline", [equal_layers, equal_compute, memory_proportional, genetic_order])
-def test_baselines_make_valid_plans_that_are_not_faster(baseline: Any) -> None:
-    members = [member(f"m{k}", gflops=40 + 80 * (k % 2)) for k in range(6)]
-    task = task_of(decoder(8), members, links=TwoCities(6))
-    made = baseline(task)
-    check(task, made)
-    assert len(made.pipelines) == 1
-    assert plan(task).predicted_step_s <= made.predicted_step_s
 
 
 class TestErrors:

@@ -27,7 +27,7 @@ from fusionai.simulation.codecs import Dense, TopK
 from fusionai.simulation.hardware.catalogue import lookup
 from fusionai.simulation.hardware.pool_file import parse_pool
 from fusionai.simulation.jitter import Jitter
-from fusionai.simulation.links import Links, links_of_pool, links_of_what_if
+from fusionai.simulation.links import Links, links_of_what_if
 from fusionai.simulation.prices import MachinePrice, Prices, price_of
 from fusionai.simulation.report import Report
 from fusionai.simulation.scenario import Scenario
@@ -63,7 +63,7 @@ def planned(graph: OpDag, machines: Pool, *, private: bool) -> tuple[OpDag, Plan
 def run(plan: Plan | SwarmPlan, graph: OpDag, machines: Pool, **options: object) -> Report:
     devices = {each.peer: each.device for each in (*machines.members, OWNER)}
     scenario = Scenario(**options)  # type: ignore[arg-type]
-    return simulate(plan, graph, links_of_pool(machines), devices, scenario, precision="fp32", optimizer_states=2)
+    return simulate(plan, graph, Links(machines.link), devices, scenario, precision="fp32", optimizer_states=2)
 
 
 @pytest.mark.parametrize("private", [False, True])
@@ -149,7 +149,7 @@ def test_a_plan_of_another_graph_is_refused() -> None:
     with pytest.raises(ConfigError, match="graph that it was made for"):
         run(plan, decoder(5), machines)
     with pytest.raises(ConfigError, match="lack"):
-        simulate(plan, decoder(6), links_of_pool(machines), {}, Scenario(), precision="fp32", optimizer_states=2)
+        simulate(plan, decoder(6), Links(machines.link), {}, Scenario(), precision="fp32", optimizer_states=2)
 
 
 @pytest.mark.parametrize("pipelines", [2, 3, 5])

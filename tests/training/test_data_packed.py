@@ -51,7 +51,10 @@ def numbered(path: Path, blocks: int, length: int) -> Path:
 
 
 def rows(text: PackedText, seed: int, step: int, *, microbatches: int, batch_size: int) -> list[int]:
-    batch = text.step_batch(seed, step, microbatches, batch_size)
+    batch = [
+        text.microbatch(seed, step, index, microbatches=microbatches, batch_size=batch_size)
+        for index in range(microbatches)
+    ]
     return [int(row[0]) for microbatch in batch for row in array(microbatch["input_ids"])]
 
 
@@ -262,7 +265,7 @@ def test_packing_takes_no_more_memory_for_a_longer_text(tmp_path: Path) -> None:
         count = packed.pack_documents(("a b c d " * 4_000 for _ in range(70)), tokenizer, path)
         text = packed.PackedText(path, 128)
         for step in range(50):
-            text.step_batch(0, step, 2, 4)
+            for index in range(2): text.microbatch(0, step, index, microbatches=2, batch_size=4)
         print(count, peak() - before)
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "x.npy")]

@@ -54,11 +54,7 @@ class StageCost:
     transient_bytes: int
     """Largest working set on top, forward or backward."""
     receive_bytes: int
-    send_bytes: int
-    """Boundary tensors forward; a value that goes to several stages is counted once."""
-    receive_gradient_bytes: int
-    send_gradient_bytes: int
-    """Their gradients: received for what was sent, sent for what was received."""
+    """Boundary tensors that the stage receives for a forward; a value from several stages is counted once."""
     deferred_flops: int = 0
     """Of the backward FLOPs of matrix products, those that may be done after the boundary gradients have left."""
     inputs: dict[str, int] = field(default_factory=dict)
@@ -144,9 +140,6 @@ def cost_of_calls(stage: StageCalls) -> StageCost:
         fixed_bytes=memory.fixed_bytes,
         transient_bytes=memory.transient_bytes,
         receive_bytes=total_bytes(stage.nbytes, {each.value for each in subdag.receives}),
-        send_bytes=total_bytes(stage.nbytes, {each.value for each in subdag.sends}),
-        receive_gradient_bytes=sum(stage.nbytes[each.value] for each in subdag.sends if each.gradient),
-        send_gradient_bytes=sum(stage.nbytes[each.value] for each in subdag.receives if each.gradient),
         deferred_flops=deferred_flops,
         inputs={item.name: stage.nbytes[item.name] for item in subdag.inputs},
     )

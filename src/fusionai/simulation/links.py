@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from fusionai.scheduling.profile import UNMEASURED, LinkProfile, Pool
+from fusionai.scheduling.profile import UNMEASURED, LinkProfile
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 
 
@@ -19,11 +19,6 @@ class Links:
     """What all links from a machine carry together."""
     down_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
     """What all links to a machine carry together."""
-
-
-def links_of_pool(pool: Pool) -> Links:
-    """Return the links of a measured pool: every one by itself, as the planner reckons."""
-    return Links(pool.link)
 
 
 def links_of_what_if(pool: WhatIfPool, *, shared: bool = True) -> Links:

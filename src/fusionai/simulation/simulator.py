@@ -31,7 +31,7 @@ def simulate(
     Args:
         plan: a `Plan` is simulated as one pipeline.
         graph: the one that the plan was made for, as arranged.
-        links: `links_of_pool`, `links_of_what_if`, or any other.
+        links: `links_of_what_if`, or any other; `Links(pool.link)` for those of a measured pool.
         devices: profiles by peer, the owner's among them. Those that the plan leaves out are the backup pool.
         scenario: steps, codecs, churn, recovery, jitter and prices.
         precision: "fp32" or "bf16", as planned.

@@ -145,15 +145,6 @@ class RoundLedger:
         """Whether every pass of every stage is done."""
         return all(turns.complete for turns in self._turns.values())
 
-    def waiting_for(self) -> str:
-        """Say what the next passes still lack, for people."""
-        lacking = [
-            f"stage {stage} {turn.direction} {turn.index}"
-            for stage, turn in self._open_turns()
-            if not self._has_all(stage, turn)
-        ]
-        return ", ".join(lacking) or "nothing"
-
     def _open_turns(self) -> Iterable[tuple[int, Turn]]:
         return ((stage, turn) for stage, turns in self._turns.items() for turn in turns.open())
 

@@ -81,7 +81,3 @@ class ServingPlan(msgspec.Struct, frozen=True, kw_only=True):
     explanation: tuple[str, ...] = ()
     """Lines for people."""
     planning_s: float = 0.0
-
-    def shard_of(self, peer: str) -> ShardPlan | None:
-        """Return a machine's share, None if it has none."""
-        return next((shard for shard in self.shards if shard.peer == peer), None)

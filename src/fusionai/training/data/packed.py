@@ -151,13 +151,6 @@ class PackedText:
             chosen += chosen // (self._period - 1)
         return self._batch(chosen, seed, step, index)
 
-    def step_batch(self, seed: int, step: int, microbatches: int, batch_size: int) -> list[Batch]:
-        """Return all microbatches of a step; see `microbatch`."""
-        return [
-            self.microbatch(seed, step, index, microbatches=microbatches, batch_size=batch_size)
-            for index in range(microbatches)
-        ]
-
     def heldout_batches(self, batch_size: int, limit: int) -> list[Batch]:
         """Return at most `limit` batches spread evenly over the held-out blocks, the same ones every time.
 

@@ -1,0 +1,5 @@
+"""Other systems' training planners.
+
+Each takes a `SwarmTask` and returns a `SwarmPlan`, whose step is predicted as the planner's own plans are. So every
+claim of being faster is a ratio within one run.
+"""

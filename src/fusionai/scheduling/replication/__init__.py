@@ -1,1 +1,0 @@
-"""Planning of stages that several machines hold."""

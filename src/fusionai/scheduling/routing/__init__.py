@@ -1,1 +1,0 @@
-"""Routing of microbatches over stages that several machines hold. Decisions only: no clock, no network."""

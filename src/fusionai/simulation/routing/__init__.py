@@ -1,1 +1,0 @@
-"""Microbatches routed over stages that several machines hold, simulated: queues, links, deaths and takeovers."""
