@@ -26,7 +26,7 @@ from fusionai.network.framing import Admit, Frame, FrameDecoder, FrameType, fram
 from fusionai.network.identity import PeerId, peer_id
 from fusionai.network.limits import Limits
 from fusionai.network.messages import encode
-from fusionai.network.shaping import Lane, LinkShaper
+from fusionai.network.shaping import LinkShaper, ShapedConnection
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Connection(asyncio.BufferedProtocol):
         self._writable.set()
         self._gone = asyncio.Event()
         self._failure: NetworkError | None = None
-        self._lane: Lane | None = None
+        self._lane: ShapedConnection | None = None
         self.heard_s = time.monotonic()
         """Monotonic time in seconds when bytes last arrived."""
         self.peer = PeerId("")

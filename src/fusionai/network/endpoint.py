@@ -22,7 +22,7 @@ from fusionai.network.lab import LabConfig
 from fusionai.network.limits import Limits
 from fusionai.network.link import Handler, Link
 from fusionai.network.listening import Listener
-from fusionai.network.messages import Hello, Release
+from fusionai.network.messages import Hello, PeerVersion
 
 __all__ = ["Buffer", "Endpoint", "Handler", "Link"]
 
@@ -56,7 +56,7 @@ class Endpoint:
         limits: Limits | None = None,
         lab: LabConfig | None = None,
         name: str = "",
-        release: Release | None = None,
+        release: PeerVersion | None = None,
     ) -> None:
         self.identity = identity
         self.name = name
@@ -64,7 +64,7 @@ class Endpoint:
         self._handler = handler
         self._authorise = authorise
         self._limits = limits or Limits()
-        self._release = release or Release()
+        self._release = release or PeerVersion()
         self._instance = secrets.token_bytes(8)
         self._server_context = identity.tls(server=True)
         self._client_context = identity.tls(server=False)
