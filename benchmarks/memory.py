@@ -24,12 +24,12 @@ import psutil
 import torch
 
 import fusionai
+from fusion_training import PeakMemory, middle_cut
 from fusionai.graph.capture import capture_transformers
 from fusionai.graph.cost import stage_cost
 from fusionai.graph.cuts import cut
 from fusionai.owner.local_pool import LocalPool
 from peers_training import model, tokens
-from training_overhead import PeakMemory, middle_cut
 
 CASES = ((256, 4, 128), (256, 2, 64), (256, 16, 64), (512, 2, 128), (512, 8, 64), (768, 1, 256))
 """Hidden size, sequences in a microbatch, tokens in a sequence."""

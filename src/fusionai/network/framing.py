@@ -112,7 +112,7 @@ class FrameDecoder:
         return len(self._body) if self._body is not None else 0
 
     def buffer(self) -> memoryview:
-        """Return memory to read into; never empty. Release it before the next call of any method but `advance`."""
+        """Return memory to read into; never empty. PeerVersion it before the next call of any method but `advance`."""
         body = self._body
         if body is not None and self._start == self._end:
             remaining = self._body_bytes() - self._filled
