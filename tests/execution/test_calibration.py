@@ -7,12 +7,12 @@ import torch
 
 from fusionai.execution.calibration.passes import time_stage
 from fusionai.execution.calibration.rates import Timing, solved
-from fusionai.execution.calibration.reference_graph import Shape, reference_stage
+from fusionai.execution.calibration.reference_graph import DecoderShape, reference_stage
 from fusionai.execution.planes import plane
 from fusionai.graph.cost import stage_cost
 from fusionai.graph.dependencies import deferrable
 
-SMALL = Shape(layers=2, hidden=64, inner=96, heads=4, vocabulary=128, batch=2, tokens=16)
+SMALL = DecoderShape(layers=2, hidden=64, inner=96, heads=4, vocabulary=128, batch=2, tokens=16)
 
 
 def test_rates_are_those_that_made_the_timings() -> None:

@@ -22,9 +22,9 @@ from fusionai.graph.cuts import cut, cut_points
 from fusionai.graph.encoding import content_hash, decode, decode_subdag, encode, encode_subdag
 from fusionai.graph.model import Keyword, Node, OpDag, Ref, Size, SubDag, TensorType, ValueName, Weight, WeightKey
 from fusionai.graph.privacy import arrange_private
-from fusionai.graph.verify import Limits, verify, verify_subdag
+from fusionai.graph.verify import GraphLimits, verify, verify_subdag
 
-SMALL = Limits(encoded_bytes=1 << 20, nodes=2_000, weights=2_000, inputs=20)
+SMALL = GraphLimits(encoded_bytes=1 << 20, nodes=2_000, weights=2_000, inputs=20)
 MUTATIONS = 10_000
 
 

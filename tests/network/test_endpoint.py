@@ -30,7 +30,7 @@ from fusionai.network.framing import FrameType, frame_prefix
 from fusionai.network.identity import Identity, PeerId
 from fusionai.network.limits import Limits
 from fusionai.network.loop import run
-from fusionai.network.messages import Release
+from fusionai.network.messages import PeerVersion
 
 
 @pytest.fixture(params=["fastest", "asyncio"])
@@ -226,7 +226,7 @@ def test_dialling_what_is_no_node(go: Any) -> None:
 
 def test_minor_versions_work_together() -> None:
     async def main() -> None:
-        a = Node("a", release=Release(minor=7, package="0.9", features=("zstd",)))
+        a = Node("a", release=PeerVersion(minor=7, package="0.9", features=("zstd",)))
         b = Node("b")
         async with nodes(a, b):
             link = await a.connect(b)
@@ -240,7 +240,7 @@ def test_minor_versions_work_together() -> None:
 
 @pytest.mark.parametrize("dialler_is_newer", [True, False])
 def test_major_versions_are_refused_by_name(dialler_is_newer: bool, caplog: pytest.LogCaptureFixture) -> None:
-    new, old = Release(major=2, minor=1, package="3.0"), Release(package="0.1")
+    new, old = PeerVersion(major=2, minor=1, package="3.0"), PeerVersion(package="0.1")
 
     async def main() -> None:
         a = Node("a", release=new if dialler_is_newer else old)
@@ -452,7 +452,7 @@ def test_half_a_link_is_dropped_after_its_deadline() -> None:
     async def main() -> None:
         b = Node("b", limits=Limits(handshake_s=0.5))
         stranger = Identity.ephemeral()
-        hello = Announcement(release=Release(), instance=bytes(8), name="x", limits=Limits())
+        hello = Announcement(release=PeerVersion(), instance=bytes(8), name="x", limits=Limits())
         async with nodes(b):
             host, port = b.address.split(":")
             for channel in ("control", "bulk"):

@@ -15,9 +15,9 @@ from fusionai.network.messages import (
     Failure,
     Hello,
     Notice,
+    PeerVersion,
     Ping,
     Refuse,
-    Release,
     Reply,
     decode,
     encode,
@@ -26,7 +26,7 @@ from fusionai.network.messages import (
 )
 
 HELLO = Hello(
-    release=Release(package="9.9"),
+    release=PeerVersion(package="9.9"),
     channel="control",
     session=bytes(16),
     instance=bytes(8),
@@ -38,7 +38,7 @@ HELLO = Hello(
 )
 ALL = [
     HELLO,
-    Refuse(error="TokenError", text="late", release=Release()),
+    Refuse(error="TokenError", text="late", release=PeerVersion()),
     Call(7, "kind"),
     Reply(7),
     Failure(7, "DataError", "text"),

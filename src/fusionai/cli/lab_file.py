@@ -26,7 +26,7 @@ from fusionai.network.lab import PROFILES, EmulatedLink, LabConfig
 from fusionai.training.slowdown import Throttle
 
 
-class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _LabFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     links: dict[str, EmulatedLink | str] = {}
     default: EmulatedLink | str | None = None
     seed: int = 0
@@ -50,7 +50,7 @@ def read_lab(path: Path) -> Lab:
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-        file = msgspec.convert(table, _File)
+        file = msgspec.convert(table, _LabFile)
     except FileNotFoundError as error:
         raise ConfigError(f"the lab file {path} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:

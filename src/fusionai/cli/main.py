@@ -25,7 +25,7 @@ INTERRUPTED = 130
 UNEXPECTED = 1
 
 
-class _Parser(argparse.ArgumentParser):
+class _CommandParser(argparse.ArgumentParser):
     """Bad arguments are errors like any other, so that `--json` holds for them too."""
 
     def error(self, message: str) -> NoReturn:
@@ -90,7 +90,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = _CommandParser(
         prog="fusionai",
         description="Pool ordinary GPUs over the internet to train models that none of them could train alone.",
     )

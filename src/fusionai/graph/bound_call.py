@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fusionai.graph.dependencies import reads
 from fusionai.graph.model import Argument, Atom, Node, Ref, ValueName
-from fusionai.graph.operators.schema import Call
+from fusionai.graph.operators.schema import ConcreteCall
 from fusionai.graph.vocabulary import Operator
 
 
@@ -15,7 +15,7 @@ class BoundCall:
 
     __slots__ = ("arguments", "call", "node", "reads", "traits")
 
-    def __init__(self, node: Node, traits: Operator, arguments: dict[str, Argument], call: Call) -> None:
+    def __init__(self, node: Node, traits: Operator, arguments: dict[str, Argument], call: ConcreteCall) -> None:
         self.node = node
         self.traits = traits
         self.arguments = arguments

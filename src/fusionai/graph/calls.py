@@ -8,7 +8,7 @@ from fusionai.graph.bound_call import BoundCall
 from fusionai.graph.dependencies import differentiable_ancestors, reads, recomputable, requiring_gradient
 from fusionai.graph.layouts import dense, memory_roots
 from fusionai.graph.model import Argument, Atom, Node, Ref, Size, Sizes, SubDag, TensorType, ValueName
-from fusionai.graph.operators.schema import Call, CallValue, Operand
+from fusionai.graph.operators.schema import CallValue, ConcreteCall, Operand
 from fusionai.graph.sizes import concrete, evaluate, type_bytes
 from fusionai.graph.vocabulary import operator
 
@@ -112,7 +112,7 @@ class StageCalls:
         arguments = traits.bind(node)
         values = {name: self._value(argument) for name, argument in arguments.items()}
         outputs = tuple(self._operand(output) for output in node.outputs)
-        return BoundCall(node, traits, arguments, Call(values, outputs))
+        return BoundCall(node, traits, arguments, ConcreteCall(values, outputs))
 
     def _operand(self, name: ValueName) -> Operand:
         if name not in self._operands:

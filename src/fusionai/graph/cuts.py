@@ -77,7 +77,7 @@ def cut_points(
     if len(ends) < 2:
         return []
     crossing = crossing_bytes(graph, sizes, local)
-    search = _Search(crossing, _work_before(graph, cutter.costs(sizes)), idle)
+    search = _CutSearch(crossing, _work_before(graph, cutter.costs(sizes)), idle)
     # The ends of `within` are cuts that are made in any case, so the others are compared with them too.
     before = crossing[start] if start > 0 else None
     after = crossing[stop] if stop < len(graph.nodes) else None
@@ -104,7 +104,7 @@ def _work_before(graph: OpDag, costs: GraphCosts) -> list[float]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Search:
+class _CutSearch:
     """What is known of each position while cut points are chosen."""
 
     crossing: Sequence[int]

@@ -12,7 +12,7 @@ import msgspec
 
 from fusionai.errors import GraphError
 from fusionai.graph.model import OpDag, SubDag
-from fusionai.graph.verify import DEFAULT_LIMITS, Limits, verify, verify_subdag
+from fusionai.graph.verify import DEFAULT_LIMITS, GraphLimits, verify, verify_subdag
 
 _Graph = TypeVar("_Graph", OpDag, SubDag)
 _encoder = msgspec.json.Encoder(order="sorted")
@@ -33,21 +33,21 @@ def content_hash(graph: OpDag) -> str:
     return hashlib.sha256(encode(graph)).hexdigest()
 
 
-def decode(data: bytes | bytearray | memoryview, limits: Limits = DEFAULT_LIMITS) -> OpDag:
+def decode(data: bytes | bytearray | memoryview, limits: GraphLimits = DEFAULT_LIMITS) -> OpDag:
     """Return the OP-DAG of a JSON text, verified. Raises GraphError for anything else, whatever it is."""
     graph = _parsed(data, OpDag, limits)
     verify(graph, limits)
     return graph
 
 
-def decode_subdag(data: bytes | bytearray | memoryview, limits: Limits = DEFAULT_LIMITS) -> SubDag:
+def decode_subdag(data: bytes | bytearray | memoryview, limits: GraphLimits = DEFAULT_LIMITS) -> SubDag:
     """Return the sub-DAG of a JSON text, verified. Raises GraphError for anything else."""
     subdag = _parsed(data, SubDag, limits)
     verify_subdag(subdag, limits)
     return subdag
 
 
-def _parsed(data: bytes | bytearray | memoryview, kind: type[_Graph], limits: Limits) -> _Graph:
+def _parsed(data: bytes | bytearray | memoryview, kind: type[_Graph], limits: GraphLimits) -> _Graph:
     if len(data) > limits.encoded_bytes:
         raise GraphError(f"an OP-DAG of {len(data):,} bytes; at most {limits.encoded_bytes:,} are allowed")
     try:

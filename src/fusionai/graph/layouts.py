@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fusionai.graph.bound_call import BoundCall
 from fusionai.graph.model import Ref, ValueName
 from fusionai.graph.operators.normalisation import drops
-from fusionai.graph.operators.schema import Call, Operand
+from fusionai.graph.operators.schema import ConcreteCall, Operand
 
 Shape = tuple[int, ...]
 Strides = tuple[int, ...]
@@ -108,7 +108,7 @@ _EXPANSIONS = frozenset({"expand", "expand_as", "broadcast_to"})
 _SQUEEZES = frozenset({"squeeze"})
 
 
-def _wanted(call: Call, shape: Shape) -> Strides:
+def _wanted(call: ConcreteCall, shape: Shape) -> Strides:
     if call.arguments.get("memory_format") == "channels_last" and len(shape) == 4:
         _, channels, height, width = shape
         return (channels * height * width, 1, width * channels, channels)
@@ -121,7 +121,7 @@ def _expanded(shape: Shape, strides: Strides, new: Shape) -> Strides:
     return (*(0,) * added, *kept)
 
 
-def _squeezed(call: Call, shape: Shape, strides: Strides) -> Strides:
+def _squeezed(call: ConcreteCall, shape: Shape, strides: Strides) -> Strides:
     named = {axis % len(shape) for axis in call.integers("dim")} if "dim" in call.arguments and shape else None
     return tuple(
         stride
@@ -130,8 +130,8 @@ def _squeezed(call: Call, shape: Shape, strides: Strides) -> Strides:
     )
 
 
-def _swapped(first: str, second: str) -> Callable[[Call, Strides], Strides]:
-    def rule(call: Call, strides: Strides) -> Strides:
+def _swapped(first: str, second: str) -> Callable[[ConcreteCall, Strides], Strides]:
+    def rule(call: ConcreteCall, strides: Strides) -> Strides:
         swapped = list(strides)
         one, other = int(call.number(first)), int(call.number(second))
         if swapped:
@@ -141,15 +141,15 @@ def _swapped(first: str, second: str) -> Callable[[Call, Strides], Strides]:
     return rule
 
 
-def _matrix_swapped(_: Call, strides: Strides) -> Strides:
+def _matrix_swapped(_: ConcreteCall, strides: Strides) -> Strides:
     return (*strides[:-2], *reversed(strides[-2:]))
 
 
-def _permuted(call: Call, strides: Strides) -> Strides:
+def _permuted(call: ConcreteCall, strides: Strides) -> Strides:
     return tuple(strides[axis] for axis in call.integers("dims"))
 
 
-def _moved(call: Call, strides: Strides) -> Strides:
+def _moved(call: ConcreteCall, strides: Strides) -> Strides:
     count = len(strides)
     sources = [axis % count for axis in call.integers("source")]
     places = [axis % count for axis in call.integers("destination")]
@@ -158,35 +158,35 @@ def _moved(call: Call, strides: Strides) -> Strides:
     return tuple(strides[axis] for axis in order)
 
 
-def _inserted(call: Call, strides: Strides) -> Strides:
+def _inserted(call: ConcreteCall, strides: Strides) -> Strides:
     axis = int(call.number("dim")) % (len(strides) + 1)
     return (*strides[:axis], 1, *strides[axis:])
 
 
-def _stepped(call: Call, strides: Strides) -> Strides:
+def _stepped(call: ConcreteCall, strides: Strides) -> Strides:
     axis = int(call.number("dim")) % len(strides)
     return (*strides[:axis], strides[axis] * int(call.number("step")), *strides[axis + 1 :])
 
 
-def _dropped(call: Call, strides: Strides) -> Strides:
+def _dropped(call: ConcreteCall, strides: Strides) -> Strides:
     axis = int(call.number("dim")) % len(strides)
     return (*strides[:axis], *strides[axis + 1 :])
 
 
-def _diagonal(call: Call, strides: Strides) -> Strides:
+def _diagonal(call: ConcreteCall, strides: Strides) -> Strides:
     count = len(strides)
     axes = {int(call.number("dim1")) % count, int(call.number("dim2")) % count}
     kept = (stride for axis, stride in enumerate(strides) if axis not in axes)
     return (*kept, sum(strides[axis] for axis in axes))
 
 
-def _unfolded(call: Call, strides: Strides) -> Strides:
+def _unfolded(call: ConcreteCall, strides: Strides) -> Strides:
     axis = int(call.number("dimension")) % len(strides)
     step = int(call.number("step"))
     return (*strides[:axis], strides[axis] * step, *strides[axis + 1 :], strides[axis])
 
 
-_RULES: Mapping[str, Callable[[Call, Strides], Strides]] = {
+_RULES: Mapping[str, Callable[[ConcreteCall, Strides], Strides]] = {
     "transpose": _swapped("dim0", "dim1"),
     "swapdims": _swapped("dim0", "dim1"),
     "swapaxes": _swapped("axis0", "axis1"),

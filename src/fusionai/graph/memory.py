@@ -25,7 +25,7 @@ gradients earlier must not be a machine's memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class StageMemory:
+class ActivationMemory:
     """Bytes of one stage at given sizes, weights and their gradients not among them."""
 
     saved_bytes: int
@@ -38,7 +38,7 @@ class StageMemory:
     """Nodes whose weight's gradient is computed after the boundary gradients are out."""
 
 
-def stage_memory(stage: StageCalls) -> StageMemory:
+def stage_memory(stage: StageCalls) -> ActivationMemory:
     """Return what a stage's activations and gradients take."""
     saving = [_saved(stage, bound) for bound in stage.calls]
     fixed = {stage.owner(value) for bound in stage.fixed_calls for value in bound.node.outputs}
@@ -51,7 +51,7 @@ def stage_memory(stage: StageCalls) -> StageMemory:
     saved_bytes = total_bytes(stage.nbytes, kept) + sum(extra)
     forward = _forward_peak(stage, kept, extra, held)
     backward, deferred = _backward_peak(stage, [each - held for each in saving], extra, boundary, saved_bytes)
-    return StageMemory(
+    return ActivationMemory(
         saved_bytes=saved_bytes,
         fixed_bytes=total_bytes(stage.nbytes, fixed & used),
         transient_bytes=max(0, forward - saved_bytes, backward - saved_bytes),

@@ -30,7 +30,7 @@ def arrange_private(graph: OpDag) -> tuple[OpDag, int, int]:
     The owner runs nodes [0, front) and [back, N). Raises GraphError when an operator in the middle reads raw inputs, or
     when nothing is left for others.
     """
-    search = _Search(graph)
+    search = _RawDataReaders(graph)
     front, behind = search.front(), search.behind()
     behind -= front
     middle = [place for place in range(len(graph.nodes)) if place not in front and place not in behind]
@@ -44,7 +44,7 @@ def arrange_private(graph: OpDag) -> tuple[OpDag, int, int]:
     return arranged, len(front), len(front) + len(middle)
 
 
-class _Search:
+class _RawDataReaders:
     """Who reads raw data in a graph, and at which end each reader can go. All sets are of places of nodes."""
 
     def __init__(self, graph: OpDag) -> None:

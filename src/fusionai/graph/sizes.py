@@ -87,7 +87,7 @@ class _Compiled:
         self.symbols: frozenset[str]
         if len(text) > LONGEST_EXPRESSION:
             raise GraphError(f"size expression of {len(text)} characters; the limit is {LONGEST_EXPRESSION}")
-        parser = _Parser(text)
+        parser = _SizeParser(text)
         self._program = parser.whole()
         self.symbols = frozenset(parser.symbols)
 
@@ -119,7 +119,7 @@ def _bounded(value: int) -> int:
     return value
 
 
-class _Parser:
+class _SizeParser:
     """Recursive descent over the tokens, giving closures that compute the result."""
 
     def __init__(self, text: str) -> None:

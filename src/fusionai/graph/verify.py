@@ -17,7 +17,7 @@ from fusionai.tensor import FLOATING, tensor_bytes
 _PROBLEMS_SHOWN = 10
 
 
-class Limits(msgspec.Struct, frozen=True):
+class GraphLimits(msgspec.Struct, frozen=True):
     """Bounds on what a graph may cost its reader; far above any real model."""
 
     encoded_bytes: int = 128 << 20
@@ -41,7 +41,7 @@ class _View(msgspec.Struct, frozen=True):
     received: tuple[Transfer, ...]
     sent: tuple[Transfer, ...]
     loss: ValueName | None
-    limits: Limits
+    limits: GraphLimits
 
 
 def _symbols(view: _View) -> Iterator[str]:
@@ -233,10 +233,10 @@ def _check(view: _View, what: str) -> None:
         raise GraphError(f"{what} breaks {len(problems[:_PROBLEMS_SHOWN])} rules{more}: {shown}")
 
 
-DEFAULT_LIMITS = Limits()
+DEFAULT_LIMITS = GraphLimits()
 
 
-def verify(graph: OpDag, limits: Limits = DEFAULT_LIMITS) -> None:
+def verify(graph: OpDag, limits: GraphLimits = DEFAULT_LIMITS) -> None:
     """Raise GraphError listing what is wrong with an OP-DAG."""
     if graph.vocabulary != VOCABULARY_VERSION:
         raise GraphError(
@@ -251,7 +251,7 @@ def verify(graph: OpDag, limits: Limits = DEFAULT_LIMITS) -> None:
     _check(view, f"the OP-DAG {graph.name[:80]!r}")
 
 
-def verify_subdag(subdag: SubDag, limits: Limits = DEFAULT_LIMITS) -> None:
+def verify_subdag(subdag: SubDag, limits: GraphLimits = DEFAULT_LIMITS) -> None:
     """Raise GraphError listing what is wrong with a sub-DAG."""
     if subdag.index < 0:
         raise GraphError(f"a sub-DAG has the index {subdag.index}")

@@ -26,7 +26,7 @@ from fusionai.network.framing import Admit, Frame, FrameDecoder, FrameType, fram
 from fusionai.network.identity import PeerId, peer_id
 from fusionai.network.limits import Limits
 from fusionai.network.messages import encode
-from fusionai.network.shaping import Lane, LinkShaper
+from fusionai.network.shaping import ShapedConnection, LinkShaper
 from fusionai.network.transport import Buffer, Channel
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Connection(asyncio.BufferedProtocol, Channel):
         self._writable.set()
         self._gone = asyncio.Event()
         self._failure: NetworkError | None = None
-        self._lane: Lane | None = None
+        self._lane: ShapedConnection | None = None
         self.heard_s = now_s()
         self.peer = PeerId("")
         """Set when the handshake is done."""

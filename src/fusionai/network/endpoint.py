@@ -19,7 +19,7 @@ from fusionai.network.identity import Identity, PeerId
 from fusionai.network.lab import LabConfig
 from fusionai.network.limits import Limits
 from fusionai.network.link import Handler, Link
-from fusionai.network.messages import Hello, Release
+from fusionai.network.messages import Hello, PeerVersion
 from fusionai.network.tls_transport import TlsTransport
 from fusionai.network.transport import Arrivals, Buffer, Channel, Listening, Transport
 
@@ -56,7 +56,7 @@ class Endpoint:
         limits: Limits | None = None,
         lab: LabConfig | None = None,
         name: str = "",
-        release: Release | None = None,
+        release: PeerVersion | None = None,
         transport: Transport | None = None,
     ) -> None:
         self.identity = identity
@@ -65,7 +65,7 @@ class Endpoint:
         self._handler = handler
         self._authorise = authorise
         self._limits = limits or Limits()
-        self._release = release or Release()
+        self._release = release or PeerVersion()
         self._instance = secrets.token_bytes(8)
         self._transport = transport or TlsTransport(identity, self._limits)
         self._listeners: list[Listening] = []

@@ -11,8 +11,8 @@ from fusionai.network.limits import Limits
 from fusionai.network.messages import (
     Greeting,
     Hello,
+    PeerVersion,
     Refuse,
-    Release,
     decode,
     error_from,
     error_name,
@@ -31,7 +31,7 @@ class DuplicateLink(NetworkError):
 class Announcement:
     """What this endpoint says of itself in every greeting."""
 
-    release: Release
+    release: PeerVersion
     instance: bytes
     name: str
     limits: Limits
@@ -51,7 +51,7 @@ class Announcement:
         )
 
 
-def check_release(header: bytes, mine: Release, peer: PeerId) -> None:
+def check_release(header: bytes, mine: PeerVersion, peer: PeerId) -> None:
     """Check that a greeting's sender can be understood; works on greetings of any version.
 
     Raises:
@@ -75,7 +75,7 @@ def check_greeting(hello: Hello) -> None:
         raise ProtocolError("a greeting's limits must be above 0")
 
 
-def refuse(error: FusionError, mine: Release) -> Refuse:
+def refuse(error: FusionError, mine: PeerVersion) -> Refuse:
     """Return what a refused dialler is told."""
     name = _DUPLICATE if isinstance(error, DuplicateLink) else error_name(error)
     return Refuse(error=name, text=short_text(error)[:1000], release=mine)

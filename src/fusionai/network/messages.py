@@ -27,7 +27,7 @@ def _package_version() -> str:
         return "unknown"
 
 
-class Release(msgspec.Struct, frozen=True, kw_only=True):
+class PeerVersion(msgspec.Struct, frozen=True, kw_only=True):
     """What a node speaks. Equal major numbers of the protocol work together; all else may differ."""
 
     major: int = PROTOCOL_MAJOR
@@ -43,7 +43,7 @@ class Release(msgspec.Struct, frozen=True, kw_only=True):
 class Greeting(msgspec.Struct, frozen=True, kw_only=True):
     """The part of HELLO and WELCOME that every version, past and future, can read."""
 
-    release: Release
+    release: PeerVersion
 
 
 class Hello(Greeting, frozen=True, kw_only=True):
@@ -70,7 +70,7 @@ class Refuse(msgspec.Struct, frozen=True, kw_only=True):
     error: str
     """Class of the error, or "Duplicate": a link with this peer is there or on its way already."""
     text: str
-    release: Release | None = None
+    release: PeerVersion | None = None
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True):

@@ -36,7 +36,7 @@ _SERIALISER_GRAIN_S = 2e-4
 """The serialiser reckons by its own clock, so it may wake early and need not spin."""
 
 
-class Lane:
+class ShapedConnection:
     """One connection's way through an emulated wire."""
 
     def __init__(self, shaper: LinkShaper, deliver: Deliver, *, urgent: bool) -> None:
@@ -110,7 +110,7 @@ class LinkShaper:
         self._rate = link.rate_bytes_per_s
         self._random = random.Random(seed)
         self._loop = asyncio.get_running_loop()
-        self._lanes: list[Lane] = []
+        self._lanes: list[ShapedConnection] = []
         self._filled = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._free_at_s = 0.0
@@ -119,9 +119,9 @@ class LinkShaper:
         self.piece_bytes = int(min(max(finite * _PIECE_S, 1448), 256 << 10))
         self.queue_bytes = int(max(finite * _QUEUE_S, 4 * self.piece_bytes))
 
-    def lane(self, deliver: Deliver, *, urgent: bool) -> Lane:
+    def lane(self, deliver: Deliver, *, urgent: bool) -> ShapedConnection:
         """Add a connection; urgent ones are serialised first."""
-        lane = Lane(self, deliver, urgent=urgent)
+        lane = ShapedConnection(self, deliver, urgent=urgent)
         self._lanes.append(lane)
         self._lanes.sort(key=lambda each: not each.urgent)
         self._tasks.append(self._loop.create_task(lane.run()))

@@ -18,7 +18,7 @@ def tls_bytes(frame_bytes: int) -> int:
 
 
 @dataclass(slots=True)
-class Traffic:
+class MessageTotals:
     """A sum over messages of one kind in one direction."""
 
     messages: int = 0
@@ -38,8 +38,8 @@ class Traffic:
 class LinkStatistics:
     """Traffic since the link came up. Kinds that begin with "link." are the link's own."""
 
-    sent: dict[str, Traffic] = field(default_factory=dict)
-    received: dict[str, Traffic] = field(default_factory=dict)
+    sent: dict[str, MessageTotals] = field(default_factory=dict)
+    received: dict[str, MessageTotals] = field(default_factory=dict)
 
     def count_sent(self, kind: str, payload_bytes: int, frame_bytes: int) -> None:
         """Count a message that was handed to the connection."""
@@ -60,10 +60,10 @@ class LinkStatistics:
         return sum(each.wire_bytes for each in self.received.values())
 
 
-def _entry(table: dict[str, Traffic], kind: str) -> Traffic:
+def _entry(table: dict[str, MessageTotals], kind: str) -> MessageTotals:
     entry = table.get(kind)
     if entry is None:
         if len(table) >= MOST_KINDS:
             kind = OTHER
-        entry = table.setdefault(kind, Traffic())
+        entry = table.setdefault(kind, MessageTotals())
     return entry

@@ -9,29 +9,29 @@ from collections.abc import Sequence
 from fusionai.errors import FusionError
 from fusionai.execution.calibration.passes import StageSeconds, time_stage
 from fusionai.execution.calibration.rates import Timing, solved
-from fusionai.execution.calibration.reference_graph import Shape
+from fusionai.execution.calibration.reference_graph import DecoderShape
 from fusionai.execution.plane import Calibration, Plane
 
 log = logging.getLogger(__name__)
 
-_TINY = Shape(layers=4, hidden=32, inner=64, heads=2, vocabulary=64, batch=1, tokens=8)
+_TINY = DecoderShape(layers=4, hidden=32, inner=64, heads=2, vocabulary=64, batch=1, tokens=8)
 """Hardly computes: its time is the starting of operators."""
 
 _SHAPES = (
-    Shape(layers=3, hidden=192, inner=512, heads=6, vocabulary=1024, batch=1, tokens=128),
-    Shape(layers=2, hidden=384, inner=1024, heads=12, vocabulary=1024, batch=1, tokens=128),
-    Shape(layers=1, hidden=768, inner=2048, heads=24, vocabulary=1024, batch=1, tokens=128),
-    Shape(layers=2, hidden=192, inner=512, heads=6, vocabulary=512, batch=2, tokens=32),
-    Shape(layers=3, hidden=128, inner=256, heads=4, vocabulary=256, batch=1, tokens=512),
-    Shape(layers=2, hidden=128, inner=256, heads=4, vocabulary=256, batch=1, tokens=1024),
+    DecoderShape(layers=3, hidden=192, inner=512, heads=6, vocabulary=1024, batch=1, tokens=128),
+    DecoderShape(layers=2, hidden=384, inner=1024, heads=12, vocabulary=1024, batch=1, tokens=128),
+    DecoderShape(layers=1, hidden=768, inner=2048, heads=24, vocabulary=1024, batch=1, tokens=128),
+    DecoderShape(layers=2, hidden=192, inner=512, heads=6, vocabulary=512, batch=2, tokens=32),
+    DecoderShape(layers=3, hidden=128, inner=256, heads=4, vocabulary=256, batch=1, tokens=512),
+    DecoderShape(layers=2, hidden=128, inner=256, heads=4, vocabulary=256, batch=1, tokens=1024),
 )
 """For CPUs: narrow to wide, and short to long, where attention counts. Few shapes fit too well: with three of them the
 passes of others came out 14 % too long, with these 2 % (docs/benchmarks.md)."""
 
 _ACCELERATOR_SHAPES = (
-    Shape(layers=2, hidden=1024, inner=2816, heads=16, vocabulary=8192, batch=2, tokens=512),
-    Shape(layers=2, hidden=2048, inner=5632, heads=16, vocabulary=8192, batch=4, tokens=1024),
-    Shape(layers=2, hidden=512, inner=1024, heads=8, vocabulary=1024, batch=2, tokens=4096),
+    DecoderShape(layers=2, hidden=1024, inner=2816, heads=16, vocabulary=8192, batch=2, tokens=512),
+    DecoderShape(layers=2, hidden=2048, inner=5632, heads=16, vocabulary=8192, batch=4, tokens=1024),
+    DecoderShape(layers=2, hidden=512, inner=1024, heads=8, vocabulary=1024, batch=2, tokens=4096),
 )
 
 _KINDS = ("matmul", "attention")
@@ -78,7 +78,9 @@ def measured(plane: Plane, device: str, *, seconds: float) -> Calibration:
     )
 
 
-def _half(plane: Plane, device: str, shapes: Sequence[Shape], seconds: float, pause_s: float) -> list[StageSeconds]:
+def _half(
+    plane: Plane, device: str, shapes: Sequence[DecoderShape], seconds: float, pause_s: float
+) -> list[StageSeconds]:
     """Return timings in bf16; none where the device does not know it."""
     try:
         return [time_stage(plane, device, shape, "bf16", seconds, pause_s) for shape in shapes]

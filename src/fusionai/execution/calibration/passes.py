@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from fusionai.execution.calibration.reference_graph import Shape, reference_stage
+from fusionai.execution.calibration.reference_graph import DecoderShape, reference_stage
 from fusionai.execution.plane import MicrobatchKey, Plane, Program, ProgramOptions
 from fusionai.graph.cost import StageCost, stage_cost
 from fusionai.graph.model import SubDag, Weight
@@ -39,7 +39,7 @@ class StageSeconds:
 
 
 def time_stage(
-    plane: Plane, device: str, shape: Shape, precision: Precision, seconds: float, pause_s: float = 0.0
+    plane: Plane, device: str, shape: DecoderShape, precision: Precision, seconds: float, pause_s: float = 0.0
 ) -> StageSeconds:
     """Run training steps of the reference decoder for about `seconds`, at least one after a microbatch to warm up.
 
@@ -62,7 +62,7 @@ def time_stage(
 
 
 def _timed_steps(
-    program: Program, stage: SubDag, shape: Shape, seconds: float, pause_s: float
+    program: Program, stage: SubDag, shape: DecoderShape, seconds: float, pause_s: float
 ) -> tuple[list[float], list[float], list[float]]:
     random = np.random.default_rng(0)
     values = {item.name: _tokens(random, concrete(item.type, shape.sizes), shape.vocabulary) for item in stage.inputs}

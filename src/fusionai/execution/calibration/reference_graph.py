@@ -26,7 +26,7 @@ _IDS, _LABELS = ValueName("ids"), ValueName("labels")
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class DecoderShape:
     """A decoder's size, and that of a microbatch."""
 
     layers: int
@@ -44,7 +44,7 @@ class Shape:
         return {"b": self.batch, "t": self.tokens}
 
 
-def reference_stage(shape: Shape) -> SubDag:
+def reference_stage(shape: DecoderShape) -> SubDag:
     """Return pre-norm blocks with gated feed-forward, head and loss: the stage after one that has the embedding.
 
     It receives a tensor and gives back its gradient, so a plane does what it does for the stages of a pipeline.
@@ -54,7 +54,7 @@ def reference_stage(shape: Shape) -> SubDag:
 
 
 class _Decoder:
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: DecoderShape) -> None:
         self._shape = shape
         self._nodes: list[Node] = []
         self._types: dict[ValueName, TensorType] = {}

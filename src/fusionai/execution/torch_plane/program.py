@@ -17,7 +17,7 @@ from fusionai.execution.torch_plane.optimizers import Optimizer
 from fusionai.execution.torch_plane.retained import distinct_bytes, saved_tensors
 from fusionai.execution.torch_plane.stage_functions import StageFunctions
 from fusionai.execution.torch_plane.tensors import from_data, storage_address, to_data
-from fusionai.execution.torch_plane.tied import TiedGradients
+from fusionai.execution.torch_plane.tied import TiedGradientShares
 from fusionai.execution.torch_plane.weights import Weights
 from fusionai.graph.model import Sizes, SubDag, ValueName, WeightKey
 from fusionai.tensor import TensorData
@@ -46,7 +46,7 @@ class TorchProgram(Program):
             raise GraphError(f"two stages have one index: {[subdag.index for subdag in subdags]}")
         self._weights = Weights(subdags, self._device)
         self._optimizer = Optimizer(options.optimizer, self._device)
-        self._tied = TiedGradients(subdags)
+        self._tied = TiedGradientShares(subdags)
         self._deferred = DeferredProducts()
         self._functions = StageFunctions(
             subdags, options, self._weights, self._device, tied=self._tied, linear=self._deferred.linear

@@ -16,7 +16,7 @@ from fusionai.execution.plane import MicrobatchKey, ProgramOptions
 from fusionai.execution.torch_plane.build import StageFunction, mutated_keys, specialise
 from fusionai.execution.torch_plane.compiling import StageCall, compiled
 from fusionai.execution.torch_plane.randomness import random_seed, seeded
-from fusionai.execution.torch_plane.tied import TiedGradients
+from fusionai.execution.torch_plane.tied import TiedGradientShares
 from fusionai.execution.torch_plane.weights import Weights
 from fusionai.graph.dependencies import deferrable, reads
 from fusionai.graph.model import Sizes, SubDag, WeightKey
@@ -52,7 +52,7 @@ class StageFunctions:
         weights: Weights,
         device: torch.device,
         *,
-        tied: TiedGradients,
+        tied: TiedGradientShares,
         linear: Callable[..., Tensor],
     ) -> None:
         self._options = options

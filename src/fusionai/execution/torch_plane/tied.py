@@ -25,7 +25,7 @@ class _Share:
     stages: int
 
 
-class TiedGradients:
+class TiedGradientShares:
     """Collects the shares of each microbatch's gradient of each tied weight."""
 
     def __init__(self, subdags: Sequence[SubDag]) -> None:

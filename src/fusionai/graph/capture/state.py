@@ -20,7 +20,7 @@ LARGEST_CONSTANT_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class _StateEntry:
     tensor: Tensor
     kind: Literal["parameter", "buffer", "constant"]
     aliases: tuple[WeightKey, ...]
@@ -30,7 +30,7 @@ class _Entry:
 class ModuleState:
     """Every parameter, buffer and constant of a module, tied ones once."""
 
-    entries: dict[WeightKey, _Entry]
+    entries: dict[WeightKey, _StateEntry]
     canonical: dict[str, WeightKey]
     """Every name a tensor goes by in the module, with the one key it has here: the first."""
     constants: dict[str, WeightKey] = field(default_factory=dict)
@@ -51,16 +51,16 @@ class ModuleState:
             for name, tensor in module.named_buffers(remove_duplicate=False)
         ]
         first: dict[int, WeightKey] = {}
-        entries: dict[WeightKey, _Entry] = {}
+        entries: dict[WeightKey, _StateEntry] = {}
         canonical: dict[str, WeightKey] = {}
         for name, tensor, kind in named:
             key = first.setdefault(id(tensor), WeightKey(name))
             canonical[name] = key
             if key == name:
-                entries[key] = _Entry(tensor, kind, ())
+                entries[key] = _StateEntry(tensor, kind, ())
             else:
                 old = entries[key]
-                entries[key] = _Entry(old.tensor, old.kind, (*old.aliases, WeightKey(name)))
+                entries[key] = _StateEntry(old.tensor, old.kind, (*old.aliases, WeightKey(name)))
         return cls(entries, canonical)
 
     def add_constant(self, name: str, tensor: Tensor) -> WeightKey:
@@ -77,7 +77,7 @@ class ModuleState:
         data = tensor_data(name, tensor)
         digest = hashlib.sha256(f"{data.dtype}{data.shape}".encode() + bytes(data.data)).hexdigest()[:12]
         key = WeightKey(f"constant.{digest}")
-        self.entries.setdefault(key, _Entry(tensor.detach().clone(), "constant", ()))
+        self.entries.setdefault(key, _StateEntry(tensor.detach().clone(), "constant", ()))
         self.constants[name] = key
         return key
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from fusionai.graph.operators.schema import Call, define
+from fusionai.graph.operators.schema import ConcreteCall, define
 
 
-def _one_like_input(call: Call) -> int:
+def _one_like_input(call: ConcreteCall) -> int:
     return call.tensor("self").nbytes
 
 
-def _two_like_input(call: Call) -> int:
+def _two_like_input(call: ConcreteCall) -> int:
     return 2 * call.tensor("self").nbytes
 
 

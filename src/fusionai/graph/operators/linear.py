@@ -7,27 +7,27 @@ from __future__ import annotations
 
 import math
 
-from fusionai.graph.operators.schema import Call, FlopRule, Operand, define
+from fusionai.graph.operators.schema import ConcreteCall, FlopRule, Operand, define
 
 
-def _needed(call: Call, *names: str) -> int:
+def _needed(call: ConcreteCall, *names: str) -> int:
     return sum(call.tensor(name).needs_gradient for name in names)
 
 
-def _linear_flops(call: Call) -> tuple[int, int]:
+def _linear_flops(call: ConcreteCall) -> tuple[int, int]:
     forward = 2 * call.outputs[0].count * call.tensor("weight").shape[-1]
     return forward, forward * _needed(call, "input", "weight")
 
 
 def _matmul_flops(left: str, right: str) -> FlopRule:
-    def rule(call: Call) -> tuple[int, int]:
+    def rule(call: ConcreteCall) -> tuple[int, int]:
         forward = 2 * call.outputs[0].count * call.tensor(left).shape[-1]
         return forward, forward * _needed(call, left, right)
 
     return rule
 
 
-def _einsum_flops(call: Call) -> tuple[int, int]:
+def _einsum_flops(call: ConcreteCall) -> tuple[int, int]:
     """A product over all indices for every operand after the first; torch contracts in that order."""
     operands = call.tensors("tensors")
     terms = str(call.arguments["equation"]).split("->")[0].replace(" ", "").split(",")
@@ -48,13 +48,13 @@ def _einsum_flops(call: Call) -> tuple[int, int]:
     return forward, forward * sum(operand.needs_gradient for operand in operands)
 
 
-def _convolution_flops(call: Call) -> tuple[int, int]:
+def _convolution_flops(call: ConcreteCall) -> tuple[int, int]:
     weight = call.tensor("weight")
     forward = 2 * call.outputs[0].count * math.prod(weight.shape[1:])
     return forward, forward * _needed(call, "input", "weight")
 
 
-def _transposed_convolution_flops(call: Call) -> tuple[int, int]:
+def _transposed_convolution_flops(call: ConcreteCall) -> tuple[int, int]:
     weight = call.tensor("weight")
     forward = 2 * call.tensor("input").count * math.prod(weight.shape[1:])
     return forward, forward * _needed(call, "input", "weight")
@@ -69,17 +69,17 @@ def _blocked(operand: Operand) -> int:
     return operand.nbytes // max(1, channels) * -(-channels // _CHANNEL_BLOCK) * _CHANNEL_BLOCK
 
 
-def _blocked_output(call: Call) -> int:
+def _blocked_output(call: ConcreteCall) -> int:
     return _blocked(call.outputs[0])
 
 
-def _blocked_gradients(call: Call) -> int:
+def _blocked_gradients(call: ConcreteCall) -> int:
     """The output's gradient in blocks, and the input's before it is copied into its own layout."""
     source = call.tensor("input")
     return _blocked(call.outputs[0]) + (_blocked(source) - source.nbytes if source.needs_gradient else 0)
 
 
-def _attention_flops(call: Call) -> tuple[int, int]:
+def _attention_flops(call: ConcreteCall) -> tuple[int, int]:
     """Scores and their product with the values; backward does five such products, for it remakes the scores.
 
     Masked and causal positions count too, as in the measurement of a device's achieved FLOP/s.
@@ -92,30 +92,30 @@ def _attention_flops(call: Call) -> tuple[int, int]:
     return forward, backward if _needed(call, "query", "key", "value") else 0
 
 
-def _scores(call: Call) -> int:
+def _scores(call: ConcreteCall) -> int:
     """Number of attention scores: B * H * T * S."""
     return math.prod(call.tensor("query").shape[:-1]) * call.tensor("key").shape[-2]
 
 
-def _log_sums(call: Call) -> int:
+def _log_sums(call: ConcreteCall) -> int:
     """Bytes of the log-sum-exp of each query: (B, H, T), at least single precision."""
     query = call.tensor("query")
     return math.prod(query.shape[:-1]) * max(4, query.nbytes // max(1, query.count))
 
 
-def _repeated(call: Call) -> int:
+def _repeated(call: ConcreteCall) -> int:
     """Bytes of keys and values repeated for grouped queries, where a kernel needs as many as queries."""
     query, key, value = call.tensor("query"), call.tensor("key"), call.tensor("value")
     groups = query.shape[-3] // max(1, key.shape[-3]) if len(query.shape) > 3 else 1
     return (key.nbytes + value.nbytes) * groups if groups > 1 else 0
 
 
-def _item_bytes(call: Call) -> int:
+def _item_bytes(call: ConcreteCall) -> int:
     query = call.tensor("query")
     return query.nbytes // max(1, query.count)
 
 
-def _sdpa_extra(call: Call) -> int:
+def _sdpa_extra(call: ConcreteCall) -> int:
     """The fused kernel keeps the log-sum-exp; with dropout, torch multiplies out and keeps the scores.
 
     A boolean mask is kept as numbers.
@@ -127,7 +127,7 @@ def _sdpa_extra(call: Call) -> int:
     return _log_sums(call) + made
 
 
-def _fusion_attention_extra(call: Call) -> int:
+def _fusion_attention_extra(call: ConcreteCall) -> int:
     """As `_sdpa_extra`; a window needs a mask (T, S), and a soft cap keeps the scores of two steps.
 
     For both, keys and values that several heads share are repeated, and kept so instead of as they came.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from fusionai.graph.operators.schema import Call, define
+from fusionai.graph.operators.schema import ConcreteCall, define
 
 
-def _one_like_input(call: Call) -> int:
+def _one_like_input(call: ConcreteCall) -> int:
     """Log-probabilities or differences, one for each element; in backward their gradient."""
     return call.tensor("self").nbytes
 
 
-def _both_normalised(call: Call) -> int:
+def _both_normalised(call: ConcreteCall) -> int:
     return call.tensor("x1").nbytes + call.tensor("x2").nbytes
 
 

@@ -4,47 +4,47 @@ from __future__ import annotations
 
 import math
 
-from fusionai.graph.operators.schema import Call, define
+from fusionai.graph.operators.schema import ConcreteCall, define
 
 
-def _layer_statistics(call: Call) -> int:
+def _layer_statistics(call: ConcreteCall) -> int:
     """Mean and reciprocal deviation of each normalised row, single precision at least."""
     source = call.tensor("input")
     rows = source.count // max(1, math.prod(call.integers("normalized_shape")))
     return 2 * rows * max(4, source.nbytes // max(1, source.count))
 
 
-def _rms_statistics(call: Call) -> int:
+def _rms_statistics(call: ConcreteCall) -> int:
     """Mean square and its root, and on CPUs, which have no fused kernel, the normalised rows for the weight."""
     rows = _layer_statistics(call)
     return rows + (call.tensor("input").nbytes if call.has("weight") else 0)
 
 
-def _channel_statistics(call: Call) -> int:
+def _channel_statistics(call: ConcreteCall) -> int:
     source = call.tensor("input")
     channels = source.shape[1] if len(source.shape) > 1 else 1
     return 2 * 4 * channels if call.number("training") else 0
 
 
-def _instance_statistics(call: Call) -> int:
+def _instance_statistics(call: ConcreteCall) -> int:
     return 2 * 4 * math.prod(call.tensor("input").shape[:2])
 
 
-def _group_statistics(call: Call) -> int:
+def _group_statistics(call: ConcreteCall) -> int:
     return 2 * 4 * call.tensor("input").shape[0] * int(call.number("num_groups"))
 
 
-def drops(call: Call) -> bool:
+def drops(call: ConcreteCall) -> bool:
     """Return whether a dropout call does anything; without, torch returns the input itself."""
     return bool(call.number("train")) and call.number("p") > 0
 
 
-def _noise(call: Call) -> int:
+def _noise(call: ConcreteCall) -> int:
     """The mask, already divided by the survival rate, as wide as the input (CPU; GPUs keep one byte each)."""
     return call.tensor("input").nbytes if drops(call) else 0
 
 
-def _feature_noise(call: Call) -> int:
+def _feature_noise(call: ConcreteCall) -> int:
     source = call.tensor("input")
     per_feature = max(1, math.prod(source.shape[2:]))
     return source.nbytes // per_feature if drops(call) else 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fusionai.graph.operators.schema import Call, define
+from fusionai.graph.operators.schema import ConcreteCall, define
 
 
-def _pool_indices(call: Call) -> int:
+def _pool_indices(call: ConcreteCall) -> int:
     """Where each maximum came from, one int64 an output element."""
     return 8 * call.outputs[0].count
 

@@ -97,7 +97,7 @@ CallValue = Operand | bool | int | float | str | None | tuple["CallValue", ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ConcreteCall:
     """One operator call at concrete sizes, every argument by its name, defaults filled in."""
 
     arguments: Mapping[str, CallValue]
@@ -130,10 +130,10 @@ class Call:
         return tuple(item for item in items if isinstance(item, int))
 
 
-FlopRule = Callable[[Call], tuple[int, int]]
+FlopRule = Callable[[ConcreteCall], tuple[int, int]]
 """FLOPs (a multiply-add is two) of a call: forward, and backward for the gradients that are needed."""
 
-ByteRule = Callable[[Call], int]
+ByteRule = Callable[[ConcreteCall], int]
 """Bytes of a call."""
 
 

@@ -70,7 +70,7 @@ class Place:
         return cast("DType | None", _DTYPES.get(self.word))
 
 
-class _Entry(msgspec.Struct):
+class _TensorEntry(msgspec.Struct):
     dtype: str
     shape: list[int]
     data_offsets: tuple[int, int]
@@ -90,7 +90,7 @@ def make_header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, Place]]:
         relative[spec.name] = Place(_WORDS[spec.dtype], spec.shape, start, start + spec.nbytes)
         start += spec.nbytes
     entries = {
-        name: _Entry(place.word, list(place.shape), (place.start, place.stop)) for name, place in relative.items()
+        name: _TensorEntry(place.word, list(place.shape), (place.start, place.stop)) for name, place in relative.items()
     }
     # transformers refuses a file that does not say which framework's layout its tensors have.
     header = msgspec.json.encode({"__metadata__": {"format": "pt"}} | entries)
@@ -123,7 +123,7 @@ def read_header(path: Path) -> dict[str, Place]:
     try:
         entries = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
         entries.pop("__metadata__", None)
-        found = {name: msgspec.json.decode(raw, type=_Entry) for name, raw in entries.items()}
+        found = {name: msgspec.json.decode(raw, type=_TensorEntry) for name, raw in entries.items()}
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: its header is not valid: {error}") from error
     base = _LENGTH.size + length
