@@ -1,0 +1,14 @@
+"""The planes that the framework-neutral checks run on."""
+
+from __future__ import annotations
+
+import pytest
+
+from fusionai.execution.plane import Plane
+from fusionai.execution.planes import available_planes, plane
+
+
+@pytest.fixture(params=available_planes())
+def any_plane(request: pytest.FixtureRequest) -> Plane:
+    """Each plane whose framework is installed, one after the other."""
+    return plane(request.param)
