@@ -10,5 +10,7 @@ from fusionai.execution.planes import available_planes, plane
 
 @pytest.fixture(params=available_planes())
 def any_plane(request: pytest.FixtureRequest) -> Plane:
-    """Each plane whose framework is installed, one after the other."""
-    return plane(request.param)
+    """Each plane whose framework is installed, one after the other, with one CPU thread: graphs here are small."""
+    made = plane(request.param)
+    made.set_threads(1)
+    return made

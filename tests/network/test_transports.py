@@ -23,7 +23,7 @@ from fusionai.network.identity import Identity, PeerId
 from fusionai.network.limits import Limits
 from fusionai.network.loop import run
 from fusionai.network.memory import MemoryNetwork
-from fusionai.network.messages import Release
+from fusionai.network.messages import PeerVersion
 
 Make = Callable[..., Awaitable[Node]]
 Case = Callable[[Make], Awaitable[None]]
@@ -204,7 +204,7 @@ def test_who_may_have_a_link(go: Any) -> None:
             await a.connect(a)
         with pytest.raises(PeerTimeout, match=r"has not connected within 0\.05 s"):
             await a.endpoint.wait_for_link(Identity.ephemeral().peer_id, 0.05)
-        old = await make("old", release=Release(major=0))
+        old = await make("old", release=PeerVersion(major=0))
         with pytest.raises(ProtocolError, match="update"):
             await old.connect(b, credential=b"right")
 

@@ -26,7 +26,7 @@ from fusionai.network.framing import Admit, Frame, FrameDecoder, FrameType, fram
 from fusionai.network.identity import PeerId, peer_id
 from fusionai.network.limits import Limits
 from fusionai.network.messages import encode
-from fusionai.network.shaping import ShapedConnection, LinkShaper
+from fusionai.network.shaping import LinkShaper, ShapedConnection
 from fusionai.network.transport import Buffer, Channel
 
 log = logging.getLogger(__name__)
