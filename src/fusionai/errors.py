@@ -15,6 +15,7 @@
     │   ├── AuthenticationError    the peer's key or capability is not the one required
     │   └── ProtocolError          the peer sent something malformed, oversized or of another version
     └── JobError                   a running job ended early: a compnode died, the loss is not finite
+        └── SessionRefused         a machine has no room for one more session: another machine may
 
 Every class carries the exit status that the command line reports for it.
 """
@@ -92,3 +93,7 @@ class JobError(FusionError):
     """A running job ended early."""
 
     exit_status = 6
+
+
+class SessionRefused(JobError):
+    """A machine has no room for one more session; another machine, or a shorter session, may help."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fusionai.execution.plane import MicrobatchKey, Program
+from fusionai.execution.program import MicrobatchKey, Program, RoundProgram
 from fusionai.graph.model import (
     Input,
     Node,
@@ -240,7 +240,7 @@ def cut(graph: OpDag, positions: Sequence[int]) -> list[SubDag]:
 class Pipeline:
     """Stages on programs, run one after the other in this process through `TensorData`."""
 
-    def __init__(self, stages: Sequence[SubDag], programs: Mapping[int, Program]) -> None:
+    def __init__(self, stages: Sequence[SubDag], programs: Mapping[int, RoundProgram]) -> None:
         self._stages = stages
         self._programs = programs
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from fusionai.execution.calibration.passes import time_stage
 from fusionai.execution.calibration.rates import Timing, solved
 from fusionai.execution.calibration.reference_graph import DecoderShape, reference_stage
-from fusionai.execution.planes import plane
+from fusionai.execution.plane import Plane
 from fusionai.graph.cost import stage_cost
 from fusionai.graph.dependencies import deferrable
 
@@ -41,10 +40,8 @@ def test_the_reference_stage_is_one_of_a_pipeline() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_pass_is_timed(precision: str) -> None:
-    torch_plane = plane("torch")
-    torch.set_num_threads(1)
-    found = time_stage(torch_plane, "cpu", SMALL, "bf16" if precision == "bf16" else "fp32", 0.05)
+def test_every_pass_is_timed(any_plane: Plane, precision: str) -> None:
+    found = time_stage(any_plane, "cpu", SMALL, "bf16" if precision == "bf16" else "fp32", 0.05)
     assert 0 < found.forward_s < 10
     assert 0 < found.backward_s < 10
     assert 0 < found.update_s < 10

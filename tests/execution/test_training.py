@@ -1,4 +1,4 @@
-"""A pipeline of programs trains as one process does."""
+"""A pipeline of programs trains as one process does, on every plane."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_same, assert_same_losses, exact
 from small_graphs import (
     Pipeline,
     cut,
@@ -19,8 +20,8 @@ from small_graphs import (
     train_plainly,
 )
 
-from fusionai.execution.plane import Clipping, MicrobatchKey, OptimizerConfig, Plane, Program, ProgramOptions
-from fusionai.execution.planes import plane
+from fusionai.execution.plane import Clipping, OptimizerConfig, Plane, ProgramOptions
+from fusionai.execution.program import MicrobatchKey, RoundProgram
 
 torch.set_num_threads(1)
 
@@ -48,29 +49,31 @@ def trainable(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("config", [ADAMW, SGD], ids=lambda config: config.kind)
 @pytest.mark.parametrize("stages", CUTS)
-def test_one_program_equals_plain_training_bit_for_bit(stages: int, config: OptimizerConfig) -> None:
+def test_one_program_equals_plain_training(any_plane: Plane, stages: int, config: OptimizerConfig) -> None:
     """Tied weights in the first and last stage, key biases without a real gradient, three microbatches."""
     weights = language_model_weights()
     subdags = cut(language_model_graph(weights), CUTS[stages])
-    program = plane("torch").load(subdags, ProgramOptions(optimizer=config))
+    program = any_plane.load(subdags, ProgramOptions(optimizer=config))
     load_weights(program, weights)
     expected = trainable(weights)
     wanted = train_plainly(language_model_loss, expected, reference(config, expected), 20, 3)
     losses = Pipeline(subdags, dict.fromkeys(range(stages), program)).train(20, 3, 1e-2)
-    assert losses == wanted
+    assert_same_losses(any_plane, losses, wanted)
     assert losses[-1] < losses[0]
     assert program.optimizer_step() == 20
     for name, value in expected.items():
-        assert torch.equal(tensor(program.read(name)), value), name
+        # The gradient of a key bias is zero but for rounding, and AdamW makes whole steps of rounding.
+        if exact(any_plane) or name != "key.bias":
+            assert_same(any_plane, tensor(program.read(name)), value, name)
 
 
 @pytest.mark.parametrize("config", [ADAMW, SGD], ids=lambda config: config.kind)
-def test_programs_that_share_a_tied_weight_agree(config: OptimizerConfig) -> None:
+def test_programs_that_share_a_tied_weight_agree(any_plane: Plane, config: OptimizerConfig) -> None:
     """Three programs; the first and the last exchange the gradients of the embedding before each update."""
     weights = language_model_weights()
     # No gradient of a key bias: only there does rounding, of which the exchanged sums have another order, matter.
     subdags = cut(language_model_graph(weights), CUTS[3])
-    programs = {stage.index: plane("torch").load([stage], ProgramOptions(optimizer=config)) for stage in subdags}
+    programs = {stage.index: any_plane.load([stage], ProgramOptions(optimizer=config)) for stage in subdags}
     for program in programs.values():
         load_weights(program, weights)
     expected = trainable(weights)
@@ -100,7 +103,7 @@ def test_programs_that_share_a_tied_weight_agree(config: OptimizerConfig) -> Non
                 assert relative(found, wanted_weight) < 1e-5, name
 
 
-def run(program: Program, subdags: Any, steps: range, microbatches: int = 2) -> list[float]:
+def run(program: RoundProgram, subdags: Any, steps: range, microbatches: int = 2) -> list[float]:
     pipeline = Pipeline(subdags, dict.fromkeys(range(len(subdags)), program))
     losses = []
     for step in steps:
@@ -113,13 +116,13 @@ def run(program: Program, subdags: Any, steps: range, microbatches: int = 2) -> 
 
 
 @pytest.mark.parametrize("config", [ADAMW, SGD], ids=lambda config: config.kind)
-def test_resumes_exactly_from_weights_and_optimizer_state(config: OptimizerConfig) -> None:
+def test_resumes_exactly_from_weights_and_optimizer_state(any_plane: Plane, config: OptimizerConfig) -> None:
     weights = language_model_weights()
     subdags = cut(language_model_graph(weights), CUTS[2])
-    first = plane("torch").load(subdags, ProgramOptions(optimizer=config))
+    first = any_plane.load(subdags, ProgramOptions(optimizer=config))
     load_weights(first, weights)
     run(first, subdags, range(3))
-    second = plane("torch").load(subdags, ProgramOptions(optimizer=config))
+    second = any_plane.load(subdags, ProgramOptions(optimizer=config))
     for key in first.keys():  # noqa: SIM118
         second.load(key, first.read(key))
         for state in config.states:
@@ -130,31 +133,10 @@ def test_resumes_exactly_from_weights_and_optimizer_state(config: OptimizerConfi
         assert bytes(first.read(key).data) == bytes(second.read(key).data)
 
 
-def test_bf16_equals_autocast_of_one_process() -> None:
-    weights = language_model_weights()
-    subdags = cut(language_model_graph(weights), CUTS[4])
-    program = plane("torch").load(subdags, ProgramOptions(precision="bf16", optimizer=ADAMW))
-    load_weights(program, weights)
-    expected = trainable(weights)
-
-    def loss(parameters: Any, batch: Any) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return language_model_loss(parameters, batch)
-
-    wanted = train_plainly(loss, expected, reference(ADAMW, expected), 10, 2)
-    pipeline = Pipeline(subdags, dict.fromkeys(range(4), program))
-    assert pipeline.train(10, 2, 1e-2) == pytest.approx(wanted, rel=1e-3)
-    full = train_plainly(language_model_loss, exact := trainable(weights), reference(ADAMW, exact), 10, 2)
-    assert pipeline.train(1, 1, 1e-2) != full[:1]  # it did run in another precision
-    for name, value in expected.items():
-        if name != "key.bias":
-            assert relative(tensor(program.read(name)), value) < 0.1, name
-
-
-def test_gradients_scale_and_norm() -> None:
+def test_gradients_scale_and_norm(any_plane: Plane) -> None:
     weights = language_model_weights()
     subdags = cut(language_model_graph(weights), [])
-    program = plane("torch").load(subdags, ProgramOptions(optimizer=ADAMW))
+    program = any_plane.load(subdags, ProgramOptions(optimizer=ADAMW))
     load_weights(program, weights)
     expected = trainable(weights)
     Pipeline(subdags, {0: program}).forward(MicrobatchKey(0, 0), {"s0": 2, "s1": 8}, token_batch(0, 0))
@@ -164,40 +146,36 @@ def test_gradients_scale_and_norm() -> None:
     norms = program.gradient_norms()
     assert norms.keys() == expected.keys()
     assert program.gradient_norms(skip=["embedding"]).keys() == expected.keys() - {"embedding"}
-    clipping = plane("torch").clipping([norms[name] for name in expected], 0.1)
-    assert clipping.norm == float(norm)
+    clipping = any_plane.clipping([norms[name] for name in expected], 0.1)
+    assert clipping.norm == (float(norm) if exact(any_plane) else pytest.approx(float(norm), rel=1e-5))
     program.update(1e-2, gradient_scale=clipping.factor)
     reference(ADAMW, expected).step()
     for name, value in expected.items():
-        assert torch.equal(tensor(program.read(name)), value.detach()), name
+        if exact(any_plane) or name != "key.bias":
+            assert_same(any_plane, tensor(program.read(name)), value, name)
     assert program.gradient_norms() == {}
     assert not tensor(program.read_gradient("embedding")).any()
 
 
-def test_clipping_is_that_of_torch() -> None:
-    for norms, limit in (([3.0, 4.0], 1.0), ([0.3, 0.4], 1.0), ([1e-9], 0.5), ([7.0] * 300, 0.25), ([], 1.0)):
-        weights = [torch.zeros(1, requires_grad=True) for _ in norms]
-        for weight, norm in zip(weights, norms, strict=True):
-            weight.grad = torch.full((1,), norm)
-        found = plane("torch").clipping(norms, limit)
-        assert found.norm == float(torch.nn.utils.clip_grad_norm_(weights, limit))
-        for weight, norm in zip(weights, norms, strict=True):
-            assert torch.equal(torch.full((1,), norm) * found.factor, weight.grad)  # type: ignore[arg-type]
-    assert plane("torch").clipping([3.0, 4.0], 0.0) == Clipping(5.0, 1.0)
-    assert math.isnan(plane("torch").clipping([math.nan, 1.0], 1.0).norm)
-    assert plane("torch").clipping([math.inf, 1.0], 1.0).norm == math.inf
+def test_clipping(any_plane: Plane) -> None:
+    assert any_plane.clipping([3.0, 4.0], 1.0).norm == pytest.approx(5.0)
+    assert any_plane.clipping([3.0, 4.0], 1.0).factor == pytest.approx(0.2)
+    assert any_plane.clipping([3.0, 4.0], 0.0) == Clipping(5.0, 1.0)
+    assert any_plane.clipping([0.3, 0.4], 1.0).factor == 1.0
+    assert math.isnan(any_plane.clipping([math.nan, 1.0], 1.0).norm)
+    assert any_plane.clipping([math.inf, 1.0], 1.0).norm == math.inf
 
 
-def test_a_plane_without_a_clipping_of_its_own_has_the_plain_one() -> None:
-    assert Plane.clipping(plane("torch"), [3.0, 4.0], 1.0) == Clipping(5.0, 0.2)
-    assert Plane.clipping(plane("torch"), [3.0, 4.0], 0.0) == Clipping(5.0, 1.0)
-    assert math.isnan(Plane.clipping(plane("torch"), [math.nan], 1.0).norm)
+def test_a_plane_without_a_clipping_of_its_own_has_the_plain_one(any_plane: Plane) -> None:
+    assert Plane.clipping(any_plane, [3.0, 4.0], 1.0) == Clipping(5.0, 0.2)
+    assert Plane.clipping(any_plane, [3.0, 4.0], 0.0) == Clipping(5.0, 1.0)
+    assert math.isnan(Plane.clipping(any_plane, [math.nan], 1.0).norm)
 
 
-def test_sizes_may_change_between_microbatches() -> None:
+def test_sizes_may_change_between_microbatches(any_plane: Plane) -> None:
     weights = language_model_weights()
     subdags = cut(language_model_graph(weights), CUTS[2])
-    program = plane("torch").load(subdags, ProgramOptions())
+    program = any_plane.load(subdags, ProgramOptions())
     load_weights(program, weights)
     pipeline = Pipeline(subdags, dict.fromkeys(range(2), program))
     for index, (size, length) in enumerate([(2, 8), (1, 5), (3, 1), (2, 32), (2, 8)]):
@@ -205,4 +183,4 @@ def test_sizes_may_change_between_microbatches() -> None:
         wanted = language_model_loss(weights, batch).item()
         for train in (True, False):
             found = pipeline.forward(MicrobatchKey(0, index), {"s0": size, "s1": length}, batch, train=train)
-            assert found == wanted
+            assert_same_losses(any_plane, [found], [wanted])

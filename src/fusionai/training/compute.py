@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 from fusionai.errors import PeerLost
-from fusionai.execution.plane import MicrobatchKey, Program
+from fusionai.execution.program import MicrobatchKey, RoundProgram
 from fusionai.graph.model import Sizes, ValueName
 from fusionai.tensor import TensorData
 from fusionai.training.ledger import RoundLedger, Slot, Task
@@ -78,7 +78,7 @@ class ComputeThread:
         self._loop = asyncio.get_running_loop()
         self._wake = threading.Condition()
         self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
-        self._program: Program | None = None
+        self._program: RoundProgram | None = None
         self._round: Round | None = None
         self._stopping = False
         self.busy_s = 0.0
@@ -86,7 +86,7 @@ class ComputeThread:
         self._thread = threading.Thread(target=self._run, name=f"compute-{name}", daemon=True)
         self._thread.start()
 
-    def use(self, program: Program) -> None:
+    def use(self, program: RoundProgram) -> None:
         """Set the program whose passes are run."""
         self._program = program
 

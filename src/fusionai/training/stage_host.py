@@ -19,7 +19,8 @@ from typing import Any
 import msgspec
 
 from fusionai.errors import FusionError, JobError, NetworkError, ProtocolError
-from fusionai.execution.plane import Plane, Program
+from fusionai.execution.plane import Plane
+from fusionai.execution.program import RoundProgram
 from fusionai.graph.model import Transfer, ValueName, WeightKey
 from fusionai.network.identity import PeerId
 from fusionai.tensor import TensorData
@@ -87,7 +88,7 @@ class StageHost:
         self._wire = wire
         self._on_end = on_end
         self._limit_bytes = limit_bytes
-        self._program: Program
+        self._program: RoundProgram
         self._compute = ComputeThread(
             name=assignment.job,
             slowdown=slowdown,

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from fusionai.errors import ProtocolError
-from fusionai.execution.plane import Program
+from fusionai.execution.program import RoundProgram
 from fusionai.graph.model import WeightKey
 from fusionai.network.identity import PeerId
 from fusionai.tensor import TensorData
@@ -23,7 +23,7 @@ class GradientExchange:
         assignment: Assignment,
         wire: JobWire,
         compute: ComputeThread,
-        program: Program,
+        program: RoundProgram,
         count_sent: Callable[[str, int], None],
     ) -> None:
         self._assignment = assignment

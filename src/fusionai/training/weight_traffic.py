@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from fusionai.errors import GraphError, JobError, ProtocolError
-from fusionai.execution.plane import Program
+from fusionai.execution.program import RoundProgram
 from fusionai.graph.model import Weight, WeightKey
 from fusionai.network.identity import PeerId
 from fusionai.tensor import TensorData
@@ -40,7 +40,7 @@ class WeightTraffic:
         assignment: Assignment,
         wire: JobWire,
         compute: ComputeThread,
-        program: Program,
+        program: RoundProgram,
         count_sent: Callable[[str, int], None],
     ) -> None:
         self._assignment = assignment

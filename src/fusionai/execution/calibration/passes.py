@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 
 from fusionai.execution.calibration.reference_graph import DecoderShape, reference_stage
-from fusionai.execution.plane import MicrobatchKey, Plane, Program, ProgramOptions
+from fusionai.execution.plane import Plane, ProgramOptions
+from fusionai.execution.program import MicrobatchKey, RoundProgram
 from fusionai.graph.cost import StageCost, stage_cost
 from fusionai.graph.model import SubDag, Weight
 from fusionai.graph.sizes import concrete, type_bytes
@@ -62,7 +63,7 @@ def time_stage(
 
 
 def _timed_steps(
-    program: Program, stage: SubDag, shape: DecoderShape, seconds: float, pause_s: float
+    program: RoundProgram, stage: SubDag, shape: DecoderShape, seconds: float, pause_s: float
 ) -> tuple[list[float], list[float], list[float]]:
     random = np.random.default_rng(0)
     values = {item.name: _tokens(random, concrete(item.type, shape.sizes), shape.vocabulary) for item in stage.inputs}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import get_args
 
 # The shape rules that check a stranger's graph load this, 0.1 GB, at their first use. Loaded here, it is there before a
 # compnode measures how much memory is free, and no job waits for it.
@@ -12,15 +13,22 @@ import torch._dynamo
 from fusionai.errors import GraphError
 from fusionai.execution.calibration.measurement import measured
 from fusionai.execution.own_thread import in_own_thread
-from fusionai.execution.plane import Calibration, Clipping, Plane, Program, ProgramOptions
+from fusionai.execution.plane import Calibration, Clipping, Plane, ProgramOptions
+from fusionai.execution.program import RoundProgram
 from fusionai.execution.torch_plane import devices
 from fusionai.execution.torch_plane.calibration import convolution_flops_per_s
 from fusionai.execution.torch_plane.operators import torch_callable
 from fusionai.execution.torch_plane.program import TorchProgram
+from fusionai.graph.abilities import PlaneAbilities
 from fusionai.graph.model import SubDag
+from fusionai.graph.vocabulary import VOCABULARY
+from fusionai.tensor import DType
 
 _DECODER_SHARE = 0.9
-"""Of a calibration's time; the rest is for convolutions."""
+"""Share of a calibration's time for the reference decoders; the rest is for convolutions."""
+
+_MPS_LACKS = frozenset({"float64"})
+"""Dtypes that Apple's GPUs do not have."""
 
 
 class TorchPlane(Plane):
@@ -37,12 +45,16 @@ class TorchPlane(Plane):
     def device_memory_bytes(self, device: str) -> int:
         return devices.memory_bytes(device)
 
-    def unsupported(self, subdag: SubDag) -> Iterator[str]:
-        for name in sorted({node.op for node in subdag.nodes}):
-            try:
-                torch_callable(name)
-            except GraphError:
-                yield name
+    def abilities(self, device: str) -> PlaneAbilities:
+        devices.torch_device(device)  # raises ConfigError when there is none of that name
+        lacking = _MPS_LACKS if device == "mps" else frozenset[str]()
+        return PlaneAbilities(
+            plane=self.name,
+            operators=tuple(name for name in sorted(VOCABULARY) if _resolves(name)),
+            dtypes=tuple(name for name in get_args(DType) if name not in lacking),
+            training=True,
+            decoding=False,
+        )
 
     def calibrate(self, device: str, *, seconds: float = 2.0) -> Calibration:
         return in_own_thread(lambda: self._calibrate(device, seconds))
@@ -61,8 +73,17 @@ class TorchPlane(Plane):
     def set_threads(self, count: int) -> None:
         devices.set_threads(count)
 
-    def load(self, subdags: Sequence[SubDag], options: ProgramOptions) -> Program:
+    def load(self, subdags: Sequence[SubDag], options: ProgramOptions) -> RoundProgram:
         for subdag in subdags:
             for name in {node.op for node in subdag.nodes}:
                 torch_callable(name)  # raises GraphError that names the operator
         return TorchProgram(subdags, options)
+
+
+def _resolves(name: str) -> bool:
+    """Return whether this version of torch has an operator of the vocabulary."""
+    try:
+        torch_callable(name)
+    except GraphError:
+        return False
+    return True

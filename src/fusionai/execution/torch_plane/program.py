@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fusionai.errors import GraphError, JobError
-from fusionai.execution.plane import MicrobatchKey, Program, ProgramOptions
+from fusionai.execution.plane import ProgramOptions
+from fusionai.execution.program import MicrobatchKey, RoundProgram
 from fusionai.execution.torch_plane.crossing import backward_starts, feeds
 from fusionai.execution.torch_plane.deferred import DeferredProducts
 from fusionai.execution.torch_plane.devices import apply_threads, release_cached_memory, torch_device
@@ -31,7 +32,7 @@ class _Kept:
     roots: dict[ValueName, Tensor]
 
 
-class TorchProgram(Program):
+class TorchProgram(RoundProgram):
     """Runs sub-DAGs with torch's autograd.
 
     In bf16, boundary tensors and gradients cross in the dtype that autocast gives them, so that the receiving

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fusionai.execution.plane import MicrobatchKey
+from fusionai.execution.program import MicrobatchKey
 
 
 def random_seed(seed: int, microbatch: MicrobatchKey, stage: int) -> int:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fusionai.errors import JobError
-from fusionai.execution.plane import MicrobatchKey, ProgramOptions
+from fusionai.execution.plane import ProgramOptions
+from fusionai.execution.program import MicrobatchKey
 from fusionai.execution.torch_plane.build import StageFunction, mutated_keys, specialise
 from fusionai.execution.torch_plane.compiling import StageCall, compiled
 from fusionai.execution.torch_plane.randomness import random_seed, seeded

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fusionai.execution.plane import MicrobatchKey
+from fusionai.execution.program import MicrobatchKey
 from fusionai.graph.model import SubDag, WeightKey
 from fusionai.graph.shared_weights import MOST_WAITING_BYTES
 

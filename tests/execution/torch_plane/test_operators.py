@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 from transformers.integrations.moe import _grouped_mm_fallback, _grouped_mm_fallback_bwd
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fusionai.execution.plane import MicrobatchKey, OptimizerConfig
+from fusionai.execution.plane import OptimizerConfig
+from fusionai.execution.program import MicrobatchKey
 from fusionai.execution.torch_plane.attention import attention, needs_mask, window_mask
 from fusionai.execution.torch_plane.experts import grouped_matmul
 from fusionai.execution.torch_plane.operators import in_inference, torch_callable
@@ -118,6 +120,27 @@ def test_inference_mode_of_calls() -> None:
     arguments = (x, None, None, None, None, True, 0.1, 1e-5, True)
     without_statistics = Node("y", "aten.batch_norm.default", arguments, {}, y)
     assert in_inference(without_statistics) == without_statistics
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
+@pytest.mark.parametrize("scalar", [False, True])
+def test_the_least_integer_divided_by_minus_one(dtype: torch.dtype, scalar: bool) -> None:
+    """Its quotient has no representation; the processor's division stops a process at it."""
+    dividend = torch.tensor([torch.iinfo(dtype).min, 7, -7, 6], dtype=dtype)
+    divisor: Any = -1 if scalar else torch.tensor([-1, -1, 2, -4], dtype=dtype)
+    found = torch_callable("aten.div.Tensor_mode")(dividend, divisor, rounding_mode="trunc")
+    assert found.dtype == dtype
+    expected = [torch.iinfo(dtype).min, -7, 7, -6] if scalar else [torch.iinfo(dtype).min, -7, -3, -1]
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("mode", [None, "trunc", "floor"])
+def test_other_divisions_are_torchs(mode: str | None) -> None:
+    for dividend, divisor in ((torch.randn(50), torch.randn(50)), (torch.arange(-9, 9), torch.arange(1, 19))):
+        found = torch_callable("aten.div.Tensor_mode")(dividend, divisor, rounding_mode=mode)
+        wanted = torch.div(dividend, divisor, rounding_mode=mode)
+        assert found.dtype == wanted.dtype
+        assert torch.equal(found, wanted)
 
 
 CONFIGS = [

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from fusionai.execution.plane import MicrobatchKey, OptimizerConfig, Program, ProgramOptions
+from fusionai.execution.plane import OptimizerConfig, ProgramOptions
 from fusionai.execution.planes import plane
+from fusionai.execution.program import MicrobatchKey, RoundProgram
 from fusionai.execution.torch_plane import deferred
 from fusionai.graph import memory
 from fusionai.graph.cost import stage_cost
@@ -32,7 +33,7 @@ from fusionai.graph.model import SubDag, TensorType
 KEY = MicrobatchKey(0, 0)
 
 
-def two_programs(config: OptimizerConfig, weights: dict[str, Tensor]) -> tuple[list[SubDag], dict[int, Program]]:
+def two_programs(config: OptimizerConfig, weights: dict[str, Tensor]) -> tuple[list[SubDag], dict[int, RoundProgram]]:
     subdags = cut(language_model_graph(weights), [12])
     programs = {each.index: plane("torch").load([each], ProgramOptions(optimizer=config)) for each in subdags}
     for program in programs.values():
