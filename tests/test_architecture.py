@@ -24,13 +24,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"units", "graph", "network", "execution", "scheduling", "pool"},
     "broker": {"units", "graph", "network", "execution", "scheduling", "pool", "training"},
     "compnode": {"units", "graph", "network", "execution", "scheduling", "pool", "training"},
-    "owner": {"units", "graph", "network", "execution", "scheduling", "simulation", "pool", "training", "compnode"},
+    "owner": {"units", "graph", "network", "execution", "scheduling", "simulation", "pool", "training"},
     "cli": {
         *("units", "graph", "network", "execution", "scheduling", "simulation"),
         *("pool", "training", "broker", "compnode", "owner"),
     },
 }
-"""Which folders a folder may import; `errors` and `tensor` are for all."""
+"""Which folders a folder may import; `errors` and `tensor` are for all.
+
+The three roles (`broker`, `compnode`, `owner`) import no code of each other: what they share is in `pool` and below.
+"""
 
 MOST_LINES = 600
 VAGUE = {"utils", "util", "helpers", "common", "manager", "misc"}

@@ -5,23 +5,28 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 from fusionai.broker.broker import Broker, BrokerTimes
-from fusionai.compnode.member import Member
+from fusionai.compnode.compnode_member import CompnodeMember
+from fusionai.compnode.disk_report import DiskReport
 from fusionai.execution.plane import OptimizerConfig, Plane, ProgramOptions
 from fusionai.graph.encoding import content_hash, encode
 from fusionai.graph.model import Input, Node, OpDag, Ref, TensorType, ValueName, Weight, WeightKey
 from fusionai.graph.vocabulary import VOCABULARY_VERSION
 from fusionai.network.identity import Identity
+from fusionai.owner.membership import OwnerMember
 from fusionai.pool.identifiers import FIRST_EPOCH, JobEpoch
+from fusionai.pool.member import MemberConfig, PoolMember
 from fusionai.pool.messages import JobLaunched, Status, StatusQuery, SubmitJob
 from fusionai.scheduling.profile import DeviceProfile
 
 QUICK = BrokerTimes(heartbeat_s=0.1, grace_s=1.0, recovery_s=3.0, probe_s=0.05)
 LAYERS, WIDTH = 4, 8
+
+Joined = TypeVar("Joined", bound=PoolMember)
 
 
 def profile(memory_bytes: int = 1 << 30) -> DeviceProfile:
@@ -76,26 +81,8 @@ async def broker_at(folder: Path, **options: Any) -> AsyncIterator[Broker]:
 
 
 @asynccontextmanager
-async def member_of(
-    token: str,
-    name: str,
-    role: Literal["compnode", "owner", "observer"] = "compnode",
-    *,
-    with_plane: Plane | None = None,
-    memory_bytes: int = 1 << 30,
-    **options: Any,
-) -> AsyncIterator[Member]:
-    """A member that has joined."""
-    options = {"identity": Identity.ephemeral(), **options}
-    member = Member(
-        options.pop("identity"),
-        token,
-        role=role,
-        name=name,
-        profile=None if role == "observer" else profile(memory_bytes),
-        plane=with_plane,
-        **options,
-    )
+async def started(member: Joined) -> AsyncIterator[Joined]:
+    """A member from when it has joined until it leaves."""
     await member.start()
     try:
         yield member
@@ -103,7 +90,50 @@ async def member_of(
         await member.close()
 
 
-async def status(member: Member) -> Status:
+def member_of(
+    token: str,
+    name: str,
+    *,
+    identity: Identity | None = None,
+    with_plane: Plane | None = None,
+    memory_bytes: int = 1 << 30,
+    disk: DiskReport | None = None,
+    **config: Any,
+) -> AbstractAsyncContextManager[CompnodeMember]:
+    """A compnode's member that has joined; `config` are fields of `MemberConfig`."""
+    return started(
+        CompnodeMember(
+            identity or Identity.ephemeral(),
+            token,
+            MemberConfig(name=name, **config),
+            profile=profile(memory_bytes),
+            plane=with_plane,
+            disk=disk,
+        )
+    )
+
+
+def owner_of(
+    token: str, name: str = "owner", *, with_plane: Plane, identity: Identity | None = None, **config: Any
+) -> AbstractAsyncContextManager[OwnerMember]:
+    """An owner's member that has joined; `config` are fields of `MemberConfig`."""
+    return started(
+        OwnerMember(
+            identity or Identity.ephemeral(),
+            token,
+            MemberConfig(name=name, **config),
+            profile=profile(),
+            plane=with_plane,
+        )
+    )
+
+
+def observer_of(token: str, name: str = "observer", **config: Any) -> AbstractAsyncContextManager[PoolMember]:
+    """An observer that has joined; `config` are fields of `MemberConfig`."""
+    return started(PoolMember(Identity.ephemeral(), token, "observer", MemberConfig(name=name, **config)))
+
+
+async def status(member: PoolMember) -> Status:
     """Ask the broker."""
     return await member.request(StatusQuery(), Status, timeout_s=5)
 
@@ -113,12 +143,12 @@ def first_plan(launched: JobLaunched) -> JobEpoch:
     return JobEpoch(launched.job, FIRST_EPOCH)
 
 
-def held(member: Member) -> list[JobEpoch]:
+def held(member: CompnodeMember) -> list[JobEpoch]:
     """What a member holds shares of."""
     return [JobEpoch(each.job, each.epoch) for each in member.holds]
 
 
-async def states(member: Member) -> dict[str, str]:
+async def states(member: PoolMember) -> dict[str, str]:
     """State by name of compnode."""
     return {each.name: each.state for each in (await status(member)).compnodes}
 
@@ -136,7 +166,7 @@ async def until(condition: Callable[[], Any], *, within_s: float = 10.0) -> floa
         await asyncio.sleep(0.02)
 
 
-async def submit(owner: Member, dag: OpDag | None = None, **changes: Any) -> JobLaunched:
+async def submit(owner: OwnerMember, dag: OpDag | None = None, **changes: Any) -> JobLaunched:
     """Submit the chain, open, cut in the middle; `changes` are fields of the request."""
     dag = dag or graph()
     fields: dict[str, Any] = {

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broker_pool import broker_at, graph, member_of, plane, states, submit
+from broker_pool import broker_at, graph, member_of, owner_of, plane, states, submit
 
 from fusionai.broker.broker import Broker
-from fusionai.compnode.member import Member
+from fusionai.compnode.compnode_member import CompnodeMember
 from fusionai.execution.plane import OptimizerConfig, ProgramOptions
 from fusionai.graph.model import OpDag, WeightKey
 from fusionai.owner.machines import machines_of
+from fusionai.owner.membership import OwnerMember
 from fusionai.owner.replanning import ReplanEvent, Replanning, ReplanTerms
 from fusionai.pool.identifiers import FIRST_EPOCH, Epoch, JobEpoch
 from fusionai.pool.messages import JobLaunched, PlanPrepared
@@ -71,8 +72,8 @@ class Party:
         self._stack = AsyncExitStack()
         self.dag: OpDag = graph()
         self.broker: Broker
-        self.owner: Member
-        self.members: dict[str, Member] = {}
+        self.owner: OwnerMember
+        self.members: dict[str, CompnodeMember] = {}
         self.launched: JobLaunched
         self.replanning: Replanning
         self.done = 0
@@ -83,7 +84,7 @@ class Party:
         self._folder.mkdir(exist_ok=True)
         self.broker = await enter(broker_at(self._folder))
         token, torch = self.broker.token(), plane()
-        self.owner = await enter(member_of(token, "owner", "owner", with_plane=torch))
+        self.owner = await enter(owner_of(token, with_plane=torch))
         for name in "ab":
             self.members[name] = await enter(member_of(token, name, with_plane=torch, **self._options))
         self.launched = await submit(self.owner, self.dag, cuts=(2,), options=OPTIONS)
@@ -131,7 +132,6 @@ class Party:
         return self.replanning.driver
 
     def make_driver(self, epoch: Epoch, machines: Sequence[Machine]) -> Driver:
-        assert self.owner.plane is not None
         plan = JobEpoch(self.launched.job, epoch)
         return Driver(plan, self.owner.wire, self.dag, machines, gradient_clip=0.5, clipping=self.owner.plane.clipping)
 

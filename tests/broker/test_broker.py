@@ -6,15 +6,16 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from broker_pool import broker_at, member_of, profile, states, status, until
+from broker_pool import broker_at, member_of, observer_of, profile, states, status, until
 
-from fusionai.compnode.member import Member
+from fusionai.compnode.compnode_member import CompnodeMember
 from fusionai.errors import AuthenticationError, ConfigError, PeerLost, ProtocolError, TokenError
 from fusionai.network.endpoint import Endpoint
 from fusionai.network.identity import Identity, PeerId
 from fusionai.network.link import Link
 from fusionai.network.token import JoinToken
-from fusionai.pool.codec import encode, kind_of
+from fusionai.pool.codec import GRAPH, encode, kind_of
+from fusionai.pool.member import MemberConfig
 from fusionai.pool.messages import LeavePool, MeasureLinks, Status, StatusQuery
 
 
@@ -45,7 +46,7 @@ def test_members_and_links(tmp_path: Path) -> None:
                 member_of(token, "a") as a,
                 member_of(token, "a") as second,
                 member_of(token, "quiet", listen=None),
-                member_of(token, "eye", "observer", listen=None) as eye,
+                observer_of(token, "eye", listen=None) as eye,
             ):
                 assert second.name == "a-2"
 
@@ -90,7 +91,7 @@ def test_two_that_cannot_be_dialled_are_recorded(tmp_path: Path) -> None:
                 member_of(token, "a", listen=None),
                 member_of(token, "b", **nowhere),
                 member_of(token, "c", listen=None),
-                member_of(token, "eye", "observer", listen=None) as eye,
+                observer_of(token, "eye", listen=None) as eye,
             ):
 
                 async def settled() -> bool:
@@ -109,7 +110,7 @@ def test_a_vanished_compnode_is_lost_at_once(tmp_path: Path) -> None:
     async def main() -> None:
         async with broker_at(tmp_path) as broker:
             token = broker.token()
-            async with member_of(token, "eye", "observer", listen=None) as eye, member_of(token, "a") as a:
+            async with observer_of(token, "eye", listen=None) as eye, member_of(token, "a") as a:
                 await a.endpoint.close()  # without a word
 
                 async def lost() -> bool:
@@ -212,7 +213,7 @@ def test_the_unregistered_may_only_register(tmp_path: Path) -> None:
                 await link.request("broker.destroy", b"", timeout_s=5)
             await stranger.close()
             async with member_of(token.encode(), "a") as member:
-                await member.send_graph("0" * 64, b"x")  # which is for owners: the broker ends such a link
+                await member.send_bulk(GRAPH, b"0" * 64, b"x")  # which is for owners: the broker ends such a link
                 await until(lambda: broker.status().compnodes[0].state == "lost")
                 await until(lambda: broker.status().compnodes[0].state == "idle")
 
@@ -224,7 +225,7 @@ def test_a_member_comes_back_with_a_token_that_has_expired(tmp_path: Path) -> No
         identity = Identity.ephemeral()
         async with broker_at(tmp_path) as broker:
             token = JoinToken.decode(broker.token(lifetime_s=1.5))
-            member = Member(identity, token, role="compnode", name="a", profile=profile())
+            member = CompnodeMember(identity, token, MemberConfig(name="a"), profile=profile(), plane=None)
             await member.start()
             await asyncio.sleep(1.6)
             link = member.endpoint.link(token.broker)
@@ -233,7 +234,7 @@ def test_a_member_comes_back_with_a_token_that_has_expired(tmp_path: Path) -> No
             await until(lambda: broker.status().compnodes[0].state == "lost")
             await until(lambda: broker.status().compnodes[0].state == "idle")
             await member.close()
-            back = Member(identity, token, role="compnode", name="a", profile=profile())
+            back = CompnodeMember(identity, token, MemberConfig(name="a"), profile=profile(), plane=None)
             with pytest.raises(TokenError, match="expired"):
                 await back.start()  # it left, so it needs a new one
 

@@ -9,15 +9,17 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
-from broker_pool import broker_at, first_plan, graph, member_of, plane, states, status, submit, until
+from broker_pool import broker_at, first_plan, graph, member_of, owner_of, plane, states, status, submit, until
 from msgspec.structs import replace
 
 from fusionai.broker.broker import Broker
-from fusionai.compnode.member import Member
+from fusionai.compnode.compnode_member import CompnodeMember
 from fusionai.errors import FusionError, JobError, NetworkError, PeerLost, ProtocolError
 from fusionai.graph.model import OpDag, ValueName
 from fusionai.network.identity import PeerId
+from fusionai.owner.membership import OwnerMember
 from fusionai.pool.identifiers import FIRST_EPOCH, JobId
+from fusionai.pool.member import PoolMember
 from fusionai.pool.messages import Heartbeat, HeldShare, JobEnded, JobLaunched, JobProgress, LinkProbed
 from fusionai.scheduling.profile import LinkProfile
 from fusionai.tensor import TensorData
@@ -29,7 +31,7 @@ MIB = 1 << 20
 class Driver:
     """The owner's side of a job, as hostile as a test wants it: it sends what it likes, and keeps what comes."""
 
-    def __init__(self, owner: Member, launched: JobLaunched) -> None:
+    def __init__(self, owner: OwnerMember, launched: JobLaunched) -> None:
         self.owner, self.launched = owner, launched
         self.failures: list[ShareFailed] = []
         self.closed: list[PeerId] = []
@@ -49,7 +51,7 @@ class Driver:
     async def on_peer_closed(self, peer: PeerId, error: NetworkError) -> None:
         self.closed.append(peer)
 
-    async def begin(self, *members: Member, sizes: int = 2, microbatches: int = 1) -> None:
+    async def begin(self, *members: PoolMember, sizes: int = 2, microbatches: int = 1) -> None:
         message = BeginRound(self.launched.job, FIRST_EPOCH, 0, 0, True, {"s0": sizes}, (1.0,) * microbatches)
         for member in members:
             await self.owner.wire.notify(member.identity.peer_id, message)
@@ -59,9 +61,9 @@ class Pool:
     """A broker, an owner, and compnodes "a" and "b" that run the stages 0 and 1 of the owner's job."""
 
     broker: Broker
-    owner: Member
-    a: Member
-    b: Member
+    owner: OwnerMember
+    a: CompnodeMember
+    b: CompnodeMember
     driver: Driver
 
 
@@ -73,7 +75,7 @@ def run_pool(folder: Path, play: Callable[[Pool], Awaitable[None]], dag: OpDag |
             pool, torch = Pool(), plane()
             pool.broker = await stack.enter_async_context(broker_at(folder))
             token = pool.broker.token()
-            pool.owner = await stack.enter_async_context(member_of(token, "owner", "owner", with_plane=torch))
+            pool.owner = await stack.enter_async_context(owner_of(token, with_plane=torch))
             pool.a = await stack.enter_async_context(member_of(token, "a", with_plane=torch))
             pool.b = await stack.enter_async_context(member_of(token, "b", with_plane=torch))
             launched = await submit(pool.owner, dag, cuts=(2,))
@@ -152,7 +154,7 @@ def test_more_waiting_tensors_than_memory(tmp_path: Path) -> None:
     """Every tensor is due, but together they exceed what the machine offers."""
 
     async def play(pool: Pool) -> None:
-        host = pool.b.host(first_plan(pool.driver.launched))
+        host = pool.b.hosting.host(first_plan(pool.driver.launched))
         assert host is not None
         host._limit_bytes = 8 * MIB
         rows = MIB // 32
@@ -176,7 +178,7 @@ def tied() -> OpDag:
 
 def test_tied_gradients_of_rounds_long_over_are_not_kept(tmp_path: Path) -> None:
     async def play(pool: Pool) -> None:
-        job, host = pool.driver.launched.job, pool.b.host(first_plan(pool.driver.launched))
+        job, host = pool.driver.launched.job, pool.b.hosting.host(first_plan(pool.driver.launched))
         assert host is not None
         await pool.driver.begin(pool.b)
         header = TiedGradient(job, FIRST_EPOCH, 0, dag.weights[0].key, "float32", (8, 8))
@@ -242,7 +244,7 @@ def test_a_lie_about_a_link_does_not_reach_the_plans(tmp_path: Path, lie: LinkPr
                 return LinkProbed(lie, lie)
 
             for liar in liars:
-                liar._probes.probe = probe  # type: ignore[method-assign]
+                liar.probes.probe = probe  # type: ignore[method-assign]
             broker._prober.measure_again()
             peers = [each.identity.peer_id for each in liars]
             await broker._prober.settle(peers, timeout_s=10)
@@ -272,7 +274,7 @@ def test_one_owner_submits_one_job_at_a_time(tmp_path: Path) -> None:
         async with AsyncExitStack() as stack, asyncio.timeout(30):
             broker = await stack.enter_async_context(broker_at(tmp_path))
             token, torch = broker.token(), plane()
-            owner = await stack.enter_async_context(member_of(token, "owner", "owner", with_plane=torch))
+            owner = await stack.enter_async_context(owner_of(token, with_plane=torch))
             for name in "ab":
                 await stack.enter_async_context(member_of(token, name, with_plane=torch))
             found = await asyncio.gather(*(submit(owner, compnodes=1) for _ in range(4)), return_exceptions=True)
@@ -312,7 +314,7 @@ def test_heartbeats_of_a_member_that_does_not_listen_pile_nothing_up(tmp_path: P
 
 def test_nobody_ends_the_job_of_another(tmp_path: Path) -> None:
     async def play(pool: Pool) -> None:
-        async with member_of(pool.broker.token(), "owner", "owner") as thief:
+        async with owner_of(pool.broker.token(), with_plane=plane()) as thief:
             assert thief.name == "owner-2", "a name is its first bearer's"
             ended = JobEnded(pool.driver.launched.job, "finished", "")
             for hostile in (thief, pool.a):

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broker_pool import broker_at, first_plan, graph, held, member_of, plane, states, status, submit, until
+from broker_pool import broker_at, first_plan, graph, held, member_of, owner_of, plane, states, status, submit, until
 from msgspec.structs import replace
 
 from fusionai.broker.broker import Broker
-from fusionai.compnode.member import Member
+from fusionai.compnode.compnode_member import CompnodeMember
 from fusionai.errors import GraphError, JobError, PeerTimeout, PlacementError, ProtocolError
 from fusionai.graph.encoding import content_hash
 from fusionai.network.identity import PeerId
+from fusionai.owner.membership import OwnerMember
 from fusionai.pool.identifiers import FIRST_EPOCH, JobId
 from fusionai.pool.messages import JobEnded, JobProgress, JobStatus
 from fusionai.training.messages import BeginRound, FinishLoading
@@ -28,15 +29,15 @@ class Party:
         self._folder = folder
         self._stack = AsyncExitStack()
         self.broker: Broker
-        self.owner: Member
-        self.a: Member
-        self.b: Member
+        self.owner: OwnerMember
+        self.a: CompnodeMember
+        self.b: CompnodeMember
 
     async def __aenter__(self) -> Party:
         enter = self._stack.enter_async_context
         self.broker = await enter(broker_at(self._folder))
         token, torch = self.broker.token(), plane()
-        self.owner = await enter(member_of(token, "owner", "owner", with_plane=torch))
+        self.owner = await enter(owner_of(token, with_plane=torch))
         self.a = await enter(member_of(token, "a", with_plane=torch))
         self.b = await enter(member_of(token, "b", with_plane=torch))
         return self
@@ -145,12 +146,12 @@ def test_nobody_there_and_nobody_free(tmp_path: Path) -> None:
         torch = plane()
         async with broker_at(tmp_path) as broker:
             token = broker.token()
-            async with member_of(token, "owner", "owner", with_plane=torch) as owner:
+            async with owner_of(token, with_plane=torch) as owner:
                 with pytest.raises(PlacementError, match="fusionai join TOKEN"):
                     await submit(owner)
                 async with (
                     member_of(token, "a", with_plane=torch),
-                    member_of(token, "second", "owner", with_plane=torch) as second,
+                    owner_of(token, "second", with_plane=torch) as second,
                 ):
                     await submit(owner, compnodes=1)
                     with pytest.raises(PlacementError, match="all 1 of the pool work"):
@@ -234,7 +235,7 @@ def test_a_running_job_survives_the_brokers_restart(tmp_path: Path) -> None:
         async with AsyncExitStack() as stack:
             async with broker_at(tmp_path) as broker:
                 token = broker.token()
-                owner = await stack.enter_async_context(member_of(token, "owner", "owner", with_plane=torch))
+                owner = await stack.enter_async_context(owner_of(token, with_plane=torch))
                 a = await stack.enter_async_context(member_of(token, "a", with_plane=torch))
                 b = await stack.enter_async_context(member_of(token, "b", with_plane=torch))
                 launched = await submit(owner, cuts=(2,))
@@ -260,7 +261,7 @@ def test_a_job_whose_owner_does_not_come_back_after_the_restart(tmp_path: Path) 
             async with broker_at(tmp_path) as broker:
                 token = broker.token()
                 a = await stack.enter_async_context(member_of(token, "a", with_plane=torch))
-                owner = await stack.enter_async_context(member_of(token, "owner", "owner", with_plane=torch))
+                owner = await stack.enter_async_context(owner_of(token, with_plane=torch))
                 await submit(owner, compnodes=1)
             await owner.close()
             await until(lambda: not a.holds)
@@ -296,9 +297,9 @@ def test_a_graph_that_never_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                 await submit(party.owner, graph_hash="1" * 64, cuts=(2,))
 
     # The graph that came is named otherwise, so the one asked for never does.
-    async def other_name(member: Member, graph_hash: str, encoded: bytes) -> None:
+    async def other_name(member: OwnerMember, graph_hash: str, encoded: bytes) -> None:
         await send(member, "2" * 64, encoded)
 
-    send = Member.send_graph
-    monkeypatch.setattr(Member, "send_graph", other_name)
+    send = OwnerMember.send_graph
+    monkeypatch.setattr(OwnerMember, "send_graph", other_name)
     asyncio.run(main())

@@ -225,7 +225,7 @@ def test_weights_come_only_from_whom_the_owner_named(tmp_path: Path, monkeypatch
                     HandOverWeights(party.launched.job, prepared.epoch, prepared.epoch, {}),
                     timeout_s=5,
                 )
-            host = c.host(JobEpoch(party.launched.job, prepared.epoch))
+            host = c.hosting.host(JobEpoch(party.launched.job, prepared.epoch))
             assert host is not None
             weight = noise("w", 8)
             header = WeightTensor(party.launched.job, prepared.epoch, key, None, "float32", (8, 8))

@@ -11,7 +11,7 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
-from broker_pool import broker_at, member_of, profile, status, until
+from broker_pool import broker_at, member_of, observer_of, profile, status, until
 
 from fusionai.broker import prober
 from fusionai.broker.broker import Broker
@@ -67,7 +67,7 @@ def test_a_plans_links_are_measured_and_the_plan_made_again(tmp_path: Path, monk
             joined = {
                 name: await stack.enter_async_context(member_of(broker.token(), name, lab=lab)) for name in "abcd"
             }
-            eye = await stack.enter_async_context(member_of(broker.token(), "eye", "observer", listen=None))
+            eye = await stack.enter_async_context(observer_of(broker.token(), "eye", listen=None))
 
             async def estimated() -> bool:
                 links = (await status(eye)).links
@@ -118,7 +118,7 @@ def test_a_newcomer_is_probed_a_bounded_number_of_times(tmp_path: Path, monkeypa
             names = "abcde"
             for name in names:
                 await stack.enter_async_context(member_of(broker.token(), name))
-            eye = await stack.enter_async_context(member_of(broker.token(), "eye", "observer", listen=None))
+            eye = await stack.enter_async_context(observer_of(broker.token(), "eye", listen=None))
 
             async def settled() -> bool:
                 return not broker._prober._introducing and not broker._prober._wanted

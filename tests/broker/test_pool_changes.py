@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broker_pool import first_plan, member_of, plane, submit, until
+from broker_pool import first_plan, member_of, owner_of, plane, submit, until
 from job_party import OPTIONS, STATES, WEIGHT_BYTES, Party, run, undisturbed
 
 from fusionai.errors import PeerLost, PlacementError, ProtocolError
@@ -154,7 +154,7 @@ def test_the_end_of_a_job_relieves(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         await asyncio.sleep(0.2)
         assert await party.replanning.between_steps(party.done) is None
         assert party.replanning._asking is None
-        await party.members["a"].release(first_plan(party.launched), "over")
+        await party.members["a"].hosting.release(first_plan(party.launched), "over")
         assert await waiting == ""
 
     async def main() -> None:
@@ -210,7 +210,7 @@ def test_a_leaving_machine_is_no_candidate_for_a_new_job(tmp_path: Path, monkeyp
     async def course(party: Party) -> None:
         registry = party.broker._state.registry
         registry.wants_to_leave(party.members["c"].identity.peer_id)
-        async with member_of(party.broker.token(), "other", "owner", with_plane=plane()) as other:
+        async with owner_of(party.broker.token(), "other", with_plane=plane()) as other:
             with pytest.raises(PlacementError):
                 await submit(other, party.dag, options=OPTIONS)
 

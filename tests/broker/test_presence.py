@@ -13,6 +13,7 @@ from fusionai.broker.presence import BLIP_S, PRIOR_BETWEEN_LOSSES_S, Presence, a
 from fusionai.broker.records import MemberRecord
 from fusionai.broker.registry import Registry
 from fusionai.broker.validation import check_heartbeat, check_link, check_register
+from fusionai.compnode.disk_report import DiskReport
 from fusionai.errors import ProtocolError
 from fusionai.network.identity import Identity, PeerId
 from fusionai.pool.messages import Heartbeat, RegisterMember
@@ -66,7 +67,7 @@ def test_the_history_survives_the_brokers_restart(tmp_path: Path) -> None:
         disk = DiskProfile(10**12, 5e8, None)
         async with broker_at(tmp_path) as broker:
             token = broker.token()
-            async with member_of(token, "a", identity=identity, disk=disk, disk_folder=tmp_path) as member:
+            async with member_of(token, "a", identity=identity, disk=DiskReport(disk, tmp_path)) as member:
 
                 async def told() -> bool:
                     shown = broker.status().compnodes[0].disk

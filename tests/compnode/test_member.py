@@ -9,32 +9,34 @@ import pytest
 
 from fusionai.broker.broker import Broker
 from fusionai.compnode.agent import Agent, AgentConfig
-from fusionai.compnode.member import Member
+from fusionai.compnode.compnode_member import CompnodeMember
 from fusionai.errors import AuthenticationError, ConfigError, PeerLost, TokenError
 from fusionai.execution.plane import Plane
 from fusionai.network.identity import Identity
 from fusionai.network.token import JoinToken
+from fusionai.pool.member import MemberConfig, PoolMember
 from fusionai.pool.session import FIRST_PAUSE_S
 from fusionai.scheduling.profile import DeviceProfile
 
 PROFILE = DeviceProfile("test CPU", "cpu", "torch", "2.13", 1 << 30, 1, {"matmul": 1e10}, 1e10, 1e-5)
 
 
+def compnode(token: str | JoinToken, name: str = "a") -> CompnodeMember:
+    return CompnodeMember(Identity.ephemeral(), token, MemberConfig(name=name), profile=PROFILE, plane=None)
+
+
 def test_a_listening_member_admits_only_whom_the_broker_names(tmp_path: Path) -> None:
     async def main() -> None:
         broker = Broker(Identity.ephemeral(), tmp_path)
         await broker.start()
-        members = [
-            Member(Identity.ephemeral(), broker.token(), role="compnode", name=name, profile=PROFILE)
-            for name in ("a", "b")
-        ]
+        members = [compnode(broker.token(), name) for name in "ab"]
         one, other = members
         try:
             for member in members:
                 await member.start()
             await broker._prober.settle([one.endpoint.peer_id, other.endpoint.peer_id], timeout_s=9)
             assert broker.status().links
-            one._probes._expected.clear()
+            one.probes._expected.clear()
             assert one.address is not None
             with pytest.raises(AuthenticationError, match="only from machines of a job"):
                 await other.endpoint.connect(one.identity.peer_id, [one.address], timeout_s=5)
@@ -53,7 +55,7 @@ def test_another_key_in_the_brokers_place_is_final(tmp_path: Path) -> None:
         broker = Broker(Identity.ephemeral(), tmp_path / "first")
         await broker.start()
         port = int(broker.address.rpartition(":")[2])
-        member = Member(Identity.ephemeral(), broker.token(), role="compnode", name="a", profile=PROFILE)
+        member = compnode(broker.token())
         await member.start()
         await broker.close()
         usurper = Broker(Identity.ephemeral(), tmp_path / "second", port=port)
@@ -70,7 +72,7 @@ def test_another_key_in_the_brokers_place_is_final(tmp_path: Path) -> None:
 def test_nobody_at_the_address() -> None:
     async def main() -> None:
         token = JoinToken.issue(Identity.ephemeral(), ["127.0.0.1:1"])
-        member = Member(Identity.ephemeral(), token, role="compnode", name="a", profile=PROFILE)
+        member = compnode(token)
         with pytest.raises(PeerLost, match=r"127\.0\.0\.1:1"):
             await member.start()
 
@@ -81,11 +83,9 @@ def test_arguments() -> None:
     async def main() -> None:
         token = JoinToken.issue(Identity.ephemeral(), ["127.0.0.1:1"])
         with pytest.raises(ConfigError, match="name"):
-            Member(Identity.ephemeral(), token, role="compnode", name="a b", profile=PROFILE)
-        with pytest.raises(ConfigError, match="profile"):
-            Member(Identity.ephemeral(), token, role="compnode", name="a")
+            compnode(token, "a b")
         with pytest.raises(TokenError, match="malformed"):
-            Member(Identity.ephemeral(), "nonsense", role="observer", name="a")
+            PoolMember(Identity.ephemeral(), "nonsense", "observer", MemberConfig(name="a"))
 
     asyncio.run(main())
 

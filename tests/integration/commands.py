@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 
-from fusionai.compnode.member import Member
 from fusionai.network.identity import Identity
+from fusionai.pool.member import MemberConfig, PoolMember
 from fusionai.pool.messages import JobStatus, MemberStatus, Status, StatusQuery
 from quick_pool import start
 
@@ -162,7 +162,7 @@ def pool_status(token: str) -> Status:
     """Ask a broker what its pool has and does."""
 
     async def ask() -> Status:
-        member = Member(Identity.ephemeral(), token, role="observer", name="observer")
+        member = PoolMember(Identity.ephemeral(), token, "observer", MemberConfig(name="observer"))
         await member.start()
         try:
             return await member.request(StatusQuery(), Status, timeout_s=10.0)

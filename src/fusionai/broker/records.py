@@ -9,10 +9,10 @@ import msgspec
 from fusionai.broker.presence import Presence
 from fusionai.network.identity import PeerId
 from fusionai.pool.identifiers import FIRST_EPOCH, Epoch, JobId
+from fusionai.pool.names import MemberRole
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.profile import DeviceProfile, DiskProfile, LinkProfile
 
-Role = Literal["compnode", "owner", "observer"]
 MemberState = Literal["idle", "working", "left", "lost", "unreachable"]
 JobState = Literal["launching", "running", "finished", "failed", "cancelled"]
 
@@ -28,7 +28,7 @@ class MemberRecord(msgspec.Struct, frozen=True, kw_only=True):
     peer: PeerId
     name: str
     """Unique in the pool."""
-    role: Role
+    role: MemberRole
     state: MemberState
     device: DeviceProfile | None
     addresses: tuple[str, ...]

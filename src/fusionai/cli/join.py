@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fusionai.compnode.member import Member
+    from fusionai.compnode.agent import Joined
     from fusionai.execution.plane import Plane
     from fusionai.pool.messages import HeldShare
 
@@ -104,30 +104,19 @@ async def _serve(arguments: argparse.Namespace, folder: Path) -> int:
         _torch_plane,
     )
 
-    def joined(member: Member) -> None:
-        profile = member.profile
-        assert profile is not None
-        speed = profile.flops_per_s.get("matmul", 0.0) / 1e9
+    def joined(member: Joined) -> None:
+        device = member.device
+        speed = device.flops_per_s.get("matmul", 0.0) / 1e9
         screen.print(
-            f"joined as {member.name}: {profile.name} ({profile.device}, {profile.threads} threads), "
-            f"{speed:,.0f} GFLOP/s in matrix products, offers {profile.memory_bytes / 1e9:.1f} GB",
+            f"joined as {member.name}: {device.name} ({device.device}, {device.threads} threads), "
+            f"{speed:,.0f} GFLOP/s in matrix products, offers {device.memory_bytes / 1e9:.1f} GB",
             highlight=False,
             soft_wrap=True,
         )
         if member.lab:
             screen.print("lab mode: this machine's speed or links are emulated", style="yellow")
         screen.print("Ctrl-C leaves the pool")
-        print_result(
-            arguments,
-            {
-                "name": member.name,
-                "peer": member.identity.peer_id,
-                "address": member.address,
-                "device": profile,
-                "disk": member.disk,
-                "lab": member.lab,
-            },
-        )
+        print_result(arguments, member)
 
     def draining(held: Sequence[HeldShare]) -> bool:
         if stop.orphaned:

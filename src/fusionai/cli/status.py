@@ -36,11 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _ask(token: str, *, measure: bool) -> Status:
-    from fusionai.compnode.member import Member
     from fusionai.network.identity import Identity
+    from fusionai.pool.member import MemberConfig, PoolMember
     from fusionai.pool.messages import MeasureLinks, Status, StatusQuery
 
-    member = Member(Identity.ephemeral(), token, role="observer", name="observer", listen=None)
+    member = PoolMember(Identity.ephemeral(), token, "observer", MemberConfig(name="observer", listen=None))
     await member.start()
     try:
         return await member.request(

@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fusionai.compnode.compnode_member import CompnodeMember
 from fusionai.compnode.disk import measure_disk
-from fusionai.compnode.member import Member
+from fusionai.compnode.disk_report import DiskReport
 from fusionai.errors import ConfigError
 from fusionai.execution.plane import Plane
-from fusionai.network.identity import Identity
+from fusionai.network.identity import Identity, PeerId
 from fusionai.network.lab import LabConfig
 from fusionai.network.token import JoinToken
 from fusionai.pool.device_measurement import measure
+from fusionai.pool.member import MemberConfig
 from fusionai.pool.messages import HeldShare
-from fusionai.training.slowdown import Throttle
+from fusionai.scheduling.profile import DeviceProfile, DiskProfile
+from fusionai.training.slowdown import Slowdown, Throttle
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,21 @@ class AgentConfig:
             raise ConfigError(f"drain must be between 0 and 86400 seconds (a day), got {self.drain_s}")
 
 
+@dataclass(frozen=True)
+class Joined:
+    """What a compnode is in its pool, once it has joined."""
+
+    name: str
+    """As the broker gave it."""
+    peer: PeerId
+    address: str | None
+    """Where it listens."""
+    device: DeviceProfile
+    disk: DiskProfile
+    lab: bool
+    """Whether its speed or its links are emulated."""
+
+
 class Agent:
     """A compnode's process, without its command line."""
 
@@ -72,7 +90,7 @@ class Agent:
     async def run(
         self,
         stop: asyncio.Event,
-        on_joined: Callable[[Member], None],
+        on_joined: Callable[[Joined], None],
         on_draining: Callable[[Sequence[HeldShare]], bool] = lambda held: True,
     ) -> None:
         """Join, call `on_joined`, and serve until `stop` is set; then leave cleanly.
@@ -104,24 +122,18 @@ class Agent:
         disk = await asyncio.to_thread(measure_disk, config.state_folder, remeasure=config.remeasure)
         if stop.is_set():
             return
-        member = Member(
+        member = CompnodeMember(
             identity,
             self._token,
-            role="compnode",
-            name=config.name,
+            MemberConfig(name=config.name, listen=config.listen, advertise=config.advertise, lab=config.lab),
             profile=profile,
-            disk=disk,
-            disk_folder=config.state_folder,
             plane=plane,
-            listen=config.listen,
-            advertise=config.advertise,
-            lab=config.lab,
-            slowdown=config.slowdown,
-            throttle=config.throttle,
+            slowdown=Slowdown(config.slowdown, config.throttle),
+            disk=DiskReport(disk, config.state_folder),
         )
         await member.start()
         try:
-            on_joined(member)
+            on_joined(Joined(member.name, identity.peer_id, member.address, profile, disk, member.lab))
             await _unless(stop, member.wait_ended())
             if member.holds and config.drain_s and on_draining(member.holds):
                 held_still = await member.relieve("its provider stopped it", config.drain_s)

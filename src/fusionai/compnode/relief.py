@@ -6,7 +6,11 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
-from fusionai.errors import FusionError
+from fusionai.errors import FusionError, NetworkError
+from fusionai.network.endpoint import Link
+from fusionai.network.identity import PeerId
+from fusionai.pool.codec import decode, kind_of
+from fusionai.pool.member_part import MemberPart
 from fusionai.pool.messages import HeldShare, NoReplacement, WishToLeave
 
 log = logging.getLogger(__name__)
@@ -18,17 +22,24 @@ ASK_AGAIN_S = 30.0
 """The owner may have been without a link to the broker, and not have heard."""
 
 
-class Relief:
-    """Waits until this machine holds nothing, or nobody will take it.
+class Relief(MemberPart):
+    """The part of a member that waits until this machine holds nothing, or nobody will take it."""
 
-    `holds` tells what is held now. The caller reports changes: `changed` when a job came or
-    went, `refused` when the broker says that nobody takes this machine's part, `cut_off` when the broker is lost.
-    """
+    broker_kinds = frozenset({kind_of(NoReplacement)})
 
     def __init__(self, holds: Callable[[], Sequence[HeldShare]]) -> None:
+        """`holds` tells what is held now; `changed` is to be called when that changes."""
         self._holds = holds
         self._news = asyncio.Event()
         self._over = ""
+
+    async def on_notice(self, link: Link, kind: str, payload: bytes) -> None:
+        """Hear that nobody takes what is held."""
+        self.refused(decode(NoReplacement, payload))
+
+    def on_broker_closed(self, broker: PeerId, error: NetworkError) -> None:
+        """Nobody arranges anything any more."""
+        self.cut_off(str(error))
 
     def changed(self) -> None:
         """What is held has changed."""

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusionai.compnode.member import Member
 from fusionai.errors import FusionError, PlacementError
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.encoding import encode
 from fusionai.graph.model import OpDag
 from fusionai.owner.machines import machines_of
+from fusionai.owner.membership import OwnerMember
 from fusionai.pool.identifiers import Epoch, JobEpoch
 from fusionai.pool.messages import (
     DeclineReplan,
@@ -119,7 +119,7 @@ class Replanning:
     def __init__(
         self,
         terms: ReplanTerms,
-        member: Member,
+        member: OwnerMember,
         launched: JobLaunched,
         driver: Driver,
         make_driver: Callable[[Epoch, Sequence[Machine]], Driver],

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from fusionai.compnode.member import Member
 from fusionai.errors import FusionError, JobError, NetworkError
 from fusionai.execution.plane import OptimizerConfig, ProgramOptions
 from fusionai.graph.encoding import content_hash, encode
@@ -19,6 +18,7 @@ from fusionai.graph.model import OpDag
 from fusionai.graph.privacy import arrange_private
 from fusionai.owner.checkpointing import CheckpointFiles, save_checkpoint
 from fusionai.owner.machines import machines_of
+from fusionai.owner.membership import OwnerMember
 from fusionai.owner.replanning import ReplanEvent, Replanning, ReplanTerms
 from fusionai.owner.run_folder import RunFolder
 from fusionai.pool.identifiers import FIRST_EPOCH, Epoch, JobEpoch, JobId
@@ -115,7 +115,7 @@ class Observer:
 
 
 async def train(
-    job: TrainingJob, member: Member, folder: RunFolder, observer: Observer | None = None
+    job: TrainingJob, member: OwnerMember, folder: RunFolder, observer: Observer | None = None
 ) -> TrainingResult:
     """Train a job on the pool that `member` has joined, and return how it went.
 
@@ -131,7 +131,6 @@ async def train(
         _write_plan(folder, launched.plan)
 
         def make_driver(epoch: Epoch, machines: Sequence[Machine]) -> Driver:
-            assert member.plane is not None, "an owner has a plane"
             return Driver(
                 JobEpoch(launched.job, epoch),
                 member.wire,
@@ -162,7 +161,7 @@ async def train(
         await asyncio.shield(_wind_up(replanning, member, launched, state, reason))
 
 
-async def _submit(job: TrainingJob, member: Member) -> tuple[JobLaunched, ReplanTerms]:
+async def _submit(job: TrainingJob, member: OwnerMember) -> tuple[JobLaunched, ReplanTerms]:
     graph, front, back = job.graph, 0, len(job.graph.nodes)
     if job.placement.privacy == "private":
         graph, front, back = await asyncio.to_thread(arrange_private, job.graph)
@@ -208,7 +207,7 @@ def _write_plan(folder: RunFolder, plan: Plan) -> None:
 
 
 async def _wind_up(
-    replanning: Replanning | None, member: Member, launched: JobLaunched, state: str, reason: str
+    replanning: Replanning | None, member: OwnerMember, launched: JobLaunched, state: str, reason: str
 ) -> None:
     member.on_pool_changed(launched.job, None)
     if replanning is not None:
@@ -229,7 +228,7 @@ class _Loop:
         job: TrainingJob,
         graph: OpDag,
         replanning: Replanning,
-        member: Member,
+        member: OwnerMember,
         folder: RunFolder,
         observer: Observer,
         job_id: JobId,

@@ -1,10 +1,14 @@
-"""Names of machines."""
+"""Names of machines, and of their roles in a pool."""
 
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from fusionai.errors import ConfigError
+
+MemberRole = Literal["compnode", "owner", "observer"]
+"""What a member is in its pool. An observer only asks for the status."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 

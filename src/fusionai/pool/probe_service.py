@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable
 
 from fusionai.errors import ProtocolError
-from fusionai.network.endpoint import Endpoint
+from fusionai.network.endpoint import Endpoint, Link
 from fusionai.network.identity import PeerId
 from fusionai.network.probe import probe_link
+from fusionai.pool.codec import decode, encode, kind_of
+from fusionai.pool.member_part import MemberPart
 from fusionai.pool.messages import ExpectProbe, LinkProbed, ProbeLink
 from fusionai.scheduling.profile import LinkProfile
 
@@ -19,16 +21,28 @@ PROBE_S = 0.4
 _MOST_EXPECTED = 64
 
 
-class Probes:
-    """`needed` tells whether a job needs the link with a peer, which a probe then leaves open."""
+class ProbeService(MemberPart):
+    """The part of a member that probes links, and lets itself be probed, as the broker says."""
+
+    broker_kinds = frozenset({kind_of(ExpectProbe), kind_of(ProbeLink)})
 
     def __init__(self, endpoint: Endpoint, needed: Callable[[PeerId], bool]) -> None:
+        """`needed` tells whether a job needs the link with a peer, which a probe then leaves open."""
         self._endpoint = endpoint
         self._needed = needed
         self._expected: dict[PeerId, float] = {}
 
-    def expects(self, peer: PeerId) -> bool:
-        """Whether the broker has announced a probe by a peer."""
+    async def on_request(self, link: Link, kind: str, payload: bytes) -> bytes:
+        """Admit a peer for a while, or probe one."""
+        if kind == kind_of(ProbeLink):
+            return encode(await self.probe(decode(ProbeLink, payload)))
+        if kind != kind_of(ExpectProbe):
+            raise ProtocolError(f"{kind!r} is no request")
+        self.expect(decode(ExpectProbe, payload))
+        return b""
+
+    def admits(self, peer: PeerId) -> bool:
+        """Return whether the broker has announced a probe by a peer."""
         return self._expected.get(peer, 0.0) > time.monotonic()
 
     def expect(self, message: ExpectProbe) -> None:

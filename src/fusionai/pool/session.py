@@ -35,14 +35,12 @@ class BrokerSession:
         token: JoinToken,
         *,
         register: Callable[[], RegisterMember],
-        heartbeat: Callable[[], Heartbeat] | None,
         on_registered: Callable[[MemberRegistered], None],
     ) -> None:
-        """`heartbeat` makes the notice to send now and then; None sends none."""
+        """`register` makes the registration anew each time; `on_registered` takes the broker's answer."""
         self._endpoint = endpoint
         self._token = token
         self._register = register
-        self._heartbeat = heartbeat
         self._on_registered = on_registered
         self._heartbeat_s = 2.0
         self._link: Link | None = None
@@ -53,8 +51,10 @@ class BrokerSession:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Gets the error that makes going on senseless: the broker has another key, or admits this member no more."""
 
-    async def open(self) -> None:
+    async def open(self, *, heartbeat: Callable[[], Heartbeat] | None) -> None:
         """Connect and register for the first time, and from then on keep it so.
+
+        `heartbeat` makes the notice to send now and then; None sends none.
 
         Raises:
             TokenError, AuthenticationError: the broker does not admit this member, or is another one.
@@ -62,8 +62,8 @@ class BrokerSession:
         """
         await self._enter()
         self._tasks.start(self._keep(), "broker session")
-        if self._heartbeat is not None:
-            self._tasks.start(self._beat_on(self._heartbeat), "heartbeat")
+        if heartbeat is not None:
+            self._tasks.start(self._beat_on(heartbeat), "heartbeat")
 
     def link(self) -> Link:
         """Return the link to the broker. Raises PeerLost while it is broken."""

@@ -9,22 +9,35 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fusionai.errors import JobError, NetworkError, PlacementError
+from msgspec.structs import replace
+
+from fusionai.errors import JobError, NetworkError, PlacementError, ProtocolError
 from fusionai.execution.plane import Plane
+from fusionai.network.endpoint import Link
 from fusionai.network.identity import PeerId
 from fusionai.pool.background_tasks import BackgroundTasks, all_of
+from fusionai.pool.codec import ASSIGNMENT, decode, kind_of
 from fusionai.pool.identifiers import JobEpoch
-from fusionai.pool.messages import HeldShare
+from fusionai.pool.member_part import MemberPart
+from fusionai.pool.messages import AssignShare, Heartbeat, HeldShare, LinkNeighbours, RegisterMember, ReleaseShare
+from fusionai.pool.parcels import ParcelInbox
+from fusionai.scheduling.profile import DeviceProfile
+from fusionai.training.assignment_parcels import unpack
 from fusionai.training.messages import Assignment, Neighbour
 from fusionai.training.slowdown import Slowdown
 from fusionai.training.stage_host import LINK_TIMEOUT_S, StageHost
-from fusionai.training.wire import JobWire
+from fusionai.training.wire import PREFIX, JobWire
 
 log = logging.getLogger(__name__)
 
 OWNER_TIMEOUT_S = 240.0
 """An assignment whose owner has no link with this machine by then is dropped: its launch broke off, and so did the
 connection with the broker that would have said so. Above all of a launch's own deadlines together."""
+
+PARCEL_TIMEOUT_S = 120.0
+"""How long an assignment may be on its way when the request that names it is here."""
+
+_MOST_PARCELS = 4
 
 _MOST_EPOCHS = 2
 """Of one job: the running plan's, and one of a plan that is prepared to follow it."""
@@ -40,30 +53,113 @@ class _Part:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class Hosting:
-    """Holds assignments and their stages."""
+class Hosting(MemberPart):
+    """The part of a member that holds assignments and their stages."""
+
+    broker_kinds = frozenset({kind_of(AssignShare), kind_of(LinkNeighbours), kind_of(ReleaseShare), ASSIGNMENT})
+    peer_prefixes = (PREFIX,)
 
     def __init__(
         self,
         wire: JobWire,
         plane: Plane | None,
+        profile: DeviceProfile,
         *,
-        memory_bytes: int,
         most_jobs: int,
         slowdown: Slowdown,
         changed: Callable[[], None],
     ) -> None:
-        """`changed` is called when a job came or went."""
+        """`changed` is called when a job came or went.
+
+        Args:
+            wire: carries the messages of jobs.
+            plane: runs this machine's stages; without one every assignment with a stage is refused.
+            profile: of the plane's device, as measured; its memory is what all jobs together may hold.
+            most_jobs: how many jobs may have a part here at once.
+            slowdown: emulated speed: every pass is stretched by it.
+        """
         self._wire = wire
         self._plane = plane
-        self._memory_bytes = memory_bytes
+        self._profile = profile
+        self._memory_bytes = profile.memory_bytes
         self._most_jobs = most_jobs
         self._slowdown = slowdown
         self._changed = changed
         self._parts: dict[JobEpoch, _Part] = {}
         self._tasks = BackgroundTasks()
+        self._parcels = ParcelInbox(most=_MOST_PARCELS)
+        self._busy = BusyMeter()
         self._past_busy_s = 0.0
         self._past_bytes: dict[str, int] = defaultdict(int)
+
+    # --- MemberPart -------------------------------------------------------------------------------------------
+
+    async def on_request(self, link: Link, kind: str, payload: bytes) -> bytes:
+        """Obey the broker, or pass a request of a job on."""
+        if kind.startswith(PREFIX):
+            return await self._wire.on_request(link, kind, payload)
+        if kind == kind_of(LinkNeighbours):
+            linking = decode(LinkNeighbours, payload)
+            await self.connect(JobEpoch(linking.job, linking.epoch))
+        elif kind == kind_of(AssignShare):
+            assign = decode(AssignShare, payload)
+            plan = JobEpoch(assign.job, assign.epoch)
+            packed = await self._parcels.take(link.peer, str(plan), timeout_s=PARCEL_TIMEOUT_S)
+            assignment = await asyncio.to_thread(unpack, packed)
+            if assignment.plan != plan:
+                raise ProtocolError(f"the assignment of job {assignment.plan} came for job {plan}")
+            await self.assign(assignment)
+        else:
+            raise ProtocolError(f"{kind!r} is no request")
+        return b""
+
+    async def on_notice(self, link: Link, kind: str, payload: bytes) -> None:
+        """Release a job, or pass a notice of one on."""
+        if kind.startswith(PREFIX):
+            await self._wire.on_notice(link, kind, payload)
+        elif kind == kind_of(ReleaseShare):
+            release = decode(ReleaseShare, payload)
+            # Ending a pass takes its time; the broker's next words must not wait for it.
+            self._tasks.start(self.release(JobEpoch(release.job, release.epoch), release.reason), "release")
+
+    async def on_bulk(self, link: Link, kind: str, header: bytes, body: bytearray) -> None:
+        """Take an assignment, or pass a tensor on."""
+        if kind == ASSIGNMENT:
+            await self._parcels.put(link.peer, header.decode("ascii", "replace"), bytes(body))
+        else:
+            await self._wire.on_bulk(link, kind, header, body)
+
+    async def on_peer_closed(self, peer: PeerId, error: NetworkError) -> None:
+        """Tell the jobs."""
+        await self._wire.on_close(peer, error)
+
+    def on_broker_closed(self, broker: PeerId, error: NetworkError) -> None:
+        """An assignment that came alone is never asked for now."""
+        self._parcels.drop(broker)
+
+    def admits(self, peer: PeerId) -> bool:
+        """Return whether an assignment names a peer."""
+        return any(peer == each.peer for part in self._parts.values() for each in _linked(part.assignment))
+
+    def register(self, message: RegisterMember) -> RegisterMember:
+        """Add the device."""
+        return replace(message, device=self._profile, lab=message.lab or self._slowdown.emulated)
+
+    def heartbeat(self, message: Heartbeat) -> Heartbeat:
+        """Add what is held, and what it does."""
+        return replace(
+            message,
+            busy=self._busy.read(self.busy_s),
+            memory_bytes=self.memory_bytes,
+            holds=self.holds,
+            bytes_sent=self.bytes_sent,
+        )
+
+    async def close(self, reason: str) -> None:
+        """Drop all jobs."""
+        await self._tasks.close()
+        for plan in list(self._parts):
+            await self.release(plan, reason)
 
     # --- by the broker's order --------------------------------------------------------------------------------
 
@@ -151,12 +247,6 @@ class Hosting:
             await part.host.close(reason)
         self._drop(plan)
 
-    async def close(self, reason: str) -> None:
-        """Drop all jobs."""
-        await self._tasks.close()
-        for plan in list(self._parts):
-            await self.release(plan, reason)
-
     def _drop(self, plan: JobEpoch) -> None:
         part = self._parts.pop(plan, None)
         if part is None:
@@ -191,10 +281,6 @@ class Hosting:
         """Return this machine's stages of a plan."""
         part = self._parts.get(plan)
         return None if part is None else part.host
-
-    def admits(self, peer: PeerId) -> bool:
-        """Whether an assignment names a peer."""
-        return any(peer == each.peer for part in self._parts.values() for each in _linked(part.assignment))
 
     @property
     def holds(self) -> tuple[HeldShare, ...]:
