@@ -51,7 +51,7 @@ from fusionai.scheduling.swarm.costing import make_work
 from fusionai.scheduling.swarm.planner import plan
 from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.simulation.availability import Churn, Poisson, Scripted
-from fusionai.simulation.links import Links
+from fusionai.simulation.link_rates import LinkRates
 from planner_pools import MEGABIT, clustered_links, gpus
 
 MICROBATCHES = 256
@@ -111,16 +111,16 @@ def pool_of(seed: int) -> tuple[int, random.Random, LinkModel]:
     return count, draw, clustered_links(count, draw.randint(2, 6), draw)
 
 
-def links_of(job: RoutedJob, model: LinkModel) -> Links:
+def links_of(job: RoutedJob, model: LinkModel) -> LinkRates:
     """Return the links to simulate; those of homes share up- and downlinks."""
     links = links_of_job(job)
     if not isinstance(model, HomeLinks):
         return links
     up = {peer: float(rate) for peer, rate in zip(job.peers, model.up, strict=True)}
-    return Links(links.link, up, {peer: 10 * rate for peer, rate in up.items()})
+    return LinkRates(links.link, up, {peer: 10 * rate for peer, rate in up.items()})
 
 
-def run(job: RoutedJob, holders: Any, variant: Variant, links: Links, scenario: RoutingScenario) -> RoutingReport:
+def run(job: RoutedJob, holders: Any, variant: Variant, links: LinkRates, scenario: RoutingScenario) -> RoutingReport:
     """Simulate one variant."""
     return simulate_routing(
         job,

@@ -21,7 +21,7 @@ from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.scheduling.swarm_plan import SwarmPlan
 from fusionai.simulation.hardware.catalogue import lookup
 from fusionai.simulation.hardware.efficiency import profile_of
-from fusionai.simulation.links import Links
+from fusionai.simulation.link_rates import LinkRates
 from fusionai.simulation.scenario import Scenario
 from fusionai.simulation.simulator import simulate
 
@@ -153,7 +153,7 @@ def simulated_step_s(workload: Workload, made: SwarmPlan, members: tuple[Member,
 
     devices = {each.peer: each.device for each in members}
     report = simulate(
-        made, workload.graph, Links(link), devices, Scenario(), precision=workload.precision, optimizer_states=2
+        made, workload.graph, LinkRates(link), devices, Scenario(), precision=workload.precision, optimizer_states=2
     )
     return report.step_s[0]
 

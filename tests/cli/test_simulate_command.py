@@ -198,7 +198,7 @@ def test_what_is_refused(
 def test_pictures_without_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fusionai.simulation.pictures.find_spec", lambda name: None)
+    monkeypatch.setattr("fusionai.cli.simulation_pictures.find_spec", lambda name: None)
     assert main(["simulate", *map(str, files(tmp_path)), "--timeline", str(tmp_path / "x.svg")]) == 2
     assert "pip install 'fusionai[plots]'" in capsys.readouterr().err
 

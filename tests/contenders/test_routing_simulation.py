@@ -29,7 +29,7 @@ from fusionai.errors import ConfigError
 from fusionai.scheduling.pipeline import Edge, StageTimes, pipeline_times
 from fusionai.scheduling.swarm.costing import make_work
 from fusionai.simulation.availability import Churn, Outage, Poisson, Scripted
-from fusionai.simulation.links import Links
+from fusionai.simulation.link_rates import LinkRates
 from fusionai.simulation.scenario import Scenario
 from fusionai.simulation.simulator import simulate_workload
 
@@ -43,7 +43,7 @@ def run(
     *,
     policy: RoutePolicy | None = None,
     membership: Membership | None = None,
-    links: Links | None = None,
+    links: LinkRates | None = None,
     **options: object,
 ) -> RoutingReport:
     scenario = RoutingScenario(**({"steps": 1} | options))  # type: ignore[arg-type]
@@ -121,7 +121,7 @@ def test_links_carry_one_tensor_after_the_other() -> None:
 def test_a_shared_uplink_is_slower() -> None:
     job = routed(3, 2, microbatches=6, boundary_bytes=4.0, in_flight=8)
     ports = dict.fromkeys(job.peers, 1.0)
-    shared = Links(links_of_job(job).link, ports, ports)
+    shared = LinkRates(links_of_job(job).link, ports, ports)
     assert run(job, [[0], [1, 2]], links=shared).elapsed_s > run(job, [[0], [1, 2]]).elapsed_s
 
 

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from fusionai.graph.model import SubDag, TensorType, Transfer, ValueName
 from fusionai.scheduling.pipeline import Edge, StageTimes, _Run
 from fusionai.scheduling.profile import LinkProfile
-from fusionai.simulation.assembly import Assembly
-from fusionai.simulation.channels import Channels
 from fusionai.simulation.codecs import Dense
-from fusionai.simulation.links import Links
+from fusionai.simulation.link_rates import LinkRates
 from fusionai.simulation.pass_executor import PassExecutor
+from fusionai.simulation.placed_stages import PlacedStages
+from fusionai.simulation.simulated_links import SimulatedLinks
 from fusionai.simulation.workload import EdgeLoad, PipelineLoad, StageLoad, Workload, unchanged
 from fusionai.tensor import TensorData
 from fusionai.training.ledger import RoundLedger, Slot, Task
@@ -160,10 +160,12 @@ def workload_of(case: Case) -> Workload:
 
 def executor_of(
     case: Case, delay_s: float, *, shared: bool, dies_s: dict[str, float] | None = None
-) -> tuple[PassExecutor, Assembly]:
+) -> tuple[PassExecutor, PlacedStages]:
     lines = dict.fromkeys(case.machines, 1.0) if shared else {}
-    channels = Channels(Links(lambda one, other: LinkProfile(2 * delay_s, 1.0), lines, lines), may_be_cut=True)
-    assembly = Assembly(workload_of(case), channels, lambda one, other: Dense())
+    channels = SimulatedLinks(
+        LinkRates(lambda one, other: LinkProfile(2 * delay_s, 1.0), lines, lines), may_be_cut=True
+    )
+    assembly = PlacedStages(workload_of(case), channels, lambda one, other: Dense())
     return PassExecutor(assembly, dies_s=dies_s, record=True), assembly
 
 
@@ -173,7 +175,7 @@ def note_passes(executor: PassExecutor, found: dict[str, Machine]) -> None:
         found[each.machine].ran(key, each.start_s, each.end_s, lost=each.lost)
 
 
-def note_arrivals(case: Case, assembly: Assembly, found: dict[str, Machine], of: Sequence[str]) -> None:
+def note_arrivals(case: Case, assembly: PlacedStages, found: dict[str, Machine], of: Sequence[str]) -> None:
     edges = {(edge.source, edge.target): edge for edge in case.edges}
     for lane in assembly.lanes:
         pair = lane.source.stage, lane.target.stage

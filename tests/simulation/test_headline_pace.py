@@ -12,7 +12,7 @@ import pytest
 from fusionai.scheduling.links import Floats
 from fusionai.scheduling.pipeline import Edge, StageTimes, pipeline_times
 from fusionai.simulation.headline.cutting import bounds_of, narrow_positions
-from fusionai.simulation.headline.pace import Line, Pace, pace, roomier
+from fusionai.simulation.headline.pace import CostLine, PipelinePace, pace, with_more_in_flight
 
 MANY = 1000
 
@@ -23,11 +23,11 @@ def ranges(parts: Floats) -> Floats:
     return np.where(np.tri(len(total), dtype=bool), np.inf, total[None] - total[:, None])
 
 
-def random_line(rng: np.random.Generator, segments: int) -> Line:
+def random_line(rng: np.random.Generator, segments: int) -> CostLine:
     backward = rng.uniform(1, 4, segments)
     crossing = rng.choice([1.0, 1.0, 1.0, 3.0], segments + 1) * rng.uniform(0.05, 3)
     crossing[[0, -1]] = 0.0
-    return Line(
+    return CostLine(
         forward_s_PP=ranges(rng.uniform(0.5, 2, segments)),
         backward_s_PP=ranges(backward),
         deferred_s_PP=ranges(backward * rng.uniform(0, 0.5)),
@@ -41,20 +41,20 @@ def random_line(rng: np.random.Generator, segments: int) -> Line:
     )
 
 
-def lines(count: int) -> Iterator[tuple[Line, int]]:
+def lines(count: int) -> Iterator[tuple[CostLine, int]]:
     rng = np.random.default_rng(0)
     for _ in range(count):
         yield random_line(rng, int(rng.integers(5, 11))), int(rng.integers(2, 5))
 
 
-def found(line: Line, stages: int) -> list[list[int]]:
+def found(line: CostLine, stages: int) -> list[list[int]]:
     everywhere = np.ones(len(line.out_s_P), dtype=bool)
     ways = (narrow_positions(line, stages), everywhere)
     tried = (bounds_of(line, stages, allowed, microbatches=MANY) for allowed in ways)
     return [bounds for bounds in tried if bounds is not None]
 
 
-def least_period_s(line: Line, stages: int) -> float:
+def least_period_s(line: CostLine, stages: int) -> float:
     """Return the least period of all partitions; infinite if none fits."""
     last, best_s = len(line.out_s_P) - 1, math.inf
     for count in range(stages):
@@ -79,7 +79,7 @@ def test_cuts_against_all_partitions() -> None:
     assert max(ratios) < 1.6
 
 
-def executed_s(line: Line, bounds: list[int], at: Pace) -> float:
+def executed_s(line: CostLine, bounds: list[int], at: PipelinePace) -> float:
     """Return the seconds between microbatches of the schedule, each link by itself."""
     seconds = zip(at.forward_s, at.backward_s, at.in_flight, at.deferred_s, strict=True)
     stages = [StageTimes(str(place), *each) for place, each in enumerate(seconds)]
@@ -122,7 +122,7 @@ def test_memory_is_kept_whatever_is_in_flight() -> None:
     for line, stages in lines(100):
         for bounds in found(line, stages):
             at = pace(line, bounds)
-            ways = roomier(line, bounds, at)
+            ways = with_more_in_flight(line, bounds, at)
             limited += at.limit.startswith("memory")
             more += len(ways)
             for way in (at.in_flight, *ways):

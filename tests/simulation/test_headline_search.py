@@ -13,12 +13,12 @@ from fusionai.scheduling.links import PoolLinks
 from fusionai.scheduling.profile import LinkProfile, Member, Pool
 from fusionai.scheduling.swarm.planner import plan_swarm
 from fusionai.simulation.codecs import Dense, TopK
-from fusionai.simulation.headline.clusters import Cluster, consumer, datacentre
+from fusionai.simulation.headline.card_clusters import Cluster, consumer, datacentre
 from fusionai.simulation.headline.costs import ADAM_COPIES, Costs, costs_of, ranges_of
-from fusionai.simulation.headline.search import Searcher
-from fusionai.simulation.headline.step_end import StepEnd
-from fusionai.simulation.headline.worked import best_worked, simulated_s, worked_through
-from fusionai.simulation.links import Links
+from fusionai.simulation.headline.plan_search import PlanSearch
+from fusionai.simulation.headline.simulated_pipelines import best_worked, simulated_pipeline_s, simulated_s
+from fusionai.simulation.headline.step_end_formulas import StepEndFormulas
+from fusionai.simulation.link_rates import LinkRates
 from fusionai.simulation.scenario import Scenario
 from fusionai.simulation.simulator import simulate
 
@@ -39,7 +39,7 @@ def with_memory(cluster: Cluster, gigabytes: float) -> Cluster:
     return replace(cluster, hardware=msgspec.structs.replace(cluster.hardware, memory_bytes=int(gigabytes * 1e9)))
 
 
-def on_equal_links(cluster: Cluster) -> tuple[tuple[Member, ...], Pool, Links]:
+def on_equal_links(cluster: Cluster) -> tuple[tuple[Member, ...], Pool, LinkRates]:
     """Return machines, their links as the swarm planner takes them, and the same with one uplink for each machine."""
     members = tuple(
         Member(peer=f"m{k}", name=f"m{k}", device=cluster.device, dialable=True) for k in range(cluster.count)
@@ -48,14 +48,14 @@ def on_equal_links(cluster: Cluster) -> tuple[tuple[Member, ...], Pool, Links]:
     names = [each.peer for each in members]
     pool = Pool(members, {f"{a}>{b}": link for a in names for b in names if a != b})
     uplinks = dict.fromkeys(names, cluster.bytes_per_s)
-    return members, pool, Links(pool.link, up_bytes_per_s=uplinks, down_bytes_per_s=uplinks)
+    return members, pool, LinkRates(pool.link, up_bytes_per_s=uplinks, down_bytes_per_s=uplinks)
 
 
 @pytest.mark.parametrize(("mbps", "gigabytes"), [(100, 0.35), (1000, 0.35), (1000, 0.6), (10_000, 0.35)])
 def test_not_slower_than_the_swarm_planner(training: Costs, mbps: float, gigabytes: float) -> None:
     """On the same links: the planner lets each link of a machine carry all that it can, a home has one uplink."""
     cluster = with_memory(consumer(mbps, count=12), gigabytes)
-    searcher = Searcher(training, cluster)
+    searcher = PlanSearch(training, cluster)
     found, _ = best_worked(searcher, searcher.ranked(cluster, Dense(), 64, batches=(1,)), cluster, Dense())
     members, pool, links = on_equal_links(cluster)
     model = training.model
@@ -85,20 +85,20 @@ def test_not_slower_than_the_swarm_planner(training: Costs, mbps: float, gigabyt
 def test_the_simulator_agrees(training: Costs) -> None:
     for mbps in (100, 1000, 10_000):
         cluster = with_memory(consumer(mbps, count=8), 0.3)
-        found = Searcher(training, cluster).best(cluster, Dense(), 256, batches=(1, 2))
+        found = PlanSearch(training, cluster).best(cluster, Dense(), 256, batches=(1, 2))
         assert found is not None
         assert found.stages > 1
-        assert worked_through(found, cluster) == pytest.approx(found.pipeline_s, rel=0.25), mbps
+        assert simulated_pipeline_s(found, cluster) == pytest.approx(found.pipeline_s, rel=0.25), mbps
 
 
 def test_long_steps_are_worked_through_in_part(training: Costs) -> None:
     cluster = with_memory(consumer(1000, count=8), 0.3)
-    searcher = Searcher(training, cluster)
+    searcher = PlanSearch(training, cluster)
     found = searcher.best(cluster, Dense(), 256, batches=(1,))
     assert found is not None
     assert found.microbatches > 200
     whole = simulated_s(found, cluster, found.microbatches)
-    assert worked_through(found, cluster) == pytest.approx(whole, rel=0.01)
+    assert simulated_pipeline_s(found, cluster) == pytest.approx(whole, rel=0.01)
 
 
 def test_costs_grow_along_a_line(training: Costs) -> None:
@@ -113,7 +113,7 @@ def test_costs_grow_along_a_line(training: Costs) -> None:
 
 
 def test_a_model_that_fits_one_card_is_replicated_and_links_do_not_count(inference: Costs) -> None:
-    plans = [Searcher(inference, each).best(each, Dense(), 512) for each in (consumer(10), consumer(10_000))]
+    plans = [PlanSearch(inference, each).best(each, Dense(), 512) for each in (consumer(10), consumer(10_000))]
     assert all(plan is not None and plan.stages == 1 and plan.pipelines == 50 for plan in plans)
     assert plans[0] is not None
     assert plans[1] is not None
@@ -122,7 +122,7 @@ def test_a_model_that_fits_one_card_is_replicated_and_links_do_not_count(inferen
 
 def test_the_sum_of_gradients_limits_replicas_and_larger_steps_spread_it(training: Costs) -> None:
     cluster = consumer(100)
-    searcher = Searcher(training, cluster)
+    searcher = PlanSearch(training, cluster)
     small, large = (searcher.best(cluster, Dense(), samples) for samples in (512, 65536))
     assert small is not None
     assert large is not None
@@ -141,7 +141,7 @@ def test_the_heaviest_stage_or_tied_weights_limit_the_sum(training: Costs) -> No
     assert training.tied_segments == (0, last - 1)
     assert training.tied_bytes == 1000 * 512 * 2
     weights = ranges_of(training, cluster.device, 1).weight_bytes_P
-    end = StepEnd(training, cluster, Dense(), weights)
+    end = StepEndFormulas(training, cluster, Dense(), weights)
     rate, delay_s, middle = 12.5e6, 20e-3, last // 2
     held = [float(weights[middle]), float(weights[last] - weights[middle])]
     exchange_s = training.tied_bytes / rate + delay_s
@@ -159,7 +159,7 @@ def test_the_heaviest_stage_or_tied_weights_limit_the_sum(training: Costs) -> No
 
 def test_what_does_not_fit_says_what_is_missing(training: Costs) -> None:
     tiny = with_memory(consumer(1000, count=4), 0.1)
-    searcher = Searcher(training, tiny)
+    searcher = PlanSearch(training, tiny)
     assert searcher.best(tiny, Dense(), 64) is None
     assert "needs" in searcher.missing(tiny)
     without = searcher.best(tiny, Dense(), 64, memory=False)
@@ -170,7 +170,7 @@ def test_what_does_not_fit_says_what_is_missing(training: Costs) -> None:
 
 def test_one_sample_takes_longer_through_more_stages(inference: Costs) -> None:
     slow, (fast, _) = with_memory(consumer(100, count=8), 0.03), datacentre()
-    searchers = Searcher(inference, slow), Searcher(inference, fast)
+    searchers = PlanSearch(inference, slow), PlanSearch(inference, fast)
     plans = [each.best(cluster, Dense(), 512) for each, cluster in zip(searchers, (slow, fast), strict=True)]
     assert plans[0] is not None
     assert plans[1] is not None

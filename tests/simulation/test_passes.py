@@ -8,14 +8,14 @@ import pytest
 from workloads import chain, random_case, uniform
 
 from fusionai.scheduling.pipeline import pipeline_times
-from fusionai.simulation.links import Links
-from fusionai.simulation.report import Report
+from fusionai.simulation.link_rates import LinkRates
 from fusionai.simulation.scenario import Scenario
+from fusionai.simulation.simulation_report import SimulationReport
 from fusionai.simulation.simulator import simulate_workload
 from fusionai.simulation.workload import EdgeLoad, PipelineLoad, Workload
 
 
-def passes_end_s(report: Report) -> float:
+def passes_end_s(report: SimulationReport) -> float:
     return max(each.end_s for each in report.timeline if each.step == 0)
 
 
@@ -36,7 +36,7 @@ def test_wide_ports_change_nothing(seed: int) -> None:
     # Shared uplinks run through another path of the executor; when nothing is shared in effect, the times are equal.
     stages, edges, microbatches, workload, links = random_case(seed)
     wide = dict.fromkeys((stage.machine for stage in stages), 1e300)
-    report = simulate_workload(workload, Links(links.link, wide, wide), Scenario(timeline_steps=1))
+    report = simulate_workload(workload, LinkRates(links.link, wide, wide), Scenario(timeline_steps=1))
     assert passes_end_s(report) == pytest.approx(pipeline_times(stages, edges, microbatches).makespan_s)
 
 
@@ -82,7 +82,7 @@ def test_a_shared_uplink_serves_one_after_the_other() -> None:
     free = uniform()
     apart = simulate_workload(Workload((pipeline,)), free, Scenario(timeline_steps=1))
     rates = dict.fromkeys(("m0", "m1", "m2"), 1.0)
-    shared = simulate_workload(Workload((pipeline,)), Links(free.link, rates, rates), Scenario(timeline_steps=1))
+    shared = simulate_workload(Workload((pipeline,)), LinkRates(free.link, rates, rates), Scenario(timeline_steps=1))
     start = {"apart": 1 + 4.0, "shared": 1 + 1 + 4.0}
     for name, report in (("apart", apart), ("shared", shared)):
         begins = min(each.start_s for each in report.timeline if each.stage == 2)

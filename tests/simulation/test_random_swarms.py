@@ -13,7 +13,7 @@ from workloads import chain, uniform
 from fusionai.simulation.availability import Poisson
 from fusionai.simulation.codecs import Dense, TopK
 from fusionai.simulation.jitter import Jitter
-from fusionai.simulation.links import Links
+from fusionai.simulation.link_rates import LinkRates
 from fusionai.simulation.recovery import Recovery, Replay, Restart
 from fusionai.simulation.scenario import Scenario
 from fusionai.simulation.simulator import simulate_workload
@@ -57,7 +57,7 @@ def test_time_adds_up(seed: int) -> None:
     links = uniform(bytes_per_s=draw.choice([1.0, 5.0]), rtt_s=draw.choice([0.0, 0.2]))
     if draw.random() < 0.5:
         rates = {peer: draw.choice([1.0, 5.0]) for peer in (*workload.peers, *spares)}
-        links = Links(links.link, rates, rates)
+        links = LinkRates(links.link, rates, rates)
     detection_s, snapshot_steps = draw.choice([0.0, 1.0]), draw.choice([None, 1, 2])
     recovery: Recovery = (
         Replay(detection_s=detection_s, snapshot_steps=snapshot_steps)

@@ -27,10 +27,10 @@ from fusionai.simulation.codecs import Dense, TopK
 from fusionai.simulation.hardware.catalogue import lookup
 from fusionai.simulation.hardware.pool_file import parse_pool
 from fusionai.simulation.jitter import Jitter
-from fusionai.simulation.links import Links, links_of_what_if
+from fusionai.simulation.link_rates import LinkRates, links_of_what_if
 from fusionai.simulation.prices import MachinePrice, Prices, price_of
-from fusionai.simulation.report import Report
 from fusionai.simulation.scenario import Scenario
+from fusionai.simulation.simulation_report import SimulationReport
 from fusionai.simulation.simulator import simulate, simulate_workload
 from fusionai.simulation.workload import PipelineLoad, StageLoad, WeightGroup, Workload
 
@@ -60,10 +60,10 @@ def planned(graph: OpDag, machines: Pool, *, private: bool) -> tuple[OpDag, Plan
     return graph, plan
 
 
-def run(plan: Plan | SwarmPlan, graph: OpDag, machines: Pool, **options: object) -> Report:
+def run(plan: Plan | SwarmPlan, graph: OpDag, machines: Pool, **options: object) -> SimulationReport:
     devices = {each.peer: each.device for each in (*machines.members, OWNER)}
     scenario = Scenario(**options)  # type: ignore[arg-type]
-    return simulate(plan, graph, Links(machines.link), devices, scenario, precision="fp32", optimizer_states=2)
+    return simulate(plan, graph, LinkRates(machines.link), devices, scenario, precision="fp32", optimizer_states=2)
 
 
 @pytest.mark.parametrize("private", [False, True])
@@ -131,7 +131,7 @@ def test_the_end_of_a_step_of_many_pipelines_is_as_predicted() -> None:
         )
         assert len(plan.pipelines) > 1
         devices = {each.peer: each.device for each in machines.members}
-        links = Links(partial(_with_driver, machines))
+        links = LinkRates(partial(_with_driver, machines))
         report = simulate(plan, graph, links, devices, Scenario(), precision="fp32", optimizer_states=2)
         off.append(abs(report.step_s[0] / plan.predicted_step_s - 1))
     assert statistics.median(off) < 0.03
@@ -149,7 +149,7 @@ def test_a_plan_of_another_graph_is_refused() -> None:
     with pytest.raises(ConfigError, match="graph that it was made for"):
         run(plan, decoder(5), machines)
     with pytest.raises(ConfigError, match="lack"):
-        simulate(plan, decoder(6), Links(machines.link), {}, Scenario(), precision="fp32", optimizer_states=2)
+        simulate(plan, decoder(6), LinkRates(machines.link), {}, Scenario(), precision="fp32", optimizer_states=2)
 
 
 @pytest.mark.parametrize("pipelines", [2, 3, 5])
@@ -248,7 +248,7 @@ def test_a_report_is_json() -> None:
     report = simulate_workload(Workload((chain("m", 2, microbatches=2),)), uniform(), Scenario(timeline_steps=1))
     text = msgspec.json.encode(report)
     assert json.loads(text)["finished"] is True
-    assert msgspec.json.decode(text, type=Report) == report
+    assert msgspec.json.decode(text, type=SimulationReport) == report
 
 
 def test_a_thousand_machines() -> None:

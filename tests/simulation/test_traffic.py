@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from workloads import chain, replicas, uniform
 
 from fusionai.simulation.availability import Outage, Poisson, Scripted
-from fusionai.simulation.links import Links
+from fusionai.simulation.link_rates import LinkRates
 from fusionai.simulation.recovery import Recovery, Replay, Restart
-from fusionai.simulation.report import Report
 from fusionai.simulation.scenario import Scenario
+from fusionai.simulation.simulation_report import SimulationReport
 from fusionai.simulation.simulator import simulate_workload
 from fusionai.simulation.workload import Workload
 
@@ -22,7 +22,7 @@ LITTLE = 1 + 1e-9
 """Above 1 by what adding up rounds."""
 
 
-def check(report: Report, links: Links) -> None:
+def check(report: SimulationReport, links: LinkRates) -> None:
     """No link is occupied for more than the run's time, none carries more than its rate times that."""
     up_bytes, down_bytes = defaultdict[str, float](float), defaultdict[str, float](float)
     for each in report.links:
@@ -85,7 +85,7 @@ PIPELINE = Workload((chain("m", 2, microbatches=2, boundary_bytes=1.0, state_byt
 """A hundred seconds of state a stage."""
 
 
-def sent_bytes(report: Report) -> dict[tuple[str, str], float]:
+def sent_bytes(report: SimulationReport) -> dict[tuple[str, str], float]:
     return {(each.source, each.target): each.sent_bytes for each in report.links}
 
 

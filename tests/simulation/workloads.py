@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from fusionai.scheduling.pipeline import Edge, StageTimes
 from fusionai.scheduling.profile import LinkProfile
-from fusionai.simulation.links import Links
+from fusionai.simulation.link_rates import LinkRates
 from fusionai.simulation.workload import EdgeLoad, PipelineLoad, StageLoad, WeightGroup, Workload
 
 
-def uniform(bytes_per_s: float = 1.0, rtt_s: float = 0.0) -> Links:
+def uniform(bytes_per_s: float = 1.0, rtt_s: float = 0.0) -> LinkRates:
     """Return links that are all alike; at one byte a second, bytes are seconds."""
     profile = LinkProfile(rtt_s, bytes_per_s)
-    return Links(lambda source, target: profile)
+    return LinkRates(lambda source, target: profile)
 
 
 def chain(
@@ -55,7 +55,7 @@ def replicas(pipelines: int, stages: int, *, microbatches: int, weight_bytes: fl
     return Workload(loads, groups, driver="owner", state_copies=3)
 
 
-def random_case(seed: int) -> tuple[list[StageTimes], list[Edge], int, Workload, Links]:
+def random_case(seed: int) -> tuple[list[StageTimes], list[Edge], int, Workload, LinkRates]:
     """Return one pipeline as `pipeline_times` takes it, and as the simulator does, links of one byte a second."""
     draw = random.Random(seed)
     count, microbatches = draw.randint(1, 6), draw.randint(1, 9)
@@ -96,4 +96,4 @@ def random_case(seed: int) -> tuple[list[StageTimes], list[Edge], int, Workload,
         delay_s = delays_s.get(frozenset((source, target)), 0.0)
         return LinkProfile(2 * delay_s, 1.0)
 
-    return stages, edges, microbatches, Workload((load,), driver="elsewhere"), Links(link)
+    return stages, edges, microbatches, Workload((load,), driver="elsewhere"), LinkRates(link)

@@ -1,8 +1,8 @@
 """The end of a step: each weight's gradients are summed among its holders, then everybody reports and updates.
 
-As `fusionai.simulation.step_end`: a sum is a ring all-reduce, a machine is in one at a time, and a sum begins when the
-stages that it concerns have all their gradients. A machine that dies in a sum breaks it; what it had added up is
-computed again elsewhere, and the sum begins anew.
+As in `fusionai.simulation.sums_and_commit`, a sum is a ring all-reduce, a machine is in one at a time, and a sum begins
+when its stages have all their gradients. A machine that dies in a sum breaks it; what it had added up is computed again
+elsewhere, and the sum begins anew.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from contenders.routed_simulation.events import Action, Events
 from contenders.routed_simulation.gradient_cells import Cell
 from fusionai.scheduling.estimator import send_s
-from fusionai.simulation.channels import Channel
+from fusionai.simulation.simulated_links import SimulatedLink
 
 
 class Machine:
@@ -87,7 +87,7 @@ class _Sending:
 class Wire:
     """One direction of a link with what waits for it. What nobody wants any more is not sent."""
 
-    def __init__(self, events: Events, channel: Channel, source: Machine) -> None:
+    def __init__(self, events: Events, channel: SimulatedLink, source: Machine) -> None:
         self._events, self._channel, self._source = events, channel, source
         self._waiting: deque[_Sending] = deque()
         self._due = False

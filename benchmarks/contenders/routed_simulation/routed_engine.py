@@ -17,7 +17,7 @@ from contenders.routed_simulation.gradient_cells import NOBODY, Cell, Ledger, Re
 from contenders.routed_simulation.machine_queues import Machine, Wire
 from contenders.routers.route_policy import Hop, RoutePolicy
 from contenders.routers.routed_job import DRIVER, RoutedJob
-from fusionai.simulation.channels import Channels
+from fusionai.simulation.simulated_links import SimulatedLinks
 
 _AFTER_ARRIVALS = 1
 """Rank of a machine's look for its next pass: what arrives at the same moment is there."""
@@ -26,7 +26,7 @@ _AFTER_ARRIVALS = 1
 class Engine:
     """The passes and transfers of a step."""
 
-    def __init__(self, job: RoutedJob, policy: RoutePolicy, events: Events, channels: Channels) -> None:
+    def __init__(self, job: RoutedJob, policy: RoutePolicy, events: Events, channels: SimulatedLinks) -> None:
         self.job, self.policy, self.events = job, policy, events
         self.machines = [Machine(number, peer) for number, peer in enumerate(job.peers)]
         self.announced: list[dict[int, int]] = [{} for _ in range(job.stages)]

@@ -16,15 +16,15 @@ from contenders.routed_simulation.machine_queues import Machine
 from contenders.routed_simulation.recovery_rules import FUSION, RecoveryRules
 from contenders.routed_simulation.routed_engine import Engine
 from contenders.routed_simulation.routing_report import RoutedPass, RoutingReport
-from contenders.routed_simulation.stage_holders import Staff
+from contenders.routed_simulation.stage_holders import StageHolders
 from contenders.routers.membership import Membership
 from contenders.routers.route_policy import RoutePolicy
 from contenders.routers.routed_job import RoutedJob
 from fusionai.errors import ConfigError
 from fusionai.scheduling.profile import LinkProfile
 from fusionai.simulation.availability import Churn, Outage, Scripted
-from fusionai.simulation.channels import Channels
-from fusionai.simulation.links import Links
+from fusionai.simulation.link_rates import LinkRates
+from fusionai.simulation.simulated_links import SimulatedLinks
 
 DONE = "all steps are done"
 
@@ -48,7 +48,7 @@ class RoutingScenario:
             raise ConfigError(f"longest_s must be above 0, got {self.longest_s}")
 
 
-def links_of_job(job: RoutedJob) -> Links:
+def links_of_job(job: RoutedJob) -> LinkRates:
     """Return the job's links, each by itself."""
     place = {peer: number for number, peer in enumerate(job.peers)}
 
@@ -56,7 +56,7 @@ def links_of_job(job: RoutedJob) -> Links:
         one, other = place[source], place[target]
         return LinkProfile(2 * float(job.delay_s[one, other]), float(job.bandwidth[one, other]))
 
-    return Links(link)
+    return LinkRates(link)
 
 
 def simulate_routing(
@@ -66,7 +66,7 @@ def simulate_routing(
     membership: Membership,
     scenario: RoutingScenario,
     *,
-    links: Links | None = None,
+    links: LinkRates | None = None,
 ) -> RoutingReport:
     """Execute a job.
 
@@ -94,21 +94,23 @@ class _RoutedRun:
         policy: RoutePolicy,
         membership: Membership,
         scenario: RoutingScenario,
-        links: Links,
+        links: LinkRates,
     ) -> None:
         _check(job, holders)
         self._job, self._scenario = job, scenario
         self._events = Events()
-        self._channels = Channels(links)
+        self._channels = SimulatedLinks(links)
         self._engine = Engine(job, policy, self._events, self._channels)
         self._deaths = Deaths(self._engine, self._events, scenario.rules)
         self._sums = Sums(self._engine, self._events)
-        self._staff = Staff(self._engine, self._events, self._deaths, self._sums, membership, scenario.rules)
+        self._stage_holders = StageHolders(
+            self._engine, self._events, self._deaths, self._sums, membership, scenario.rules
+        )
         self._engine.on_counted = self._deaths.on_waived = self._sums.check
         self._sums.on_committed = self._committed
-        self._staff.steps_since_snapshot = lambda: self._steps % scenario.rules.snapshot_steps
-        self._staff.usual_step_s = lambda: statistics.median(self._step_s) if self._step_s else 0.0
-        self._staff.on_roll_back = self._roll_back
+        self._stage_holders.steps_since_snapshot = lambda: self._steps % scenario.rules.snapshot_steps
+        self._stage_holders.usual_step_s = lambda: statistics.median(self._step_s) if self._step_s else 0.0
+        self._stage_holders.on_roll_back = self._roll_back
         self._steps = self._rolled_back = self._dead = self._waived = 0
         self._ended = ""
         self._passes: list[RoutedPass] = []
@@ -118,7 +120,7 @@ class _RoutedRun:
         self._passes_s: list[float] = []
         for stage, machines in enumerate(holders):
             for machine in machines:
-                self._staff.seat(machine, stage)
+                self._stage_holders.seat(machine, stage)
         for machine, peer in enumerate(job.peers):
             self._next_outage(machine, scenario.churn.outages(peer))
 
@@ -139,8 +141,8 @@ class _RoutedRun:
             step_s=tuple(self._step_s),
             passes_s=tuple(self._passes_s),
             deaths=self._dead,
-            joined=self._staff.joined,
-            moved=self._staff.moved,
+            joined=self._stage_holders.joined,
+            moved=self._stage_holders.moved,
             rolled_back=self._rolled_back,
             lost_cells=self._deaths.lost_cells,
             recomputed_s=engine.recomputed_s,
@@ -170,7 +172,7 @@ class _RoutedRun:
             self._ended = DONE
             return
         self._engine.end_step()
-        self._staff.between_steps()
+        self._stage_holders.between_steps()
         self._begin()
 
     def _roll_back(self) -> None:
@@ -190,16 +192,16 @@ class _RoutedRun:
             self._ended = f"the driver's machine {peer} died at {self._events.now_s:,.1f} s; nobody can replace it"
             return
         self._dead += bool(self._engine.machines[machine].seats)
-        self._staff.down(machine)
+        self._stage_holders.down(machine)
         if outage.up_s < math.inf:
             self._events.at(outage.up_s, partial(self._up, machine, outages))
 
     def _up(self, machine: int, outages: Iterator[Outage]) -> None:
-        self._staff.up(machine)
+        self._stage_holders.up(machine)
         self._next_outage(machine, outages)
 
     def _stuck(self) -> str:
-        unheld = self._staff.unheld
+        unheld = self._stage_holders.unheld
         if unheld:
             return (
                 f"stage {unheld[0]} has had no holder since its machines died, and no machine that could take it over "

@@ -25,7 +25,7 @@ class _Loading:
     ends_s: float
 
 
-class Staff:
+class StageHolders:
     """Applies what the membership decides."""
 
     def __init__(

@@ -8,9 +8,10 @@ from fusionai.simulation.forecast.alone import Alone
 from fusionai.simulation.forecast.forecast import USD_PER_KWH, Assumed, Change, Forecast
 from fusionai.simulation.forecast.offload import BUS_BYTES_PER_S
 from fusionai.simulation.forecast.rented import SEEN_BY_CLOUD, Rented
-from fusionai.simulation.report_tables import rate_text, usd_text
 from fusionai.units.byte_counts import bytes_text
 from fusionai.units.durations import duration_text, seconds_text
+from fusionai.units.money import usd_text
+from fusionai.units.token_rates import rate_text
 
 _AS_FAST = 0.02
 """Of a speed: what differs by less is called as fast. Predictions are not that good."""

@@ -36,9 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
     if wrong := [rate for rate in rates if not 0.001 <= rate <= 1e7]:
         raise ConfigError(f"--rates must be between 0.001 and 1e+07 Mbit/s, got {wrong[0]:g}")
     check_writable({"--write": arguments.write})
+    from fusionai.cli.paper_page import page
     from fusionai.owner.headline_models import captured
-    from fusionai.simulation.headline.page import page
-    from fusionai.simulation.headline.report import headline
+    from fusionai.simulation.headline.headline_report import headline
 
     found = headline([partial(captured, name) for name in dict.fromkeys(arguments.models)], rates)
     text = page(found, datetime.datetime.now(datetime.UTC).date(), command=_command(arguments))

@@ -92,14 +92,14 @@ def run(arguments: argparse.Namespace) -> int:
     files = {"--timeline": arguments.timeline, "--bandwidth-picture": arguments.bandwidth_picture}
     check_writable({**files, "--write": arguments.write})
     if any(path is not None for path in files.values()):
-        from fusionai.simulation.pictures import require_matplotlib
+        from fusionai.cli.simulation_pictures import require_matplotlib
 
         require_matplotlib()
     _circumstances(arguments, steps=1)
     job, what_if = job_and_pool(arguments)
+    from fusionai.cli.simulation_tables import report_view, sweep_table
     from fusionai.cli.trial_words import sentences
     from fusionai.owner.what_if import simulate_job
-    from fusionai.simulation.report_tables import report_view, sweep_table
 
     found = simulate_job(job, what_if, _circumstances(arguments, _steps(arguments, job)), pipelines=arguments.pipelines)
     screen = console(arguments)
@@ -110,11 +110,11 @@ def run(arguments: argparse.Namespace) -> int:
     for line in sentences(found):
         screen.print(line, highlight=False, markup=False, soft_wrap=True)
     if arguments.timeline is not None:
-        from fusionai.simulation.pictures import timeline_svg
+        from fusionai.cli.simulation_pictures import timeline_svg
 
         write_file("--timeline", arguments.timeline, timeline_svg(found.report, found.names))
     if arguments.bandwidth_picture is not None:
-        from fusionai.simulation.pictures import throughput_svg
+        from fusionai.cli.simulation_pictures import throughput_svg
 
         write_file("--bandwidth-picture", arguments.bandwidth_picture, throughput_svg(found.sweep))
     if arguments.write is not None:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from fusionai.cli.forecast_words import assumed_line, named
 from fusionai.simulation.forecast.trial import Trial
-from fusionai.simulation.report_tables import usd_text
 from fusionai.units.byte_counts import bytes_text
 from fusionai.units.durations import duration_text, seconds_text
+from fusionai.units.money import usd_text
 
 _AS_LONG = 0.005
 """Of a step: what differs by less needs no explanation."""

@@ -7,17 +7,17 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fusionai.simulation.availability import Presence
-from fusionai.simulation.channels import Traffic
+from fusionai.simulation.availability import Availability
 from fusionai.simulation.prices import MachinePrice
-from fusionai.simulation.report import FailureReport, LinkReport, MachineReport, PassReport, Report
 from fusionai.simulation.scenario import Scenario
+from fusionai.simulation.simulated_links import LinkUse
+from fusionai.simulation.simulation_report import FailureReport, LinkReport, MachineReport, PassReport, SimulationReport
 
 _FREE = MachinePrice(0.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class StepTotals:
     """What one step did, or the part of one that a restart cut off."""
 
     length_s: float
@@ -26,7 +26,7 @@ class Tally:
     pass_busy_s: dict[str, float]
     """By machine: passes only."""
     update_s: dict[str, float]
-    traffic: dict[tuple[str, str], Traffic]
+    traffic: dict[tuple[str, str], LinkUse]
 
     @property
     def computed_s(self) -> float:
@@ -73,12 +73,12 @@ class Accounts:
     recomputed_s: float = 0.0
     failures: list[FailureReport] = field(default_factory=list)
     timeline: list[PassReport] = field(default_factory=list)
-    _tallies: list[tuple[Tally, int]] = field(default_factory=list)
+    _tallies: list[tuple[StepTotals, int]] = field(default_factory=list)
     _passes: PassTime = field(default_factory=PassTime)
     _replayed_s: dict[str, float] = field(default_factory=dict)
-    _outside: list[dict[tuple[str, str], Traffic]] = field(default_factory=list)
+    _outside: list[dict[tuple[str, str], LinkUse]] = field(default_factory=list)
 
-    def add(self, tally: Tally, start_s: float, *, committed: bool) -> None:
+    def add(self, tally: StepTotals, start_s: float, *, committed: bool) -> None:
         """Count a step that began at `start_s` of the run; the same tally again is the same step repeated."""
         self._passes.add(start_s, tally.passes_end_s)
         if self._tallies and self._tallies[-1][0] is tally:
@@ -93,14 +93,14 @@ class Accounts:
         self._replayed_s[machine] = self._replayed_s.get(machine, 0.0) + seconds
         self.recomputed_s += seconds
 
-    def outside(self, traffic: dict[tuple[str, str], Traffic]) -> None:
+    def outside(self, traffic: dict[tuple[str, str], LinkUse]) -> None:
         """Count what was sent between steps."""
         self._outside.append(traffic)
 
     def report(
         self,
         scenario: Scenario,
-        presence: Presence,
+        presence: Availability,
         *,
         peers: Sequence[str],
         microbatches: int,
@@ -108,7 +108,7 @@ class Accounts:
         elapsed_s: float,
         ended_because: str,
         snapshots: tuple[int, int],
-    ) -> Report:
+    ) -> SimulationReport:
         """Return the report; `peers` are the plan's machines, `snapshots` those begun and those skipped."""
         busy_s = dict.fromkeys((*peers, *self._replayed_s), 0.0)
         pass_busy_s: dict[str, float] = {}
@@ -158,7 +158,7 @@ class Accounts:
         there_s = sum(machine.busy_s + machine.idle_s for machine in members)
         rate = steps * microbatches / elapsed_s if elapsed_s else 0.0
         tokens = scenario.tokens_per_microbatch
-        return Report(
+        return SimulationReport(
             finished=steps == scenario.steps,
             ended_because=ended_because,
             steps=steps,
@@ -196,7 +196,7 @@ def _idle_share(busy_s: float, there_s: float) -> float:
 
 
 def _add(
-    links: dict[tuple[str, str], tuple[float, float]], traffic: dict[tuple[str, str], Traffic], times: int
+    links: dict[tuple[str, str], tuple[float, float]], traffic: dict[tuple[str, str], LinkUse], times: int
 ) -> None:
     for key, each in traffic.items():
         size_bytes, seconds = links.get(key, (0.0, 0.0))

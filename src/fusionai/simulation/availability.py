@@ -79,7 +79,7 @@ class Poisson(Churn):
                 yield Outage(down_s, now_s)
 
 
-class Presence:
+class Availability:
     """Answers about any time, keeping what has been drawn."""
 
     def __init__(self, churn: Churn) -> None:

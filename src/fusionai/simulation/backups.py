@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fusionai.simulation.assembly import Assembly, Stage
-from fusionai.simulation.availability import Presence
+from fusionai.simulation.availability import Availability
+from fusionai.simulation.placed_stages import PlacedStage, PlacedStages
 from fusionai.simulation.snapshots import Snapshots
 from fusionai.simulation.workload import StageLoad, Workload
 
@@ -37,19 +37,19 @@ class StateSource:
 class Backups:
     """The backup pool: machines without a stage, those that died and come back among them."""
 
-    def __init__(self, workload: Workload, presence: Presence, offers_bytes: Mapping[str, int]) -> None:
+    def __init__(self, workload: Workload, presence: Availability, offers_bytes: Mapping[str, int]) -> None:
         """`offers_bytes`: memory of every machine known; one of the plan's that is not named has enough."""
         self._workload = workload
         self._presence = presence
         self._offers_bytes = offers_bytes
         self._known = tuple(dict.fromkeys((*offers_bytes, *workload.peers)))
 
-    def spares(self, assembly: Assembly, now_s: float) -> list[str]:
+    def spares(self, assembly: PlacedStages, now_s: float) -> list[str]:
         """Return the machines without a stage that are there; the driver's is none."""
         taken = {stage.machine for stage in assembly.stages} | {self._workload.driver}
         return [peer for peer in self._known if peer not in taken and self._presence.up_from_s(peer, now_s) == now_s]
 
-    def choose(self, assembly: Assembly, lost: Sequence[Stage], now_s: float) -> Backup | None:
+    def choose(self, assembly: PlacedStages, lost: Sequence[PlacedStage], now_s: float) -> Backup | None:
         """Return the fastest machine that has room for all of `lost`, of those there now; else the first to come.
 
         None when none ever comes.
@@ -74,8 +74,8 @@ class Backups:
 
     def state_of(
         self,
-        assembly: Assembly,
-        stage: Stage,
+        assembly: PlacedStages,
+        stage: PlacedStage,
         snapshots: Snapshots,
         step: int,
         *,
@@ -105,7 +105,7 @@ class Backups:
         return StateSource(snapshot_step, parts, from_s, f"{what} on {holder or 'the driver'}")
 
     def _replicas(
-        self, assembly: Assembly, stage: Stage, died_s: float, now_s: float
+        self, assembly: PlacedStages, stage: PlacedStage, died_s: float, now_s: float
     ) -> tuple[tuple[str, float], ...] | None:
         """Return machines of other pipelines that hold all of a stage's weights, or None."""
         place = stage.pipeline, stage.stage
@@ -130,7 +130,7 @@ class Backups:
         return tuple(parts.items()) or None
 
 
-def replay_s(assembly: Assembly, lost: Sequence[Stage]) -> float:
+def replay_s(assembly: PlacedStages, lost: Sequence[PlacedStage]) -> float:
     """Return the seconds in which the machine that `lost` stages were moved to computes one past step of theirs.
 
     Neighbours stream the step's boundary tensors while it computes, so each microbatch takes as long as its passes, or
@@ -148,7 +148,7 @@ def replay_s(assembly: Assembly, lost: Sequence[Stage]) -> float:
     return max([seconds, *by_link.values()]) + updates_s
 
 
-def compute_s(lost: Sequence[Stage]) -> float:
+def compute_s(lost: Sequence[PlacedStage]) -> float:
     """Return the compute seconds of one past step of `lost` stages, updates included."""
     return sum(
         (stage.microbatches * (stage.forward_s + stage.backward_s) + stage.load.update_s) * stage.factor

@@ -8,8 +8,8 @@ import msgspec
 
 from fusionai.errors import ConfigError
 from fusionai.scheduling.profile import LinkProfile
-from fusionai.simulation.links import Links
-from fusionai.simulation.report import Report
+from fusionai.simulation.link_rates import LinkRates
+from fusionai.simulation.simulation_report import SimulationReport
 
 
 class SweepPoint(msgspec.Struct, frozen=True):
@@ -22,7 +22,7 @@ class SweepPoint(msgspec.Struct, frozen=True):
     utilisation: float
 
 
-def scaled(links: Links, factor: float) -> Links:
+def scaled(links: LinkRates, factor: float) -> LinkRates:
     """Return links of `factor` times the bandwidth. Raises ConfigError unless the factor is positive."""
     if not factor > 0:
         raise ConfigError(f"bandwidths can be multiplied by a positive factor only, got {factor}")
@@ -31,7 +31,7 @@ def scaled(links: Links, factor: float) -> Links:
         profile = links.link(source, target)
         return LinkProfile(profile.rtt_s, profile.bandwidth_bytes_per_s * factor)
 
-    return Links(
+    return LinkRates(
         link,
         {peer: rate * factor for peer, rate in links.up_bytes_per_s.items()},
         {peer: rate * factor for peer, rate in links.down_bytes_per_s.items()},
@@ -39,7 +39,9 @@ def scaled(links: Links, factor: float) -> Links:
 
 
 def sweep_bandwidth(
-    run: Callable[[Links], Report], links: Links, factors: Sequence[float] = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 10.0)
+    run: Callable[[LinkRates], SimulationReport],
+    links: LinkRates,
+    factors: Sequence[float] = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 10.0),
 ) -> tuple[SweepPoint, ...]:
     """Return what `run` reports over links of each factor. Raises ConfigError as `scaled`."""
     found = []

@@ -34,7 +34,7 @@ class Jitter:
             raise ConfigError(f"jitter's memory must be in [0, 1), got {self.memory}")
 
 
-class Factors:
+class SpeedFactors:
     """Draws the factors of one step after another."""
 
     def __init__(self, jitter: Jitter, peers: Sequence[str]) -> None:

@@ -11,19 +11,19 @@ from collections.abc import Mapping
 
 import msgspec
 
-from fusionai.simulation.accounts import Accounts, Tally
-from fusionai.simulation.assembly import Assembly
-from fusionai.simulation.availability import Presence
+from fusionai.simulation.accounts import Accounts, StepTotals
+from fusionai.simulation.availability import Availability
 from fusionai.simulation.backups import Backups
-from fusionai.simulation.channels import Channels
-from fusionai.simulation.jitter import Factors
-from fusionai.simulation.links import Links
+from fusionai.simulation.jitter import SpeedFactors
+from fusionai.simulation.link_rates import LinkRates
 from fusionai.simulation.pass_executor import PassExecutor
+from fusionai.simulation.placed_stages import PlacedStages
 from fusionai.simulation.recovery import Replay, Restart
-from fusionai.simulation.report import FailureReport, PassReport, Report
 from fusionai.simulation.scenario import Scenario
+from fusionai.simulation.simulated_links import SimulatedLinks
+from fusionai.simulation.simulation_report import FailureReport, PassReport, SimulationReport
 from fusionai.simulation.snapshots import Snapshots, neighbours
-from fusionai.simulation.step_end import StepEnd, end_of_step
+from fusionai.simulation.sums_and_commit import SumsAndCommit, sums_and_commit
 from fusionai.simulation.takeover import Takeover
 from fusionai.simulation.workload import Workload
 
@@ -38,19 +38,19 @@ class JobRun:
     """One simulation."""
 
     def __init__(
-        self, workload: Workload, links: Links, scenario: Scenario, offers_bytes: Mapping[str, int] | None = None
+        self, workload: Workload, links: LinkRates, scenario: Scenario, offers_bytes: Mapping[str, int] | None = None
     ) -> None:
         """`offers_bytes`: memory of every machine known, by peer; those without a stage are the backup pool."""
         self._workload = workload
         self._scenario = scenario
         self._recovery = scenario.recovery
-        self._channels = Channels(links, may_be_cut=True)
-        self._assembly = Assembly(workload, self._channels, scenario.codec_of)
-        self._presence = Presence(scenario.churn)
+        self._channels = SimulatedLinks(links, may_be_cut=True)
+        self._assembly = PlacedStages(workload, self._channels, scenario.codec_of)
+        self._presence = Availability(scenario.churn)
         self._backups = Backups(workload, self._presence, offers_bytes or {})
         self._snapshots = Snapshots(self._assembly, workload.driver)
         known = (*(offers_bytes or {}), *workload.peers)
-        self._factors = Factors(scenario.jitter, tuple(dict.fromkeys(known))) if scenario.jitter else None
+        self._factors = SpeedFactors(scenario.jitter, tuple(dict.fromkeys(known))) if scenario.jitter else None
         self._accounts = Accounts()
         self._now_s = 0.0
         self._step = 0
@@ -58,10 +58,10 @@ class JobRun:
         """Compute seconds of each finished step, which a restart loses."""
         self._restarts: list[int] = []
         """Failures whose interrupted step has not begun again, by their place; the latest is the earliest step's."""
-        self._quiet: Tally | None = None
+        self._quiet: StepTotals | None = None
         """The last step that nothing disturbed, on the present machines."""
 
-    def run(self) -> Report:
+    def run(self) -> SimulationReport:
         """Return the report. Raises ValueError when a stage may hold no microbatch in flight."""
         scenario, ended = self._scenario, DONE
         try:
@@ -171,8 +171,8 @@ class JobRun:
                 )
         self._commit(executor, end, failures, repeatable=quiet and not failures)
 
-    def _end(self, executor: PassExecutor) -> StepEnd:
-        return end_of_step(
+    def _end(self, executor: PassExecutor) -> SumsAndCommit:
+        return sums_and_commit(
             self._assembly,
             self._workload.groups,
             self._workload.driver,
@@ -181,7 +181,9 @@ class JobRun:
             factors=executor.factors,
         )
 
-    def _commit(self, executor: PassExecutor, end: StepEnd, failures: list[Takeover], *, repeatable: bool) -> None:
+    def _commit(
+        self, executor: PassExecutor, end: SumsAndCommit, failures: list[Takeover], *, repeatable: bool
+    ) -> None:
         for source, target, size_bytes in end.sends:
             self._channels.count(source, target, size_bytes)
         self._record(executor)
@@ -190,7 +192,7 @@ class JobRun:
         self._close(failures)
         self._snapshots.settle(end.committed_s)
         traffic = self._channels.end_step(end.committed_s)
-        tally = Tally(end.committed_s, executor.end_s, executor.busy_s, end.update_s, traffic)
+        tally = StepTotals(end.committed_s, executor.end_s, executor.busy_s, end.update_s, traffic)
         self._quiet = tally if repeatable else None if failures else self._quiet
         self._finish(tally)
 
@@ -206,7 +208,7 @@ class JobRun:
             if failure.replay_compute_s:
                 self._accounts.replayed(failure.backup, failure.replay_compute_s)
 
-    def _finish(self, tally: Tally) -> None:
+    def _finish(self, tally: StepTotals) -> None:
         self._accounts.add(tally, self._now_s, committed=True)
         self._computed_s.append(tally.computed_s)
         self._now_s += tally.length_s
@@ -217,7 +219,7 @@ class JobRun:
         self._record(executor)
         self._snapshots.settle(at_s)
         traffic = self._channels.end_step(at_s)
-        tally = Tally(at_s, min(at_s, executor.end_s), executor.busy_s, {}, traffic)
+        tally = StepTotals(at_s, min(at_s, executor.end_s), executor.busy_s, {}, traffic)
         self._accounts.lost_s += tally.computed_s
         self._accounts.add(tally, self._now_s, committed=False)
         self._now_s += at_s

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fusionai.simulation.assembly import Assembly, Lane, Stage
+from fusionai.simulation.placed_stages import PlacedStage, PlacedStages, TensorLane
 
 _SENDING = -1
 """Rank of a send among events of the same time: before passes (0: backward, 1: forward)."""
@@ -43,7 +43,7 @@ class PassExecutor:
 
     def __init__(
         self,
-        assembly: Assembly,
+        assembly: PlacedStages,
         *,
         factors: Mapping[str, float] | None = None,
         dies_s: Mapping[str, float] | None = None,
@@ -108,7 +108,7 @@ class PassExecutor:
         """Return whether passes are left that nothing will ever start."""
         return self.left > 0 and not (self._queue and self._queue[0][0] < math.inf)
 
-    def _offer(self, stage: Stage) -> None:
+    def _offer(self, stage: PlacedStage) -> None:
         """Queue a stage's next passes if everything they need is on its way."""
         forwards, backwards = stage.done
         if backwards < forwards and not stage.queued[1]:
@@ -116,14 +116,14 @@ class PassExecutor:
         if forwards < stage.microbatches and forwards - backwards < stage.load.in_flight and not stage.queued[0]:
             self._queue_pass(stage, 0, forwards)
 
-    def _queue_pass(self, stage: Stage, backward: int, index: int) -> None:
+    def _queue_pass(self, stage: PlacedStage, backward: int, index: int) -> None:
         ready_s = self._ready_s(stage, backward, index)
         if ready_s < math.inf:
             stage.queued[backward] = True
             heapq.heappush(self._queue, (ready_s, 1 - backward, -stage.stage, stage.number, stage.epoch))
 
     @staticmethod
-    def _ready_s(stage: Stage, backward: int, index: int) -> float:
+    def _ready_s(stage: PlacedStage, backward: int, index: int) -> float:
         """Return when everything that a pass needs is there; infinite while something has not been sent."""
         ready_s = stage.available_s
         for lane in stage.into[backward]:
@@ -131,11 +131,11 @@ class PassExecutor:
                 ready_s = lane.arrival_s[index]
         return ready_s
 
-    def _forward_is_ready(self, stage: Stage, now_s: float) -> bool:
+    def _forward_is_ready(self, stage: PlacedStage, now_s: float) -> bool:
         """Return whether a stage's forward, queued and so with room, has its tensors."""
         return stage.queued[0] and self._ready_s(stage, 0, stage.done[0]) <= now_s
 
-    def _pass(self, stage: Stage, start_s: float, *, backward: bool) -> None:
+    def _pass(self, stage: PlacedStage, start_s: float, *, backward: bool) -> None:
         machine, index = stage.machine, stage.done[backward]
         seconds = (stage.backward_s if backward else stage.forward_s) * stage.factor
         end_s = start_s + seconds
@@ -172,7 +172,7 @@ class PassExecutor:
         if not lost:
             self._offer(stage)
 
-    def _hand_over(self, lane: Lane, index: int, now_s: float) -> None:
+    def _hand_over(self, lane: TensorLane, index: int, now_s: float) -> None:
         """Give a tensor to its link, or to the receiver on the same machine, once the receiver can take it."""
         target = lane.target
         if target.available_s > now_s:
@@ -197,7 +197,7 @@ class PassExecutor:
             return
         self._send(lane, index, now_s)
 
-    def _send(self, lane: Lane, index: int, now_s: float) -> None:
+    def _send(self, lane: TensorLane, index: int, now_s: float) -> None:
         channel = lane.channel
         if channel is None or now_s == math.inf:
             return
@@ -205,13 +205,13 @@ class PassExecutor:
         if left_s <= self.dies_s.get(lane.source.machine, math.inf):
             self._arrive(lane, index, left_s + channel.delay_s)
 
-    def _arrive(self, lane: Lane, index: int, arrival_s: float) -> None:
+    def _arrive(self, lane: TensorLane, index: int, arrival_s: float) -> None:
         lane.arrival_s[index] = arrival_s
         target = lane.target
         if index == target.done[lane.backward]:
             self._offer(target)
 
-    def lose(self, machine: str) -> list[Stage]:
+    def lose(self, machine: str) -> list[PlacedStage]:
         """Take a machine's death at the time up to which the step has run; return the stages it held.
 
         They begin the step again wherever `restore` puts them. What they received is gone, but senders keep it; what
@@ -242,7 +242,7 @@ class PassExecutor:
                 self._queue[place] = min(event[0], due_s), *event[1:]
         heapq.heapify(self._queue)
 
-    def restore(self, stage: Stage, at_s: float) -> None:
+    def restore(self, stage: PlacedStage, at_s: float) -> None:
         """Let a lost stage, moved by now, compute from `at_s` on; neighbours send again what they kept for it."""
         stage.factor = self.factors.get(stage.machine, 1.0)
         stage.available_s = at_s

@@ -9,9 +9,9 @@ from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.profile import DeviceProfile
 from fusionai.scheduling.swarm_plan import SwarmPlan
 from fusionai.simulation.job_run import JobRun
-from fusionai.simulation.links import Links
-from fusionai.simulation.report import Report
+from fusionai.simulation.link_rates import LinkRates
 from fusionai.simulation.scenario import Scenario
+from fusionai.simulation.simulation_report import SimulationReport
 from fusionai.simulation.workload import Workload
 from fusionai.simulation.workload_of_plan import workload_of
 
@@ -19,19 +19,19 @@ from fusionai.simulation.workload_of_plan import workload_of
 def simulate(
     plan: Plan | SwarmPlan,
     graph: OpDag,
-    links: Links,
+    links: LinkRates,
     devices: Mapping[str, DeviceProfile],
     scenario: Scenario,
     *,
     precision: str,
     optimizer_states: int,
-) -> Report:
+) -> SimulationReport:
     """Execute a plan and return what happened.
 
     Args:
         plan: a `Plan` is simulated as one pipeline.
         graph: the one that the plan was made for, as arranged.
-        links: `links_of_what_if`, or any other; `Links(pool.link)` for those of a measured pool.
+        links: `links_of_what_if`, or any other; `LinkRates(pool.link)` for those of a measured pool.
         devices: profiles by peer, the owner's among them. Those that the plan leaves out are the backup pool.
         scenario: steps, codecs, churn, recovery, jitter and prices.
         precision: "fp32" or "bf16", as planned.
@@ -48,8 +48,8 @@ def simulate(
 
 
 def simulate_workload(
-    workload: Workload, links: Links, scenario: Scenario, *, offers_bytes: Mapping[str, int] | None = None
-) -> Report:
+    workload: Workload, links: LinkRates, scenario: Scenario, *, offers_bytes: Mapping[str, int] | None = None
+) -> SimulationReport:
     """Execute a workload whose seconds and bytes are given; `offers_bytes` names the machines of the backup pool too.
 
     Raises ValueError as `simulate`.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fusionai.simulation.assembly import Assembly, Stage
-from fusionai.simulation.channels import Channels
+from fusionai.simulation.placed_stages import PlacedStage, PlacedStages
+from fusionai.simulation.simulated_links import SimulatedLinks
 
 
 @dataclass(slots=True)
@@ -20,9 +20,9 @@ class _Snapshot:
 class Snapshots:
     """The last snapshot that everybody has, and the one on its way. The initial state is with the driver."""
 
-    def __init__(self, assembly: Assembly, driver: str) -> None:
+    def __init__(self, assembly: PlacedStages, driver: str) -> None:
         initial: dict[int, tuple[str, ...]] = {stage.number: (driver,) for stage in assembly.stages}
-        self._channels: Channels = assembly.channels
+        self._channels: SimulatedLinks = assembly.channels
         self._whole = _Snapshot(0, dict.fromkeys(initial, driver), initial)
         self._sending: _Snapshot | None = None
         self.begun = self.skipped = 0
@@ -32,7 +32,7 @@ class Snapshots:
         """Return the finished steps of the last snapshot that has arrived for all stages."""
         return self._whole.step
 
-    def begin(self, step: int, stages: list[Stage], holders: dict[int, tuple[str, ...]]) -> None:
+    def begin(self, step: int, stages: list[PlacedStage], holders: dict[int, tuple[str, ...]]) -> None:
         """Begin a snapshot at the start of the step after `step` finished ones, unless the last one is under way."""
         if step in (self._whole.step, self._sending.step if self._sending else None):
             return
@@ -70,7 +70,7 @@ class Snapshots:
                     return
                 sending.holders[number] = arrived
 
-    def of(self, stage: Stage, now_s: float) -> tuple[int, tuple[str, ...]]:
+    def of(self, stage: PlacedStage, now_s: float) -> tuple[int, tuple[str, ...]]:
         """Return the finished steps of a stage's newest snapshot that arrived anywhere, and who has it."""
         sending = self._sending
         if sending and stage.number in sending.senders and (arrived := self._arrived(sending, stage.number, now_s)):
@@ -86,7 +86,7 @@ class Snapshots:
         )
 
 
-def neighbours(assembly: Assembly, count: int, spares: list[str]) -> dict[int, tuple[str, ...]]:
+def neighbours(assembly: PlacedStages, count: int, spares: list[str]) -> dict[int, tuple[str, ...]]:
     """Return who holds each stage's snapshot: the next machines of its pipeline, around its end; spares if too few."""
     by_pipeline: dict[int, list[str]] = {}
     for stage in assembly.stages:

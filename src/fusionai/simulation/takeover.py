@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import msgspec
 
-from fusionai.simulation.assembly import Assembly, Lane, Stage
 from fusionai.simulation.backups import StateSource, compute_s, replay_s
-from fusionai.simulation.channels import Channel
 from fusionai.simulation.pass_executor import PassExecutor
-from fusionai.simulation.report import FailureReport
+from fusionai.simulation.placed_stages import PlacedStage, PlacedStages, TensorLane
+from fusionai.simulation.simulated_links import SimulatedLink
+from fusionai.simulation.simulation_report import FailureReport
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class Takeover:
     """A failure whose recovery may not be over."""
 
     report: FailureReport
-    stages: list[Stage]
+    stages: list[PlacedStage]
     backup: str
     sources: Sequence[StateSource]
     due_s: float
@@ -42,7 +42,7 @@ class Takeover:
     def __post_init__(self) -> None:
         self.next_s = self.due_s
 
-    def go_on(self, executor: PassExecutor, assembly: Assembly, step_start_s: float) -> None:
+    def go_on(self, executor: PassExecutor, assembly: PlacedStages, step_start_s: float) -> None:
         """Begin what is next, now that it is `next_s`, or wait until its links are free."""
         now_s = self.next_s
         used = self._replay_channels() if self.restored else self._state_channels(assembly)
@@ -74,7 +74,7 @@ class Takeover:
             self.replay_compute_s *= max(0.0, at_s - self.replay_from_s) / length_s if self.replay_compute_s else 0.0
             self.replay_from_s = self.replay_until_s = min(self.replay_from_s, at_s)
 
-    def _state_channels(self, assembly: Assembly) -> list[Channel]:
+    def _state_channels(self, assembly: PlacedStages) -> list[SimulatedLink]:
         return [
             assembly.channels.between(peer, self.backup)
             for source in self.sources
@@ -82,7 +82,7 @@ class Takeover:
             if peer != self.backup
         ]
 
-    def _lanes(self) -> list[tuple[Lane, Channel, int]]:
+    def _lanes(self) -> list[tuple[TensorLane, SimulatedLink, int]]:
         """Return what neighbours send again: lanes with their links, and how many microbatches a step has."""
         if not self.report.replayed_steps:
             return []
@@ -93,10 +93,10 @@ class Takeover:
             if lane.channel is not None
         ]
 
-    def _replay_channels(self) -> list[Channel]:
+    def _replay_channels(self) -> list[SimulatedLink]:
         return [channel for _, channel, _ in self._lanes()]
 
-    def _replay(self, executor: PassExecutor, assembly: Assembly, now_s: float, step_start_s: float) -> None:
+    def _replay(self, executor: PassExecutor, assembly: PlacedStages, now_s: float, step_start_s: float) -> None:
         steps = self.report.replayed_steps
         self.report = msgspec.structs.replace(self.report, restored_s=step_start_s + self.due_s)
         sent_s = [

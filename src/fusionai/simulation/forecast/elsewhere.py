@@ -9,8 +9,9 @@ from fusionai.simulation.forecast.alone import at_home
 from fusionai.simulation.forecast.rented import SEEN_BY_CLOUD, Rented, each_rented
 from fusionai.simulation.forecast.request import Request
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
-from fusionai.simulation.report_tables import rate_text, usd_text
 from fusionai.units.byte_counts import bytes_text
+from fusionai.units.money import usd_text
+from fusionai.units.token_rates import rate_text
 
 
 def saying_elsewhere(error: PlacementError, request: Request, what_if: WhatIfPool) -> PlacementError:

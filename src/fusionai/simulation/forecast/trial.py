@@ -19,11 +19,11 @@ from fusionai.simulation.forecast.forecast import Assumed, assumptions
 from fusionai.simulation.forecast.request import Request, offered, plan_on, searched, setting_of, swarm_on, with_owner
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 from fusionai.simulation.jitter import Jitter
-from fusionai.simulation.links import Links, links_of_what_if
+from fusionai.simulation.link_rates import LinkRates, links_of_what_if
 from fusionai.simulation.prices import MachinePrice, Prices, price_of
 from fusionai.simulation.recovery import Recovery, Replay
-from fusionai.simulation.report import Report
 from fusionai.simulation.scenario import Scenario
+from fusionai.simulation.simulation_report import SimulationReport
 from fusionai.simulation.simulator import simulate
 from fusionai.simulation.workload_of_plan import pipelines_of
 
@@ -84,7 +84,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     planning_s: float
     names: dict[str, str]
     """Machines by peer, as the pool file names them; the report has peers."""
-    report: Report
+    report: SimulationReport
     job: WholeJob | None
     """None where the steps simulated were not finished."""
     sweep: tuple[SweepPoint, ...]
@@ -137,7 +137,7 @@ def trial(
     devices = {each.peer: each.device for each in full.machines if reachable(each, full.owner)}
     devices[full.owner.peer] = full.owner.device
 
-    def execute(links: Links, scenario: Scenario = scenario) -> Report:
+    def execute(links: LinkRates, scenario: Scenario = scenario) -> SimulationReport:
         return simulate(
             plan,
             request.graph,
@@ -228,7 +228,7 @@ def _prices(what_if: WhatIfPool, plan: Plan | SwarmPlan, given: Circumstances) -
     return Prices(machines=found, usd_per_kwh=given.usd_per_kwh), tuple(unrented)
 
 
-def _whole_job(report: Report, steps: int) -> WholeJob | None:
+def _whole_job(report: SimulationReport, steps: int) -> WholeJob | None:
     if not report.steps or not report.finished:
         return None
     share = steps / report.steps

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusionai.scheduling.links import Floats
-from fusionai.simulation.headline.pace import Line
+from fusionai.simulation.headline.pace import CostLine
 
 Flags: TypeAlias = NDArray[np.bool_]
 
@@ -26,7 +26,7 @@ _PRECISION = 0.01
 _ROUNDING = 1e-9
 
 
-def narrow_positions(line: Line, count: int) -> Flags:
+def narrow_positions(line: CostLine, count: int) -> Flags:
     """Return which positions are among the `count` at which least crosses, or as narrow as those; the ends are."""
     crossing = line.out_s_P + line.back_s_P
     inner = np.sort(crossing[1:-1])
@@ -36,7 +36,7 @@ def narrow_positions(line: Line, count: int) -> Flags:
 
 
 def bounds_of(
-    line: Line,
+    line: CostLine,
     stages: int,
     allowed_P: Flags,
     *,
@@ -75,7 +75,7 @@ def bounds_of(
 
 
 def _laid(
-    line: Line,
+    line: CostLine,
     both_PP: Floats,
     stages: int,
     allowed_P: Flags,

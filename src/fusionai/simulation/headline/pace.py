@@ -24,7 +24,7 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Line:
+class CostLine:
     """The line of a model for one size of microbatch, on one kind of machine and link. Ranges [i, j) are tables."""
 
     forward_s_PP: Floats
@@ -47,7 +47,7 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
+class PipelinePace:
     """What a microbatch takes on the stages of a pipeline."""
 
     forward_s: tuple[float, ...]
@@ -61,7 +61,7 @@ class Pace:
     limit: str
 
 
-def pace(line: Line, bounds: Sequence[int]) -> Pace:
+def pace(line: CostLine, bounds: Sequence[int]) -> PipelinePace:
     """Return the pace of the stages between `bounds`, many microbatches given, with as few in flight as it needs.
 
     In 1F1B a stage's forward i + w follows its backward i, w being the microbatches that it holds, and a later stage's
@@ -89,7 +89,7 @@ def pace(line: Line, bounds: Sequence[int]) -> Pace:
         if slow_s > 1.1 * period_s:
             limit = "memory for microbatches on their way"
         period_s, held = slow_s, _held(cycle_SS, slow_s)
-    return Pace(
+    return PipelinePace(
         forward_s=tuple(forward_S.tolist()),
         backward_s=tuple(backward_S.tolist()),
         deferred_s=tuple(deferred_S.tolist()),
@@ -100,7 +100,7 @@ def pace(line: Line, bounds: Sequence[int]) -> Pace:
     )
 
 
-def roomier(line: Line, bounds: Sequence[int], found: Pace) -> list[tuple[int, ...]]:
+def with_more_in_flight(line: CostLine, bounds: Sequence[int], found: PipelinePace) -> list[tuple[int, ...]]:
     """Return other microbatches in flight than those of the closed form: more of them, where memory allows.
 
     Tensors that meet on an uplink wait for each other, which the closed form leaves out: more in flight hide that. One
@@ -118,7 +118,7 @@ def roomier(line: Line, bounds: Sequence[int], found: Pace) -> list[tuple[int, .
     return [way for way in dict.fromkeys(ways) if way != found.in_flight]
 
 
-def _most_held(line: Line, starts: Indices, stops: Indices) -> Floats:
+def _most_held(line: CostLine, starts: Indices, stops: Indices) -> Floats:
     """Return the microbatches for which each stage has memory."""
     spare = line.budget_bytes - line.fixed_bytes_PP[starts, stops]
     flight = line.flight_bytes_PP[starts, stops]
@@ -126,7 +126,7 @@ def _most_held(line: Line, starts: Indices, stops: Indices) -> Floats:
         return np.asarray(np.where(flight > 0, np.floor(spare / flight), np.inf), dtype=np.float64)
 
 
-def _cycles(line: Line, cuts: Indices, forward_S: Floats, backward_S: Floats, deferred_S: Floats) -> Floats:
+def _cycles(line: CostLine, cuts: Indices, forward_S: Floats, backward_S: Floats, deferred_S: Floats) -> Floats:
     """Return (S, S): the seconds from stage k's forward through stage l >= k and back to the end of k's backward."""
     hop = line.out_s_P[cuts] + line.back_s_P[cuts] + line.delay_s
     both = forward_S + backward_S

@@ -36,7 +36,7 @@ LINKS = {0.1: 20e-3, 1.0: 10e-3, 10.0: 1e-3, 100.0: 0.1e-3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class ModelShape:
     """A transformer reduced to sizes: gated or grouped variants are not covered."""
 
     name: str
@@ -48,8 +48,8 @@ class Shape:
     """Of a head that counts; 0 for none."""
 
 
-GPT3 = Shape(name="GPT-3 175B", layers=96, width=12288, tokens=2048, vocabulary=50257)
-BERT_WITHOUT_HEAD = Shape(name="BERT-Large without head", layers=24, width=1024, tokens=512)
+GPT3 = ModelShape(name="GPT-3 175B", layers=96, width=12288, tokens=2048, vocabulary=50257)
+BERT_WITHOUT_HEAD = ModelShape(name="BERT-Large without head", layers=24, width=1024, tokens=512)
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,7 +65,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     reference_latency_s: float
 
 
-def operators(shape: Shape) -> list[tuple[float, float]]:
+def operators(shape: ModelShape) -> list[tuple[float, float]]:
     """Return (forward FLOPs, bytes that cross behind it) of each operator of one sample, the residual included."""
     width, tokens = float(shape.width), float(shape.tokens)
     product = 2 * tokens * width * width
@@ -122,7 +122,14 @@ def partition(computing_s: Sequence[float], receiving_s: Sequence[float], stages
 
 
 def pipelined_s(
-    shape: Shape, *, training: bool, flops_per_s: float, stages: int, alpha_s: float, bytes_per_s: float, samples: int
+    shape: ModelShape,
+    *,
+    training: bool,
+    flops_per_s: float,
+    stages: int,
+    alpha_s: float,
+    bytes_per_s: float,
+    samples: int,
 ) -> tuple[float, float, int]:
     """Return T_pipe and T_lat in seconds, and the stages used, for equal machines in a chain."""
     work = operators(shape)
@@ -137,7 +144,7 @@ def pipelined_s(
     return latency_s + (samples - 1) * max(*shares, *hops, 0.0), latency_s, len(shares)
 
 
-def check(shape: Shape, *, training: bool, link_gbps: float, stages: int = CONSUMER_CARDS) -> Check:
+def check(shape: ModelShape, *, training: bool, link_gbps: float, stages: int = CONSUMER_CARDS) -> Check:
     """Return one cell: the throughput of 50 RTX 3080 over that of 4 H100 PCIe, half precision."""
     consumer, reference = (lookup(name).flops_per_s["fp16"] for name in ("RTX 3080", "H100 PCIe"))
     slow_s, latency_s, used = pipelined_s(

@@ -1,4 +1,4 @@
-"""A report for people: tables for rich, which the command line prints."""
+"""The tables of `fusionai simulate`, for rich."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from fusionai.simulation.bandwidth_sweep import SweepPoint
-from fusionai.simulation.report import Report
+from fusionai.simulation.simulation_report import SimulationReport
 from fusionai.units.byte_counts import bytes_text
 from fusionai.units.durations import seconds_text
+from fusionai.units.money import usd_text
 
 _MOST_ROWS = 20
 
 
-def report_view(report: Report, names: Mapping[str, str] | None = None) -> Group:
+def report_view(report: SimulationReport, names: Mapping[str, str] | None = None) -> Group:
     """Return the whole report: summary, machines, links, failures. `names` are machines' names by peer."""
     named = names or {}
     parts: list[Table | Text] = [summary_table(report), Text(), machines_table(report, named)]
@@ -27,7 +28,7 @@ def report_view(report: Report, names: Mapping[str, str] | None = None) -> Group
     return Group(*parts)
 
 
-def summary_table(report: Report) -> Table:
+def summary_table(report: SimulationReport) -> Table:
     """Return the figures of the whole run."""
     table = Table("", "", box=None, show_header=False)
     table.add_row("steps", f"{report.steps:,} of {report.microbatches:,} microbatches; {report.ended_because}")
@@ -59,7 +60,7 @@ def summary_table(report: Report) -> Table:
     return table
 
 
-def machines_table(report: Report, names: Mapping[str, str] | None = None) -> Table:
+def machines_table(report: SimulationReport, names: Mapping[str, str] | None = None) -> Table:
     """Return the busiest machines."""
     table = Table("machine", "busy", "bubble", "absent", "sent", "received", "energy", box=None)
     for each in sorted(report.machines, key=lambda machine: (-machine.utilisation, machine.peer))[:_MOST_ROWS]:
@@ -76,7 +77,7 @@ def machines_table(report: Report, names: Mapping[str, str] | None = None) -> Ta
     return table
 
 
-def links_table(report: Report, names: Mapping[str, str] | None = None) -> Table:
+def links_table(report: SimulationReport, names: Mapping[str, str] | None = None) -> Table:
     """Return the links that are occupied longest."""
     named = names or {}
     table = Table("link", "occupied", "sent", box=None)
@@ -88,7 +89,7 @@ def links_table(report: Report, names: Mapping[str, str] | None = None) -> Table
     return table
 
 
-def failures_table(report: Report, names: Mapping[str, str] | None = None) -> Table:
+def failures_table(report: SimulationReport, names: Mapping[str, str] | None = None) -> Table:
     """Return the first failures."""
     named = names or {}
     table = Table("died", "at", "in step", "backup", "state from", "steps replayed", "recovered after", box=None)
@@ -117,16 +118,6 @@ def sweep_table(points: Sequence[SweepPoint]) -> Table:
             f"{each.utilisation:.0%}",
         )
     return table
-
-
-def usd_text(amount: float) -> str:
-    """Return an amount of money, to the cent or, of little, in two digits."""
-    return f"{amount:,.2f} USD" if amount >= 1 or amount == 0 else f"{amount:.2g} USD"
-
-
-def rate_text(tokens_per_s: float) -> str:
-    """Return tokens per second for people; of few, two digits."""
-    return f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s >= 10 else f"{tokens_per_s:.2g} tokens/s"
 
 
 def _note_rest(table: Table, count: int) -> None:

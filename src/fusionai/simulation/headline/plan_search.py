@@ -1,7 +1,7 @@
 """The fastest plan for machines and links that are all alike: how many pipelines, stages, and samples in a microbatch.
 
 Where nothing differs, every pipeline is cut alike. Numbers of pipelines, stages and samples are enumerated and compared
-by closed formulas; the best few are for the simulator to decide (`fusionai.simulation.headline.worked`).
+by closed formulas; the best few are for the simulator to decide (`fusionai.simulation.headline.simulated_pipelines`).
 `fusionai.scheduling.swarm.planner` looks for the same among unlike machines; it plans training only, and lets each
 link of a machine carry all that it can, where here they share the machine's one uplink.
 """
@@ -18,11 +18,11 @@ import numpy as np
 from fusionai.scheduling.links import Floats
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.simulation.codecs import Codec
-from fusionai.simulation.headline.clusters import Cluster
+from fusionai.simulation.headline.card_clusters import Cluster
 from fusionai.simulation.headline.costs import Costs, Ranges, ranges_of
 from fusionai.simulation.headline.cutting import bounds_of, narrow_positions
-from fusionai.simulation.headline.pace import Line, Pace, pace, roomier
-from fusionai.simulation.headline.step_end import StepEnd
+from fusionai.simulation.headline.pace import CostLine, PipelinePace, pace, with_more_in_flight
+from fusionai.simulation.headline.step_end_formulas import StepEndFormulas
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _LIGHTER = 0.9
@@ -50,7 +50,7 @@ _ANY = "any"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class UniformPlan:
     """A plan of equal pipelines, and what it takes by closed formulas. Seconds of a step of `samples` samples."""
 
     pipelines: int
@@ -71,7 +71,7 @@ class Found:
     """Between two microbatches of a full pipeline."""
     limit: str
     """What sets the period, or the step."""
-    pace: Pace
+    pace: PipelinePace
     """Seconds of each stage for a microbatch, and how many it holds."""
     sent_bytes: tuple[tuple[float, float], ...]
     """Forward and as gradients, packed, by boundary."""
@@ -100,7 +100,7 @@ class _Size:
     sent: tuple[Floats, Floats]
 
 
-class Searcher:
+class PlanSearch:
     """Finds plans for one model, task and kind of machine; what does not depend on links is costed once."""
 
     def __init__(self, costs: Costs, cluster: Cluster) -> None:
@@ -116,7 +116,7 @@ class Searcher:
         *,
         memory: bool = True,
         batches: Sequence[int] = BATCHES,
-    ) -> Found | None:
+    ) -> UniformPlan | None:
         """Return the fastest plan by the formulas, None if nothing fits; see `ranked`."""
         return next(iter(self.ranked(cluster, codec, samples, memory=memory, batches=batches)), None)
 
@@ -129,14 +129,14 @@ class Searcher:
         memory: bool = True,
         batches: Sequence[int] = BATCHES,
         keep: int = _RANKED,
-    ) -> list[Found]:
+    ) -> list[UniformPlan]:
         """Return the plans that are fastest by the formulas, best first, at most `keep`; none if nothing fits.
 
         Without `memory`, machines hold what falls to them, but pipelines are as long as equal shares of computing make
         them, and no more in number than all memory together has room for the model's copies.
         """
-        best: list[Found] = []
-        end = StepEnd(self.costs, cluster, codec, self.ranges[1].weight_bytes_P)
+        best: list[UniformPlan] = []
+        end = StepEndFormulas(self.costs, cluster, codec, self.ranges[1].weight_bytes_P)
         for batch in batches:
             if batch > samples:
                 break
@@ -147,22 +147,24 @@ class Searcher:
                 best = _distinct(best + list(self._tried(line, end, size, stages, worth_s, memory=memory)))[:keep]
         return best
 
-    def variants(self, found: Found, cluster: Cluster, codec: Codec) -> Iterator[Found]:
+    def variants(self, found: UniformPlan, cluster: Cluster, codec: Codec) -> Iterator[UniformPlan]:
         """Yield a plan, and the same with more microbatches in flight where there is memory for them."""
         yield found
         if self.costs.task == "training" and found.stages > 1:
             line, _ = self._line(cluster, codec, found.batch, memory=found.fits)
-            for held in roomier(line, found.bounds, found.pace):
+            for held in with_more_in_flight(line, found.bounds, found.pace):
                 yield replace(found, pace=replace(found.pace, in_flight=held))
 
-    def _line(self, cluster: Cluster, codec: Codec, batch: int, *, memory: bool) -> tuple[Line, tuple[Floats, Floats]]:
+    def _line(
+        self, cluster: Cluster, codec: Codec, batch: int, *, memory: bool
+    ) -> tuple[CostLine, tuple[Floats, Floats]]:
         """Return the line of a microbatch, and the bytes that are sent at each position, both ways."""
         ranges = self.ranges[batch]
         sent, pack, unpack = _packed(ranges, codec)
         for each in (*sent, pack, unpack):
             each[[0, -1]] = 0.0
         training = self.costs.task == "training"
-        return Line(
+        return CostLine(
             forward_s_PP=ranges.forward_s_PP + unpack[:, None] + pack[None],
             backward_s_PP=ranges.backward_s_PP + (pack[:, None] + unpack[None] if training else 0.0),
             deferred_s_PP=ranges.deferred_s_PP,
@@ -176,8 +178,8 @@ class Searcher:
         ), sent
 
     def _tried(
-        self, line: Line, end: StepEnd, size: _Size, stages: int, worth_s: float, *, memory: bool
-    ) -> Iterator[Found]:
+        self, line: CostLine, end: StepEndFormulas, size: _Size, stages: int, worth_s: float, *, memory: bool
+    ) -> Iterator[UniformPlan]:
         """Yield plans of at most so many stages whose step may take less than `worth_s`."""
         training, count = memory and self.costs.task == "training", math.ceil(size.samples / size.batch)
         narrow = narrow_positions(line, end.cluster.count)
@@ -219,7 +221,9 @@ class Searcher:
                     heaviest_bytes = float(np.diff(line.weight_bytes_P[bounds]).max())
                 most_bytes = min(lighter * heaviest_bytes, _HEAVY * float(line.weight_bytes_P[-1]) / stages)
 
-    def _longest_period_s(self, line: Line, end: StepEnd, size: _Size, stages: int, worth_s: float) -> float:
+    def _longest_period_s(
+        self, line: CostLine, end: StepEndFormulas, size: _Size, stages: int, worth_s: float
+    ) -> float:
         """Return the longest period with which a step of some number of pipelines may take less than `worth_s`."""
         most = max(1, min(end.cluster.count // stages, size.samples // size.batch))
         pipelines = np.arange(1, most + 1, dtype=np.int64)
@@ -231,7 +235,9 @@ class Searcher:
             left_s = worth_s - least_s
             return float(np.where(rounds > 0, left_s / rounds, np.where(left_s > 0, np.inf, 0.0)).max())
 
-    def _plans(self, line: Line, end: StepEnd, size: _Size, bounds: Sequence[int], *, memory: bool) -> list[Found]:
+    def _plans(
+        self, line: CostLine, end: StepEndFormulas, size: _Size, bounds: Sequence[int], *, memory: bool
+    ) -> list[UniformPlan]:
         """Return what a partition gives in the best two numbers of pipelines."""
         stages, samples, batch = len(bounds) - 1, size.samples, size.batch
         most = min(end.cluster.count // stages, math.ceil(samples / batch))
@@ -247,7 +253,7 @@ class Searcher:
         sum_s = end.sum_s(pipelines, bounds)
         step_s = pipeline_s + sum_s + end.update_s(held_bytes)
         return [
-            Found(
+            UniformPlan(
                 pipelines=int(pipelines[place]),
                 stages=stages,
                 batch=batch,
@@ -281,14 +287,14 @@ class Searcher:
             return f"the largest part between two cuts needs {largest / 1e9:.1f} GB, {held}"
         return f"no partition over {cluster.count} cards of {budget / 1e9:.1f} GB holds {need / 1e9:,.0f} GB"
 
-    def one_sample_s(self, found: Found, cluster: Cluster, codec: Codec) -> float:
+    def one_sample_s(self, found: UniformPlan, cluster: Cluster, codec: Codec) -> float:
         """Return the seconds of a single sample through a plan's stages, in training there and back."""
         return pace(self._line(cluster, codec, 1, memory=False)[0], found.bounds).latency_s
 
 
-def _distinct(found: list[Found]) -> list[Found]:
+def _distinct(found: list[UniformPlan]) -> list[UniformPlan]:
     """Return the best plan of each number of pipelines, stages and samples, best first."""
-    best: dict[tuple[int, int, int], Found] = {}
+    best: dict[tuple[int, int, int], UniformPlan] = {}
     for each in sorted(found, key=lambda each: each.step_s):
         best.setdefault((each.pipelines, each.stages, each.batch), each)
     return list(best.values())

@@ -10,8 +10,11 @@ from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 
 
 @dataclass(frozen=True, slots=True)
-class Links:
-    """Links between machines by peer. A machine without an uplink or downlink here is limited by its links only."""
+class LinkRates:
+    """What the links between machines carry, by peer.
+
+    A machine without an uplink or downlink here is limited by its links only.
+    """
 
     link: Callable[[str, str], LinkProfile]
     """From one peer to another, alone on it; asked once for each pair in use. "" is the driver of an open job."""
@@ -21,7 +24,7 @@ class Links:
     """What all links to a machine carry together."""
 
 
-def links_of_what_if(pool: WhatIfPool, *, shared: bool = True) -> Links:
+def links_of_what_if(pool: WhatIfPool, *, shared: bool = True) -> LinkRates:
     """Return the links of a pool file. `shared`: the tensors of a machine share its uplink and its downlink."""
     index = {machine.peer: place for place, machine in enumerate(pool.machines)}
 
@@ -31,8 +34,8 @@ def links_of_what_if(pool: WhatIfPool, *, shared: bool = True) -> Links:
         return pool.link(index[source], index[target])
 
     if not shared:
-        return Links(link)
-    return Links(
+        return LinkRates(link)
+    return LinkRates(
         link,
         {peer: float(pool.up_bytes_per_s[place]) for peer, place in index.items()},
         {peer: float(pool.down_bytes_per_s[place]) for peer, place in index.items()},

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from fusionai.scheduling.links import Floats
 from fusionai.simulation.codecs import Codec
-from fusionai.simulation.headline.clusters import Cluster
+from fusionai.simulation.headline.card_clusters import Cluster
 from fusionai.simulation.headline.costs import ADAM_COPIES, Costs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StepEnd:
-    """What follows the last backward of a step; nothing in inference."""
+class StepEndFormulas:
+    """Closed formulas for what follows the last backward of a step; in inference nothing does."""
 
     costs: Costs
     cluster: Cluster

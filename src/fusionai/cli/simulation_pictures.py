@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusionai.errors import ConfigError
 from fusionai.simulation.bandwidth_sweep import SweepPoint
-from fusionai.simulation.report import PassReport, Report
+from fusionai.simulation.simulation_report import PassReport, SimulationReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +27,7 @@ _MOST_LABELS = 400
 """Passes up to which each carries its microbatch's number."""
 
 
-def timeline_svg(report: Report, names: Mapping[str, str] | None = None) -> str:
+def timeline_svg(report: SimulationReport, names: Mapping[str, str] | None = None) -> str:
     """Return the passes of a report's timeline, a row for each machine.
 
     Machines stand in the order of pipelines and stages, the first `_MOST_MACHINES` of them.

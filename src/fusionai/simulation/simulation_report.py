@@ -75,7 +75,7 @@ class PassReport(msgspec.Struct, frozen=True, kw_only=True):
     """Its machine died before it ended."""
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class SimulationReport(msgspec.Struct, frozen=True, kw_only=True):
     """A whole run."""
 
     finished: bool

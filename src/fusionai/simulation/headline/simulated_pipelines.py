@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from fusionai.scheduling.profile import LinkProfile
 from fusionai.simulation.codecs import Codec
-from fusionai.simulation.headline.clusters import Cluster
-from fusionai.simulation.headline.search import Found, Searcher
-from fusionai.simulation.links import Links
+from fusionai.simulation.headline.card_clusters import Cluster
+from fusionai.simulation.headline.plan_search import PlanSearch, UniformPlan
+from fusionai.simulation.link_rates import LinkRates
 from fusionai.simulation.scenario import Scenario
 from fusionai.simulation.simulator import simulate_workload
 from fusionai.simulation.workload import EdgeLoad, PipelineLoad, StageLoad, Workload
@@ -18,7 +18,7 @@ _WORKED_PER_STAGE = 4
 """Microbatches that are worked through; of more, each takes as long as those of the second half did."""
 
 
-def worked_through(found: Found, cluster: Cluster) -> float:
+def simulated_pipeline_s(found: UniformPlan, cluster: Cluster) -> float:
     """Return the simulator's seconds for one of the pipelines; the formula's for a single stage, which has no links.
 
     For training: the simulator knows passes there and back.
@@ -32,24 +32,26 @@ def worked_through(found: Found, cluster: Cluster) -> float:
     return whole_s + (found.microbatches - most) * (whole_s - half_s) / (most - most // 2)
 
 
-def best_worked(searcher: Searcher, ranked: list[Found], cluster: Cluster, codec: Codec) -> tuple[Found, float]:
+def best_worked(
+    searcher: PlanSearch, ranked: list[UniformPlan], cluster: Cluster, codec: Codec
+) -> tuple[UniformPlan, float]:
     """Return the plan whose step is shortest by the simulator, its seconds as worked, and the factor on the formula's.
 
     `ranked` are plans by the formulas, at least one.
     """
-    tried: list[tuple[float, Found, float]] = []
+    tried: list[tuple[float, UniformPlan, float]] = []
     for plan in ranked:
         if tried and plan.step_s - plan.pipeline_s >= min(step_s for step_s, _, _ in tried):
             continue
         for each in searcher.variants(plan, cluster, codec):
-            seconds = worked_through(each, cluster)
+            seconds = simulated_pipeline_s(each, cluster)
             step_s = each.step_s - each.pipeline_s + seconds
             tried.append((step_s, replace(each, step_s=step_s, pipeline_s=seconds), seconds / each.pipeline_s))
     _, found, factor = min(tried, key=lambda each: each[0])
     return found, factor
 
 
-def simulated_s(found: Found, cluster: Cluster, count: int) -> float:
+def simulated_s(found: UniformPlan, cluster: Cluster, count: int) -> float:
     """Return the simulator's seconds for so many microbatches in one of a plan's pipelines."""
     stages = tuple(
         StageLoad(
@@ -70,7 +72,7 @@ def simulated_s(found: Found, cluster: Cluster, count: int) -> float:
     shared = {stage.peer: cluster.bytes_per_s for stage in stages}
     report = simulate_workload(
         Workload((PipelineLoad(stages, edges, count),)),
-        Links(lambda source, target: profile, up_bytes_per_s=shared, down_bytes_per_s=shared),
+        LinkRates(lambda source, target: profile, up_bytes_per_s=shared, down_bytes_per_s=shared),
         Scenario(steps=1),
     )
     return report.elapsed_s * report.passes_share

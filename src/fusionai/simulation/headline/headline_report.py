@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from fusionai.simulation.codecs import Codec, Dense, TopK
-from fusionai.simulation.headline.clusters import Cluster, consumer, datacentre
+from fusionai.simulation.headline.card_clusters import Cluster, consumer, datacentre
 from fusionai.simulation.headline.costs import Costs, Model, Task, costs_of
+from fusionai.simulation.headline.plan_search import PlanSearch, UniformPlan
 from fusionai.simulation.headline.reconstruction import Check, checks, peak_tflops
-from fusionai.simulation.headline.search import Found, Searcher
-from fusionai.simulation.headline.worked import best_worked
+from fusionai.simulation.headline.simulated_pipelines import best_worked
 from fusionai.simulation.prices import Prices
 
 TOP_K = 100.0
@@ -110,9 +110,9 @@ def headline(models: Iterable[Callable[[], Model]], rates_mbps: Sequence[float])
 
 
 def _rows(costs: Costs, rates_mbps: Sequence[float]) -> list[Row]:
-    references = [(each, Searcher(costs, each)) for each in datacentre()]
+    references = [(each, PlanSearch(costs, each)) for each in datacentre()]
     pools = [consumer(rate) for rate in rates_mbps]
-    searcher = Searcher(costs, pools[0]) if pools else None
+    searcher = PlanSearch(costs, pools[0]) if pools else None
     rows: list[Row] = []
     for samples in STEPS[costs.task]:
         made = [_planned(searched, each, Dense(), samples) for each, searched in references]
@@ -134,10 +134,10 @@ def _top_k(cluster: Cluster) -> TopK:
     )
 
 
-_Planned = tuple[Found, bool, float, float | None]
+_Planned = tuple[UniformPlan, bool, float, float | None]
 
 
-def _planned(searcher: Searcher, cluster: Cluster, codec: Codec, samples: int) -> _Planned:
+def _planned(searcher: PlanSearch, cluster: Cluster, codec: Codec, samples: int) -> _Planned:
     """Return a plan, whether it fits, samples per second, and in training the simulator's factor on its pipelines."""
     ranked = searcher.ranked(cluster, codec, samples)
     fits = bool(ranked)
@@ -151,7 +151,7 @@ def _planned(searcher: Searcher, cluster: Cluster, codec: Codec, samples: int) -
 
 
 def _row(
-    searcher: Searcher,
+    searcher: PlanSearch,
     cluster: Cluster,
     codec: Codec,
     samples: int,

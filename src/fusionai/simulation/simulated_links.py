@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 from fusionai.scheduling.estimator import delay_s, send_s
 from fusionai.scheduling.profile import LinkProfile
-from fusionai.simulation.links import Links
+from fusionai.simulation.link_rates import LinkRates
 
 
 @dataclass(slots=True)
 class Upload:
     """What is left of one background upload."""
 
-    channel: Channel
+    channel: SimulatedLink
     size_bytes: float
     seconds: float
 
@@ -135,7 +135,7 @@ class Flow(NamedTuple):
         return min(span.share(now_s) for span in (self.link, self.up, self.down) if span is not None)
 
 
-class Channel:
+class SimulatedLink:
     """One direction of a link."""
 
     __slots__ = (
@@ -225,28 +225,28 @@ class Channel:
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
+class LinkUse:
     """What went over one directed link."""
 
     sent_bytes: float
     busy_s: float
 
 
-class Channels:
+class SimulatedLinks:
     """All links in use, made when they are first asked for."""
 
-    def __init__(self, links: Links, *, may_be_cut: bool = False) -> None:
+    def __init__(self, links: LinkRates, *, may_be_cut: bool = False) -> None:
         """`may_be_cut`: remember what is on its way, for `lose` and `end_step` to take off what does not arrive."""
         self._links = links
         self._may_be_cut = may_be_cut
         self.shared = bool(links.up_bytes_per_s or links.down_bytes_per_s)
-        self._channels: dict[tuple[str, str], Channel] = {}
+        self._channels: dict[tuple[str, str], SimulatedLink] = {}
         self._up: dict[str, Port] = {}
         self._down: dict[str, Port] = {}
         self._backlogs: dict[str, Backlog] = {}
         self._loaded: dict[int, Backlog] = {}
 
-    def between(self, source: str, target: str) -> Channel:
+    def between(self, source: str, target: str) -> SimulatedLink:
         """Return the link from one machine to another."""
         if (found := self._channels.get((source, target))) is None:
             up = down = None
@@ -256,7 +256,7 @@ class Channels:
                 down = self._down.setdefault(target, Port(self._links.down_bytes_per_s.get(target, math.inf)))
                 backlog = self._backlogs.setdefault(source, backlog)
             profile = self._links.link(source, target)
-            found = self._channels[source, target] = Channel(
+            found = self._channels[source, target] = SimulatedLink(
                 source, target, profile, backlog, up, down, may_be_cut=self._may_be_cut
             )
         return found
@@ -308,7 +308,7 @@ class Channels:
             if machine == channel.source and channel.backlog.uploads:
                 channel.backlog.drop(now_s)
 
-    def end_step(self, length_s: float) -> dict[tuple[str, str], Traffic]:
+    def end_step(self, length_s: float) -> dict[tuple[str, str], LinkUse]:
         """Free all links and begin a new step at time 0; uploads go on. Return what went over each link meanwhile."""
         for channel in self._channels.values():
             if channel.free_s > length_s:
@@ -324,11 +324,11 @@ class Channels:
                 del self._loaded[key]
         return self.take_traffic()
 
-    def take_traffic(self) -> dict[tuple[str, str], Traffic]:
+    def take_traffic(self) -> dict[tuple[str, str], LinkUse]:
         """Return what went over each link since the last call, links without any left out."""
         found = {}
         for key, channel in self._channels.items():
             if channel.sent_bytes or channel.busy_s:
-                found[key] = Traffic(channel.sent_bytes, channel.busy_s)
+                found[key] = LinkUse(channel.sent_bytes, channel.busy_s)
                 channel.sent_bytes = channel.busy_s = 0.0
         return found

@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable
 
 from fusionai.scheduling.estimator import send_s
-from fusionai.simulation.channels import Channel, Channels
 from fusionai.simulation.codecs import Codec
+from fusionai.simulation.simulated_links import SimulatedLink, SimulatedLinks
 from fusionai.simulation.workload import EdgeLoad, StageLoad, Workload
 
 CodecOf = Callable[[str, str], Codec]
 """The codec of the link from one peer to another."""
 
 
-class Lane:
+class TensorLane:
     """Tensors of one direction between two stages: when each was made, and when it arrives."""
 
     __slots__ = (
@@ -30,12 +30,14 @@ class Lane:
         "target",
     )
 
-    def __init__(self, number: int, source: Stage, target: Stage, *, backward: bool, size_bytes: float) -> None:
+    def __init__(
+        self, number: int, source: PlacedStage, target: PlacedStage, *, backward: bool, size_bytes: float
+    ) -> None:
         self.number, self.source, self.target = number, source, target
         self.backward = backward
         self.size_bytes = size_bytes
         self.sent_bytes = size_bytes
-        self.channel: Channel | None = None
+        self.channel: SimulatedLink | None = None
         """None within one machine."""
         self.seconds = 0.0
         self.made_s: list[float] = []
@@ -44,7 +46,7 @@ class Lane:
         """By microbatch: when the receiver has it, infinity if it is not on its way."""
 
 
-class Stage:
+class PlacedStage:
     """One stage of one pipeline and how far it is in the present step."""
 
     __slots__ = (
@@ -72,9 +74,9 @@ class Stage:
     def __init__(self, number: int, pipeline: int, stage: int, load: StageLoad, microbatches: int) -> None:
         self.number, self.pipeline, self.stage = number, pipeline, stage
         self.microbatches = microbatches
-        self.into: tuple[list[Lane], list[Lane]] = ([], [])
+        self.into: tuple[list[TensorLane], list[TensorLane]] = ([], [])
         """Lanes that end here: what a forward needs, what a backward needs."""
-        self.out: tuple[list[Lane], list[Lane]] = ([], [])
+        self.out: tuple[list[TensorLane], list[TensorLane]] = ([], [])
         """Lanes that begin here: what a forward makes, what a backward makes."""
         self.load = load
         self.machine = load.peer
@@ -113,21 +115,21 @@ class Stage:
         return sorted(passes, key=lambda each: each[1] + (held - 0.5) * each[0])
 
 
-class Assembly:
+class PlacedStages:
     """All stages of a plan on the machines that hold them now."""
 
-    def __init__(self, workload: Workload, channels: Channels, codec_of: CodecOf) -> None:
+    def __init__(self, workload: Workload, channels: SimulatedLinks, codec_of: CodecOf) -> None:
         self.channels = channels
         self._codec_of = codec_of
-        self.stages: list[Stage] = []
-        self.lanes: list[Lane] = []
-        self.places: dict[tuple[int, int], Stage] = {}
+        self.stages: list[PlacedStage] = []
+        self.lanes: list[TensorLane] = []
+        self.places: dict[tuple[int, int], PlacedStage] = {}
         """By pipeline and stage."""
         for number, pipeline in enumerate(workload.pipelines):
             if not pipeline.microbatches:
                 continue
             for place, load in enumerate(pipeline.stages):
-                stage = Stage(len(self.stages), number, place, load, pipeline.microbatches)
+                stage = PlacedStage(len(self.stages), number, place, load, pipeline.microbatches)
                 self.stages.append(stage)
                 self.places[number, place] = stage
             for edge in pipeline.edges:
@@ -139,17 +141,17 @@ class Assembly:
 
     def _join(self, pipeline: int, edge: EdgeLoad) -> None:
         source, target = self.places[pipeline, edge.source], self.places[pipeline, edge.target]
-        forward = Lane(len(self.lanes), source, target, backward=False, size_bytes=edge.forward_bytes)
+        forward = TensorLane(len(self.lanes), source, target, backward=False, size_bytes=edge.forward_bytes)
         self.lanes.append(forward)
         source.out[0].append(forward)
         target.into[0].append(forward)
         if edge.backward_bytes is not None:
-            gradients = Lane(len(self.lanes), target, source, backward=True, size_bytes=edge.backward_bytes)
+            gradients = TensorLane(len(self.lanes), target, source, backward=True, size_bytes=edge.backward_bytes)
             self.lanes.append(gradients)
             target.out[1].append(gradients)
             source.into[1].append(gradients)
 
-    def _connect(self, lane: Lane) -> None:
+    def _connect(self, lane: TensorLane) -> None:
         one, other = lane.source.machine, lane.target.machine
         if one == other:
             lane.channel, lane.seconds, lane.sent_bytes = None, 0.0, 0.0
@@ -158,14 +160,14 @@ class Assembly:
         lane.sent_bytes = self._codec_of(one, other).sent_bytes(lane.size_bytes)
         lane.seconds = send_s(lane.sent_bytes, lane.channel.profile)
 
-    def _time(self, stage: Stage) -> None:
+    def _time(self, stage: PlacedStage) -> None:
         """Set a stage's seconds: its passes, and packing and unpacking, which occupy its machine too."""
         load = stage.load
         stage.forward_s = load.forward_s + self._packing_s(stage, False)
         stage.backward_s = load.backward_s + self._packing_s(stage, True)
         stage.deferred_s = load.deferred_s
 
-    def _packing_s(self, stage: Stage, backward: bool) -> float:
+    def _packing_s(self, stage: PlacedStage, backward: bool) -> float:
         seconds = 0.0
         for lane in stage.into[backward]:
             if lane.channel is not None:
@@ -177,7 +179,7 @@ class Assembly:
                 seconds += codec.encode_s(lane.size_bytes, stage.machine)
         return seconds
 
-    def move(self, stage: Stage, load: StageLoad) -> None:
+    def move(self, stage: PlacedStage, load: StageLoad) -> None:
         """Give a stage to another machine."""
         stage.load, stage.machine = load, load.peer
         touched = {stage.number: stage}
@@ -187,6 +189,6 @@ class Assembly:
         for each in touched.values():
             self._time(each)
 
-    def held_by(self, machine: str) -> list[Stage]:
+    def held_by(self, machine: str) -> list[PlacedStage]:
         """Return the stages of a machine."""
         return [stage for stage in self.stages if stage.machine == machine]

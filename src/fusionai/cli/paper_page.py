@@ -5,8 +5,8 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator
 
-from fusionai.simulation.headline.clusters import LATENCY_S
-from fusionai.simulation.headline.report import Headline, Row
+from fusionai.simulation.headline.card_clusters import LATENCY_S
+from fusionai.simulation.headline.headline_report import Headline, Row
 
 _CLAIM = "The abstract of FusionAI (arXiv 2309.01172) says that 50 RTX 3080 reach the throughput of 4 H100."
 

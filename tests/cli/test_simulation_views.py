@@ -11,23 +11,23 @@ import pytest
 from rich.console import Console
 from workloads import chain, uniform
 
+from fusionai.cli.simulation_pictures import throughput_svg, timeline_svg
+from fusionai.cli.simulation_tables import report_view, sweep_table
 from fusionai.errors import ConfigError
 from fusionai.simulation.availability import Outage, Scripted
 from fusionai.simulation.bandwidth_sweep import scaled, sweep_bandwidth
-from fusionai.simulation.links import Links
-from fusionai.simulation.pictures import throughput_svg, timeline_svg
+from fusionai.simulation.link_rates import LinkRates
 from fusionai.simulation.prices import MachinePrice, Prices
 from fusionai.simulation.recovery import Replay
-from fusionai.simulation.report import Report
-from fusionai.simulation.report_tables import report_view, sweep_table
 from fusionai.simulation.scenario import Scenario
+from fusionai.simulation.simulation_report import SimulationReport
 from fusionai.simulation.simulator import simulate_workload
 from fusionai.simulation.workload import Workload
 
 WORKLOAD = Workload((chain("m", 3, microbatches=4, boundary_bytes=2.0, state_bytes=5),), driver="owner")
 
 
-def run(links: Links) -> Report:
+def run(links: LinkRates) -> SimulationReport:
     scenario = Scenario(
         steps=3,
         churn=Scripted({"m1": (Outage(20.0),)}),

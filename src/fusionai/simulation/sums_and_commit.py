@@ -18,13 +18,13 @@ import numpy as np
 
 from fusionai.scheduling.estimator import delay_s, send_s
 from fusionai.scheduling.sums_in_turn import begin_s
-from fusionai.simulation.assembly import Assembly
-from fusionai.simulation.channels import Channels
+from fusionai.simulation.placed_stages import PlacedStages
+from fusionai.simulation.simulated_links import SimulatedLinks
 from fusionai.simulation.workload import WeightGroup
 
 
 @dataclass(frozen=True, slots=True)
-class StepEnd:
+class SumsAndCommit:
     """When a step's phases end, seconds since its start, and what the last ones send and compute."""
 
     summed_s: float
@@ -36,15 +36,15 @@ class StepEnd:
     """By machine."""
 
 
-def end_of_step(
-    assembly: Assembly,
+def sums_and_commit(
+    assembly: PlacedStages,
     groups: Sequence[WeightGroup],
     driver: str,
     *,
     free_s: Mapping[str, float],
     passes_end_s: float,
     factors: Mapping[str, float],
-) -> StepEnd:
+) -> SumsAndCommit:
     """Return how a step ends whose passes are done; `free_s` says when each machine's were."""
     channels = assembly.channels
     sends: list[tuple[str, str, float]] = []
@@ -68,11 +68,11 @@ def end_of_step(
         seconds = stage.load.update_s * factors.get(stage.machine, 1.0)
         updates[stage.machine] = updates.get(stage.machine, 0.0) + seconds
     slowest_s = max(channels.profile(driver, machine).rtt_s + seconds for machine, seconds in updates.items())
-    return StepEnd(summed_s, summed_s + slowest_s, tuple(sends), updates)
+    return SumsAndCommit(summed_s, summed_s + slowest_s, tuple(sends), updates)
 
 
 def ring_all_reduce(
-    channels: Channels, machines: Sequence[str], size_bytes: float
+    channels: SimulatedLinks, machines: Sequence[str], size_bytes: float
 ) -> tuple[float, list[tuple[str, str, float]]]:
     """Return the seconds of a ring all-reduce, and what each machine sends to which."""
     count = len(machines)
@@ -85,7 +85,7 @@ def ring_all_reduce(
 
 
 def whole_exchange(
-    channels: Channels, machines: Sequence[str], size_bytes: float
+    channels: SimulatedLinks, machines: Sequence[str], size_bytes: float
 ) -> tuple[float, list[tuple[str, str, float]]]:
     """Return the seconds in which each machine sends its gradients whole to every other, and what is sent."""
     pairs = [(one, other) for one in machines for other in machines if one != other]
