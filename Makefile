@@ -7,6 +7,9 @@ else
 BIN := $(VENV)/bin
 endif
 STAMP := $(VENV)/.installed
+# A worker for each core, at most four: each holds torch, a fork server and pools. A worker that is done takes over half
+# of what another one has left.
+WORKERS := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test lint types unit slow fuzz format clean
 
@@ -30,7 +33,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

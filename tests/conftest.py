@@ -3,9 +3,13 @@
 Property tests draw the same examples on every run, so that a red run comes of a change; `make fuzz` draws others.
 """
 
+import os
 import signal
 
 from hypothesis import settings
+
+# Before torch is imported, here and in the processes that tests start: several of them run at a time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("fixed", derandomize=True)
 settings.register_profile("random", derandomize=False, print_blob=True)

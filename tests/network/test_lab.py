@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
-import time
 from typing import Any
 
 import msgspec
 import pytest
+from memory_nodes import linked
 from network_nodes import Node, pair, until
 
 from fusionai.errors import ConfigError
+from fusionai.network.clock import now_s, run_scripted
 from fusionai.network.lab import PROFILES, EmulatedLink, LabConfig
 from fusionai.network.loop import run
 from fusionai.network.probe import probe_link
+from fusionai.network.shaping import LinkShaper
 
 
 def test_most_specific_entry_wins() -> None:
@@ -65,64 +66,134 @@ def test_loss_costs_rate_as_tcp_does() -> None:
     assert EmulatedLink(rate_mbit=1, one_way_ms=1, loss_pct=0.01).rate_bytes_per_s == 125_000
 
 
+# --- the emulation by itself, on a scripted clock -----------------------------------------------------------------
+
+
+class Line:
+    """Both connections of an emulated link, and when what was put on them came out, in seconds of the loop's clock."""
+
+    def __init__(self, link: EmulatedLink) -> None:
+        self.shaper = LinkShaper(link, seed="1")
+        self.control_s: list[float] = []
+        self.bulk: list[tuple[float, int]] = []
+        """Time and size of each piece."""
+        self.control = self.shaper.lane(self._control_came, urgent=True)
+        self.bulk_lane = self.shaper.lane(self._bulk_came, urgent=False)
+
+    async def _control_came(self, data: bytes) -> None:
+        self.control_s.append(now_s())
+
+    async def _bulk_came(self, data: bytes) -> None:
+        self.bulk.append((now_s(), len(data)))
+
+    async def send_bulk(self, size: int) -> None:
+        """Put bulk on the line as a connection does: a little at a time, and as fast as the line takes it."""
+        for start in range(0, size, 64 << 10):
+            self.bulk_lane.put(bytes(min(64 << 10, size - start)))
+            await self.bulk_lane.drain()
+
+
 @pytest.mark.parametrize(
     ("link", "bulk_bytes"),
     [
         (EmulatedLink(rate_mbit=100, one_way_ms=10), 6 << 20),
         (EmulatedLink(rate_mbit=8, one_way_ms=45, jitter_ms=4), 500_000),
         (EmulatedLink(rate_mbit=400, one_way_ms=2), 24 << 20),
+        (EmulatedLink(rate_mbit=100, one_way_ms=20, loss_pct=1), 500_000),
     ],
-    ids=["100 Mbit", "8 Mbit", "400 Mbit"],
+    ids=["100 Mbit", "8 Mbit", "400 Mbit", "lossy"],
 )
 def test_rate_and_delay_are_true(link: EmulatedLink, bulk_bytes: int) -> None:
-    assert link.rate_mbit is not None
+    async def main() -> None:
+        line = Line(link)
+        for _ in range(7):
+            sent_s = now_s()
+            line.control.put(b"ping")
+            await line.control.flush()
+            repeated_s = 0.0 if not link.loss_pct else link.rtt_s + 0.01
+            least_s = link.one_way_ms / 1e3
+            assert least_s <= line.control_s[-1] - sent_s <= least_s + link.jitter_ms / 1e3 + repeated_s + 1e-4
+        began_s = now_s()
+        await line.send_bulk(bulk_bytes)
+        await line.bulk_lane.flush()
+        assert sum(size for _, size in line.bulk) == bulk_bytes
+        took_s = line.bulk[-1][0] - began_s - (link.one_way_ms + link.jitter_ms / 2) / 1e3
+        least = bulk_bytes / link.rate_bytes_per_s
+        most = least + (link.rtt_s + 0.01 if link.loss_pct else link.jitter_ms / 1e3)
+        assert 0.99 * least - link.jitter_ms / 1e3 <= took_s <= 1.01 * most
+        await line.shaper.close()
+
+    run_scripted(main())
+
+
+def test_control_goes_ahead_of_bulk_and_shares_the_rate() -> None:
+    async def main() -> None:
+        line = Line(EmulatedLink(rate_mbit=20, one_way_ms=5))
+        sending = asyncio.create_task(line.send_bulk(2_500_000))
+        await asyncio.sleep(0.1)
+        for _ in range(20):
+            sent_s = now_s()
+            line.control.put(b"ping")
+            await line.control.flush()
+            assert line.control_s[-1] - sent_s < 0.008, "behind one piece of bulk at most"
+        sent_s, pieces = now_s(), len(line.bulk)
+        line.control.put(bytes(250_000))
+        await line.control.flush()
+        assert line.control_s[-1] - sent_s == pytest.approx(0.105, abs=0.005), "at the line's rate"
+        assert len(line.bulk) <= pieces + 4, "and bulk stands still meanwhile"
+        await sending
+        await line.bulk_lane.flush()
+        assert line.bulk[-1][0] == pytest.approx(1.1 + 0.005, abs=0.005), "both together take what they weigh"
+        await line.shaper.close()
+
+    run_scripted(main())
+
+
+# --- over sockets, where a busy machine may add any delay: tested is only what it cannot change ---------------------
+
+
+def test_links_are_no_faster_than_emulated() -> None:
+    link = EmulatedLink(rate_mbit=100, one_way_ms=10)
 
     async def main() -> None:
         async with pair(lab=LabConfig(default=link)) as (_, b, link_a, _):
-            rtts_s = [await link_a.ping(timeout_s=5) for _ in range(7)]
-            expected_s = (2 * link.one_way_ms + link.jitter_ms) / 1e3
-            assert statistics.median(rtts_s) == pytest.approx(expected_s, abs=0.006)
-            began_s = time.perf_counter()
-            await link_a.send_bulk("t", b"", bytes(bulk_bytes))
-            await until(lambda: b.got.bulk, 20)
-            took_s = time.perf_counter() - began_s - (link.one_way_ms + link.jitter_ms / 2) / 1e3
-            assert bulk_bytes * 8 / took_s == pytest.approx(link.rate_mbit * 1e6, rel=0.1)
+            assert min([await link_a.ping(timeout_s=30) for _ in range(7)]) >= link.rtt_s - 5e-4
+            began_s = now_s()
+            await link_a.send_bulk("t", b"", bytes(2 << 20))
+            await until(lambda: b.got.bulk, 60)
+            assert now_s() - began_s >= (2 << 20) / link.rate_bytes_per_s
 
     run(main())
 
 
 def test_directions_are_shaped_apart_and_by_name() -> None:
-    lab = LabConfig(links={"a->b": EmulatedLink(one_way_ms=60)})
+    lab = LabConfig(links={"a->b": EmulatedLink(one_way_ms=100)})
 
     async def main() -> None:
         async with pair(lab=lab) as (_, b, link_a, link_b):
             assert link_a.lab is not None
             assert link_b.lab is None
-            rtt_s = await link_a.ping(timeout_s=5)
-            assert 0.058 < rtt_s < 0.09
+            # The other way has no delay: the best of many round trips is shorter than two delays.
+            assert 0.0995 < min([await link_a.ping(timeout_s=30) for _ in range(10)]) < 0.2
             c = Node("c", lab=lab)
             other = await c.connect(b)
             assert other.lab is None
-            assert await other.ping(timeout_s=5) < 0.05
             await c.endpoint.close()
 
     run(main())
 
 
-def test_control_goes_ahead_of_bulk_and_shares_the_rate() -> None:
+def test_control_goes_ahead_of_bulk_on_a_real_link() -> None:
     link = EmulatedLink(rate_mbit=20, one_way_ms=5)
 
     async def main() -> None:
         async with pair(lab=LabConfig(default=link)) as (_, b, link_a, _):
-            sending = asyncio.create_task(link_a.send_bulk("t", b"", bytes(2_500_000)))
+            sending = asyncio.create_task(link_a.send_bulk("t", b"", bytes(250_000_000)))  # 100 s
             await asyncio.sleep(0.1)
-            rtts_s = [await link_a.ping(timeout_s=5) for _ in range(20)]
+            for _ in range(5):
+                await link_a.ping(timeout_s=30)
+            await link_a.request("echo", bytes(25_000), timeout_s=30)
             assert not sending.done()
-            assert statistics.median(rtts_s) < 0.02
-            began_s = time.perf_counter()
-            await link_a.request("echo", bytes(250_000), timeout_s=5)
-            took_s = time.perf_counter() - began_s
-            assert 0.2 < took_s < 0.4, "0.1 s each way, and not behind 1 s of bulk"
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
             assert b.got.bulk == []
@@ -155,9 +226,7 @@ def test_emulated_link_holds_the_sender_back() -> None:
             await asyncio.sleep(0.3)
             lane: Any = link_a._bulk._lane
             assert lane.waiting_bytes < 1 << 20
-            began_s = time.monotonic()
-            await link_a.close()
-            assert time.monotonic() - began_s < 3
+            await asyncio.wait_for(link_a.close(), 20)  # where 50 MB would take 40 s
             await asyncio.gather(sending, return_exceptions=True)
 
     run(main())
@@ -165,18 +234,19 @@ def test_emulated_link_holds_the_sender_back() -> None:
 
 @pytest.mark.parametrize("link", [EmulatedLink(rate_mbit=100, one_way_ms=10), EmulatedLink(rate_mbit=8, one_way_ms=40)])
 def test_probe_measures_what_is_emulated(link: EmulatedLink) -> None:
-    assert link.rate_mbit is not None
+    """On the scripted clock, of links in memory."""
 
     async def main() -> None:
-        async with pair(lab=LabConfig(default=link)) as (_, _b, link_a, _):
-            began_s = time.monotonic()
+        async with linked(LabConfig(default=link)) as (_, _, b, link_a):
+            began_s = now_s()
             probe = await probe_link(link_a, seconds=1)
-            assert time.monotonic() - began_s < 2
-            assert probe.rtt_s == pytest.approx(link.rtt_s, abs=0.006)
+            assert now_s() - began_s < 2
+            assert probe.rtt_s == pytest.approx(link.rtt_s, abs=0.001)
             for rate in (probe.up_bytes_per_s, probe.down_bytes_per_s, probe.bandwidth_bytes_per_s):
-                assert rate == pytest.approx(link.rate_bytes_per_s, rel=0.1)
+                assert rate == pytest.approx(link.rate_bytes_per_s, rel=0.02)
+            assert b.got.bulk == b.got.notices == []
 
-    run(main())
+    run_scripted(main())
 
 
 def test_probe_of_a_real_link() -> None:
@@ -184,8 +254,8 @@ def test_probe_of_a_real_link() -> None:
         async with pair() as (_, b, link_a, link_b):
             mine, theirs = await asyncio.gather(probe_link(link_a, seconds=0.5), probe_link(link_b, seconds=0.5))
             for probe in (mine, theirs):
-                assert 0 < probe.rtt_s < 0.05
-                assert probe.bandwidth_bytes_per_s > 20e6
+                assert probe.rtt_s > 0
+                assert probe.bandwidth_bytes_per_s > 0
             assert b.got.bulk == b.got.notices == []
             assert b.got.events == ["link"], "the upper layer does not see a probe"
             with pytest.raises(ConfigError, match="at most 10"):

@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
-from network_nodes import Node, until
+from memory_nodes import linked
+from network_nodes import until
 
 from fusionai.errors import ConfigError, NetworkError, PeerLost
 from fusionai.network.clock import now_s, run_scripted
 from fusionai.network.framing import FrameType
-from fusionai.network.identity import Identity
 from fusionai.network.lab import EmulatedLink, LabConfig
-from fusionai.network.memory import DROP, TWICE, Fate, MemoryNetwork, Message
-
-
-@asynccontextmanager
-async def linked(lab: LabConfig | None = None) -> AsyncIterator[tuple[MemoryNetwork, Node, Node, Any]]:
-    """A network of a and b, and a's link to b."""
-    network = MemoryNetwork(lab)
-    nodes = []
-    for name in "ab":
-        identity = Identity.ephemeral()
-        nodes.append(await Node(name, identity, transport=network.transport(name, identity.peer_id)).listen())
-    a, b = nodes
-    link = await a.connect(b)
-    await until(lambda: b.got.links)
-    try:
-        yield network, a, b, link
-    finally:
-        network.on_send = network.on_arrival = None
-        await asyncio.gather(*(node.endpoint.close() for node in nodes))
+from fusionai.network.memory import DROP, TWICE, Fate, Message
 
 
 def test_a_script_sees_every_message_twice() -> None:

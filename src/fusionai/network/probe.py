@@ -9,12 +9,12 @@ ones.
 from __future__ import annotations
 
 import statistics
-import time
 from typing import Protocol
 
 import msgspec
 
 from fusionai.errors import ConfigError, ProtocolError
+from fusionai.network.clock import now_s
 from fusionai.network.link import Link
 from fusionai.network.probing import EXPECT, MEASURED, SEND, BurstMeasure, BurstSize
 
@@ -59,8 +59,8 @@ async def probe_link(link: Link, *, seconds: float = 1.0, max_bytes: int = 32 <<
     if max_bytes < _FIRST_BURST_BYTES:
         raise ConfigError(f"max_bytes must be at least {_FIRST_BURST_BYTES}, got {max_bytes}")
     rtts_s: list[float] = []
-    until_s = time.monotonic() + seconds / 5
-    while len(rtts_s) < _PINGS and (not rtts_s or time.monotonic() < until_s):
+    until_s = now_s() + seconds / 5
+    while len(rtts_s) < _PINGS and (not rtts_s or now_s() < until_s):
         rtts_s.append(await link.ping(timeout_s=_PATIENCE_S))
     rtt_s = statistics.median(rtts_s)
     up = await _rate(link, seconds * 0.4, rtt_s, max_bytes, _burst_up)
@@ -74,13 +74,13 @@ async def _rate(link: Link, seconds: float, rtt_s: float, max_bytes: int, burst:
     A size is given up as too large only after two bursts of it: one alone may have met a moment in which either
     process did not run.
     """
-    began_s = time.monotonic()
+    began_s = now_s()
     size = _FIRST_BURST_BYTES
     measures: list[BurstMeasure] = []
     while True:
         measures.append(await burst(link, size))
         shortest_s = min(measure.seconds for measure in measures)
-        left_s = seconds - (time.monotonic() - began_s)
+        left_s = seconds - (now_s() - began_s)
         # Three round trips: the request, the burst under way, and TCP still opening its window.
         if _GROWTH * shortest_s + 3 * rtt_s <= left_s and size * _GROWTH <= max_bytes:
             size *= _GROWTH

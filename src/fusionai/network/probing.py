@@ -12,12 +12,12 @@ handler:
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 
 import msgspec
 
 from fusionai.errors import PeerTimeout, ProtocolError
+from fusionai.network.clock import now_s
 
 RESERVED = "link."
 BURST = "link.probe"
@@ -84,14 +84,14 @@ class ProbeResponder:
         """Count a message of a burst; what nobody expects is ignored."""
         if self._arrived >= self._expected:
             return
-        now_s = time.monotonic()
+        arrived_s = now_s()
         if self._arrived == 0:
-            self._began_s = now_s
+            self._began_s = arrived_s
         else:
             self._counted += count_bytes
         self._arrived += count_bytes
         if self._arrived >= self._expected:
-            self._measure = BurstMeasure(self._counted, max(now_s - self._began_s, 1e-6))
+            self._measure = BurstMeasure(self._counted, max(arrived_s - self._began_s, 1e-6))
             self._complete.set()
 
     async def measured(self) -> BurstMeasure:

@@ -18,11 +18,11 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
 from fusionai.errors import NetworkError
+from fusionai.network.clock import now_s
 from fusionai.network.lab import EmulatedLink
 
 Deliver = Callable[[bytes], Awaitable[None]]
@@ -53,11 +53,11 @@ class ShapedConnection:
 
     def put(self, data: bytes | bytearray | memoryview) -> None:
         """Queue a copy of `data`. Never waits; see `drain`."""
-        now_s = self._shaper.now_s()
+        came_s = now_s()
         view = memoryview(data).cast("B")
         step = self._shaper.piece_bytes
         for start in range(0, len(view), step):
-            self.waiting.append((now_s, bytes(view[start : start + step])))
+            self.waiting.append((came_s, bytes(view[start : start + step])))
         self.waiting_bytes += len(view)
         self._shaper.wake()
 
@@ -129,17 +129,13 @@ class LinkShaper:
             self._tasks.append(self._loop.create_task(self._serialise()))
         return lane
 
-    def now_s(self) -> float:
-        """Return the monotonic clock; the loop's own is a cached millisecond count under uvloop."""
-        return time.monotonic()
-
     def wake(self) -> None:
         """Say that a lane has something waiting."""
         self._filled.set()
 
     async def sleep_until(self, at_s: float, *, grain_s: float) -> None:
         """Sleep until at most `grain_s` before a time. uvloop spins through less than half a millisecond."""
-        while (left_s := at_s - time.monotonic()) > grain_s:  # noqa: ASYNC110 (a time, not an event)
+        while (left_s := at_s - now_s()) > grain_s:  # noqa: ASYNC110 (a time, not an event)
             await asyncio.sleep(left_s)
 
     def stop(self) -> None:
