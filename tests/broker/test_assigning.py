@@ -16,8 +16,7 @@ from fusionai.graph.model import OpDag, WeightKey
 from fusionai.network.identity import PeerId
 from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
 from fusionai.scheduling.plan import Plan, StagePlan, StagePrediction
-from fusionai.training.assignment_parcels import pack, unpack
-from fusionai.training.messages import Assignment
+from fusionai.training.assignment_parcels import Assignment, pack, unpack
 
 OWNER, A, B = (PeerId(letter * 64) for letter in "0ab")
 
@@ -29,7 +28,9 @@ def record(peer: PeerId, *, addresses: tuple[str, ...] = ("127.0.0.1:1",), devic
     )  # fmt: skip
 
 
-def shares(dag: OpDag, peers: list[PeerId], cuts: list[int], members: list[MemberRecord]) -> dict[PeerId, Assignment]:
+def shares(
+    dag: OpDag, peers: list[PeerId], cuts: list[int], members: list[MemberRecord], *, driver: PeerId = OWNER
+) -> dict[PeerId, Assignment]:
     bounds = [0, *cuts, len(dag.nodes)]
     predicted = StagePrediction(0, 0, 0, 1000, 0)
     stages = tuple(
@@ -41,46 +42,47 @@ def shares(dag: OpDag, peers: list[PeerId], cuts: list[int], members: list[Membe
         JobEpoch(JobId("j"), Epoch(3)),
         plan,
         cut(dag, cuts),
-        by_peer,
-        OWNER,
-        LinkBook(lambda _: None),
-        ProgramOptions(device="cuda:0"),
+        members=by_peer,
+        owner=OWNER,
+        driver=driver,
+        links=LinkBook(lambda _: None),
+        options=ProgramOptions(device="cuda:0"),
     )
 
 
 def test_neighbours_and_stages() -> None:
     members = [record(OWNER, addresses=()), record(A), record(B, device="mps")]
     found = shares(graph(), [OWNER, A, B, OWNER], [1, 2, 3], members)
-    assert {peer: [each.index for each in share.subdags] for peer, share in found.items()} == {
+    assert {peer: [each.index for each in given.share.subdags] for peer, given in found.items()} == {
         OWNER: [0, 3],
         A: [1],
         B: [2],
     }
-    around = {peer: {(each.name, each.dial) for each in share.neighbours} for peer, share in found.items()}
+    around = {peer: {(each.name, each.dial) for each in given.roster.neighbours} for peer, given in found.items()}
     assert around == {
         OWNER: {("a", True), ("b", True)},
         A: {("0", False), ("b", True)},
         B: {("0", False), ("a", False)},
     }
-    assert {peer: share.options.device for peer, share in found.items()} == {OWNER: "cuda:0", A: "cpu", B: "mps"}
-    assert found[OWNER].memory_bytes == 2000
-    assert found[OWNER].in_flight == {0: 2, 3: 2}
-    assert all(share.stage_peers == (OWNER, A, B, OWNER) for share in found.values())
+    assert {peer: given.share.options.device for peer, given in found.items()} == {OWNER: "cuda:0", A: "cpu", B: "mps"}
+    assert found[OWNER].share.memory_bytes == 2000
+    assert found[OWNER].share.in_flight == {0: 2, 3: 2}
+    assert all(given.roster.pipelines == ((OWNER, A, B, OWNER),) for given in found.values())
 
 
 def test_an_owner_without_stages_still_has_neighbours() -> None:
     found = shares(graph(), [A, B], [2], [record(OWNER), record(A), record(B)])
-    assert found[OWNER].subdags == ()
-    assert {each.name for each in found[OWNER].neighbours} == {"a", "b"}
+    assert found[OWNER].share.subdags == ()
+    assert {each.name for each in found[OWNER].roster.neighbours} == {"a", "b"}
 
 
 def test_tied_weights_name_all_holders_lowest_stage_first() -> None:
     dag = graph()
     tied = tuple(replace(each, key=WeightKey("tied")) if each.name in ("w0", "w3") else each for each in dag.weights)
     found = shares(replace(dag, weights=tied), [B, A, A], [1, 3], [record(OWNER), record(A), record(B)])
-    assert found[A].tied == found[B].tied == {"tied": (B, A)}
-    assert shares(dag, [B, A, A], [1, 3], [record(OWNER), record(A), record(B)])[A].tied == {}
-    assert shares(replace(dag, weights=tied), [A, A], [2], [record(OWNER), record(A)])[A].tied == {}
+    assert found[A].roster.sums == found[B].roster.sums == {"tied": (B, A)}
+    assert shares(dag, [B, A, A], [1, 3], [record(OWNER), record(A), record(B)])[A].roster.sums == {}
+    assert shares(replace(dag, weights=tied), [A, A], [2], [record(OWNER), record(A)])[A].roster.sums == {}
 
 
 def test_nobody_can_dial() -> None:
@@ -88,18 +90,33 @@ def test_nobody_can_dial() -> None:
         shares(graph(), [A, B], [2], [record(OWNER, addresses=()), record(A, addresses=()), record(B)])
 
 
+def test_a_driver_that_is_not_the_owner() -> None:
+    """It is linked with every machine; the owner, who holds nothing, is no part of the job's traffic."""
+    members = [record(OWNER), record(A), record(B)]
+    found = shares(graph(), [A, B], [2], members, driver=B)
+    assert found.keys() == {A, B}
+    assert {peer: {each.name for each in given.roster.neighbours} for peer, given in found.items()} == {
+        A: {"b"},
+        B: {"a"},
+    }
+    assert all((given.roster.owner, given.roster.driver) == (OWNER, B) for given in found.values())
+
+
 def test_packing_keeps_everything_and_checks() -> None:
-    share = shares(graph(), [A, B], [2], [record(OWNER), record(A), record(B)])[A]
-    packed = pack(share)
-    assert unpack(packed) == share
+    given = shares(graph(), [A, B], [2], [record(OWNER), record(A), record(B)])[A]
+    share, roster = given.share, given.roster
+    packed = pack(given)
+    assert unpack(packed) == given
+    assert given.plan == JobEpoch(JobId("j"), Epoch(3))
     with pytest.raises(ProtocolError, match="malformed"):
         unpack(packed[:-5])
     with pytest.raises(ProtocolError, match="no place"):
-        unpack(pack(replace(share, in_flight={})))
+        unpack(pack(Assignment(replace(share, in_flight={}), roster)))
     with pytest.raises(ProtocolError, match="no place"):
-        unpack(pack(replace(share, stage_peers=())))
+        unpack(pack(Assignment(share, replace(roster, pipelines=()))))
+    with pytest.raises(ProtocolError, match="nobody holds"):
+        unpack(pack(Assignment(share, replace(roster, sums={WeightKey("w"): ()}))))
     node = share.subdags[0].nodes[0]
     evil = replace(share.subdags[0], nodes=(replace(node, op="aten.from_file.default"), *share.subdags[0].nodes[1:]))
     with pytest.raises(FusionError, match="from_file"):
-        unpack(pack(replace(share, subdags=(evil,))))
-    assert (share.job, share.epoch) == ("j", 3)
+        unpack(pack(Assignment(replace(share, subdags=(evil,)), roster)))

@@ -18,6 +18,7 @@ from fusionai.pool.identifiers import Epoch, JobEpoch
 from fusionai.pool.messages import JobEnded, SwitchPlan
 from fusionai.tensor import TensorData
 from fusionai.training.messages import HandOverWeights, InheritWeights, WeightTensor
+from fusionai.training.roster import Roster
 from fusionai.training.weight_traffic import WeightTraffic
 
 
@@ -97,14 +98,16 @@ def test_a_newcomer_that_dies_in_the_hand_over(tmp_path: Path, monkeypatch: pyte
         came = 0
         closing: list[asyncio.Future[None]] = []
 
-        async def dying(self: WeightTraffic, peer: Any, header: WeightTensor, tensor: TensorData) -> None:
+        async def dying(
+            self: WeightTraffic, roster: Roster, peer: Any, header: WeightTensor, tensor: TensorData
+        ) -> None:
             nonlocal came
             if header.epoch == prepared.epoch and self._wire.me == party.peer("c"):
                 came += 1
                 if came == 2:
                     closing.append(asyncio.ensure_future(party.members["c"].endpoint.close()))
                     await asyncio.sleep(1)
-            await take(self, peer, header, tensor)
+            await take(self, roster, peer, header, tensor)
 
         monkeypatch.setattr(WeightTraffic, "take", dying)
         event = await party.take()
@@ -133,11 +136,13 @@ def test_a_machine_of_the_running_plan_that_dies_in_the_hand_over(
             take = WeightTraffic.take
             closing: list[asyncio.Future[None]] = []
 
-            async def dying(self: WeightTraffic, peer: Any, header: WeightTensor, tensor: TensorData) -> None:
+            async def dying(
+                self: WeightTraffic, roster: Roster, peer: Any, header: WeightTensor, tensor: TensorData
+            ) -> None:
                 if header.epoch == prepared.epoch and self._wire.me == party.peer("c"):
                     closing.append(asyncio.ensure_future(party.members[party.second].endpoint.close()))
                     await asyncio.sleep(1)
-                await take(self, peer, header, tensor)
+                await take(self, roster, peer, header, tensor)
 
             monkeypatch.setattr(WeightTraffic, "take", dying)
 

@@ -235,7 +235,7 @@ def vocabulary_sized(capture: Capture) -> set[str]:
         if frame.kind.startswith("train.") and frame.body and len(frame.body) % VOCABULARY == 0:
             found.add(frame.kind)
         if frame.kind == ASSIGNMENT:
-            for subdag in unpack(frame.body).subdags:
+            for subdag in unpack(frame.body).share.subdags:
                 types = dict(subdag.types)
                 types |= {weight.name: weight.type for weight in subdag.weights}
                 types |= {transfer.value: transfer.type for transfer in (*subdag.receives, *subdag.sends)}
@@ -273,7 +273,7 @@ def raw_inputs(capture: Capture) -> set[str]:
         item.name
         for frame in capture.compnodes
         if frame.kind == ASSIGNMENT
-        for subdag in unpack(frame.body).subdags
+        for subdag in unpack(frame.body).share.subdags
         for item in subdag.inputs
         if item.role != "positions"
     } | {header.value for header in decoded(capture.compnodes, "train.boundary", Boundary) if header.source == -1}

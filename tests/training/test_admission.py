@@ -10,9 +10,9 @@ from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.cost import stage_cost
 from fusionai.graph.cuts import cut, cut_points
 from fusionai.graph.model import SubDag
-from fusionai.pool.identifiers import FIRST_EPOCH, JobId
+from fusionai.pool.identifiers import JobId
 from fusionai.training.admission import check_round, check_weights
-from fusionai.training.messages import Assignment
+from fusionai.training.share import Share
 
 TABLE_BYTES = 256 * 64 * 4
 
@@ -24,7 +24,7 @@ def test_a_weight_of_two_stages_is_counted_once() -> None:
     costs = [stage_cost(each, SIZES) for each in (first, last)]
     need = sum(each.training_bytes(1, 2) - each.transient_bytes for each in costs)
     need += max(each.transient_bytes for each in costs) - 4 * TABLE_BYTES
-    share = assigned(first, last)
+    share = share_of(first, last)
     check_round(share, SIZES, train=True, limit_bytes=need)
     with pytest.raises(JobError, match=f"takes {need:,} bytes, but this machine offers {need - 1:,}"):
         check_round(share, SIZES, train=True, limit_bytes=need - 1)
@@ -33,21 +33,16 @@ def test_a_weight_of_two_stages_is_counted_once() -> None:
 def test_weights_alone_are_checked_before_any_round() -> None:
     (whole,) = cut(decoder(3, tied=True), [])
     need = 4 * stage_cost(whole, SIZES).trainable_bytes
-    check_weights(assigned(whole), need)
+    check_weights(share_of(whole), need)
     with pytest.raises(JobError, match="use smaller batches or more compnodes"):
-        check_weights(assigned(whole), need - 1)
+        check_weights(share_of(whole), need - 1)
 
 
-def assigned(*subdags: SubDag) -> Assignment:
-    return Assignment(
+def share_of(*subdags: SubDag) -> Share:
+    return Share(
         job=JobId("job"),
-        epoch=FIRST_EPOCH,
-        owner="o" * 64,
         subdags=subdags,
         in_flight={each.index: 1 for each in subdags},
-        stage_peers=("o" * 64,) * 3,
-        tied={},
         options=ProgramOptions(),
-        neighbours=(),
         memory_bytes=0,
     )

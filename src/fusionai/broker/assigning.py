@@ -1,4 +1,4 @@
-"""From a plan to everybody's assignment: pure, no effects."""
+"""From a plan to everybody's share and roster: pure, no effects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from fusionai.graph.model import SubDag, WeightKey
 from fusionai.network.identity import PeerId
 from fusionai.pool.identifiers import JobEpoch
 from fusionai.scheduling.plan import Plan
-from fusionai.training.messages import Assignment, Neighbour
+from fusionai.training.assignment_parcels import Assignment
+from fusionai.training.roster import Contact, Roster
+from fusionai.training.share import Share
 
 _NOBODY: frozenset[PeerId] = frozenset()
 _NO_PAIRS: Mapping[PeerId, Set[PeerId]] = MappingProxyType({})
@@ -25,49 +27,62 @@ def assignments(
     of: JobEpoch,
     plan: Plan,
     subdags: Sequence[SubDag],
+    *,
     members: Mapping[PeerId, MemberRecord],
     owner: PeerId,
+    driver: PeerId,
     links: LinkBook,
     options: ProgramOptions,
     handing: Mapping[PeerId, Set[PeerId]] = _NO_PAIRS,
 ) -> dict[PeerId, Assignment]:
-    """Return the assignment of every machine of a plan, the owner included even when it holds no stage.
+    """Return the share and roster of every machine of a plan, the driver included even when it holds no stage.
 
-    `of` names the plan on the wire. `members` are the records of all machines; `options` are the job's, whose device is
-    the owner's. `handing` tells the pairs that exchange weights before the plan is run, where it follows another one;
-    machines that only give weights get an assignment without stages.
+    Args:
+        of: names the plan on the wire.
+        plan: who holds which stage.
+        subdags: the stages.
+        members: the records of all machines.
+        owner: whose job it is.
+        driver: who drives the job.
+        links: says who dials whom.
+        options: the job's; their device is the owner's.
+        handing: the pairs that exchange weights before the plan is run, where it follows another one. Machines that
+            only give weights get a share without stages.
 
     Raises:
         PlacementError: two machines must exchange tensors, but neither can dial the other.
     """
-    stage_peers = [PeerId(stage.peer) for stage in plan.stages]
-    tied = _tied(subdags, stage_peers)
-    around = _neighbours(subdags, stage_peers, tied, owner)
+    holders = [PeerId(stage.peer) for stage in plan.stages]
+    sums = _sums(subdags, holders)
+    around = _neighbours(subdags, holders, sums, driver)
     found = {}
-    for peer in dict.fromkeys([owner, *stage_peers, *sorted(handing)]):
+    for peer in dict.fromkeys([driver, *holders, *sorted(handing)]):
         record = members[peer]
-        own = tuple(subdag for subdag in subdags if stage_peers[subdag.index] == peer)
-        keys = {weight.key for subdag in own for weight in subdag.weights}
-        found[peer] = Assignment(
+        share = Share(
+            job=of.job,
+            subdags=tuple(subdag for subdag in subdags if holders[subdag.index] == peer),
+            in_flight={stage.stage: stage.in_flight for stage in plan.stages_of(peer)},
+            options=_local(options, record, is_owner=peer == owner),
+            memory_bytes=sum(stage.predicted.memory_bytes for stage in plan.stages_of(peer)),
+        )
+        keys = share.weights().keys()
+        near = around.get(peer, set())
+        only_weights = handing.get(peer, _NOBODY) - near
+        roster = Roster(
             job=of.job,
             epoch=of.epoch,
             owner=owner,
-            subdags=own,
-            in_flight={stage.stage: stage.in_flight for stage in plan.stages_of(peer)},
-            stage_peers=tuple(stage_peers),
-            tied={key: holders for key, holders in tied.items() if key in keys},
-            options=_local(options, record, is_owner=peer == owner),
-            neighbours=tuple(_neighbour(record, members[other], links) for other in sorted(around.get(peer, set()))),
-            memory_bytes=sum(stage.predicted.memory_bytes for stage in plan.stages_of(peer)),
-            handing=tuple(
-                _neighbour(record, members[other], links)
-                for other in sorted(handing.get(peer, _NOBODY) - around.get(peer, set()))
-            ),
+            driver=driver,
+            pipelines=(tuple(holders),),
+            sums={key: summing for key, summing in sums.items() if key in keys},
+            neighbours=tuple(_contact(record, members[other], links) for other in sorted(near)),
+            handing=tuple(_contact(record, members[other], links) for other in sorted(only_weights)),
         )
+        found[peer] = Assignment(share, roster)
     return found
 
 
-def _tied(subdags: Sequence[SubDag], peers: Sequence[PeerId]) -> dict[WeightKey, tuple[str, ...]]:
+def _sums(subdags: Sequence[SubDag], peers: Sequence[PeerId]) -> dict[WeightKey, tuple[str, ...]]:
     """Return the trainable weights that several machines hold, with these machines, lowest stage first."""
     holders: dict[WeightKey, list[str]] = {}
     for subdag in sorted(subdags, key=lambda each: each.index):
@@ -81,18 +96,18 @@ def _tied(subdags: Sequence[SubDag], peers: Sequence[PeerId]) -> dict[WeightKey,
 def _neighbours(
     subdags: Sequence[SubDag],
     peers: Sequence[PeerId],
-    tied: Mapping[WeightKey, tuple[str, ...]],
-    owner: PeerId,
+    sums: Mapping[WeightKey, tuple[str, ...]],
+    driver: PeerId,
 ) -> dict[PeerId, set[PeerId]]:
     """Return for every machine those that it exchanges tensors or words with."""
-    around: dict[PeerId, set[PeerId]] = {peer: {owner} for peer in peers}
-    around[owner] = set(peers)
+    around: dict[PeerId, set[PeerId]] = {peer: {driver} for peer in peers}
+    around[driver] = set(peers)
     for subdag in subdags:
         for transfer in subdag.sends:
             source, target = peers[transfer.source], peers[transfer.target]
             around[source].add(target)
             around[target].add(source)
-    for holders in tied.values():
+    for holders in sums.values():
         for holder in holders:
             around[PeerId(holder)].update(PeerId(other) for other in holders)
     for peer, others in around.items():
@@ -100,7 +115,7 @@ def _neighbours(
     return around
 
 
-def _neighbour(record: MemberRecord, other: MemberRecord, links: LinkBook) -> Neighbour:
+def _contact(record: MemberRecord, other: MemberRecord, links: LinkBook) -> Contact:
     nobody_listens = not record.addresses and not other.addresses
     if nobody_listens or not links.reachable(record.peer, other.peer):
         raise PlacementError(
@@ -108,7 +123,7 @@ def _neighbour(record: MemberRecord, other: MemberRecord, links: LinkBook) -> Ne
             "one of them an address that the other can reach (--listen HOST:PORT, and behind a router --advertise "
             "HOST:PORT)"
         )
-    return Neighbour(peer=other.peer, name=other.name, addresses=other.addresses, dial=links.dials(record, other))
+    return Contact(peer=other.peer, name=other.name, addresses=other.addresses, dial=links.dials(record, other))
 
 
 def _local(options: ProgramOptions, record: MemberRecord, *, is_owner: bool) -> ProgramOptions:

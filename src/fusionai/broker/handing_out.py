@@ -14,8 +14,7 @@ from fusionai.pool.background_tasks import all_of
 from fusionai.pool.codec import ASSIGNMENT
 from fusionai.pool.identifiers import JobEpoch
 from fusionai.pool.messages import AssignShare, LinkNeighbours
-from fusionai.training.assignment_parcels import pack
-from fusionai.training.messages import Assignment
+from fusionai.training.assignment_parcels import Assignment, pack
 
 ASSIGN_TIMEOUT_S = 120.0
 """How long a machine may take to receive its sub-DAGs and make its program."""
@@ -41,7 +40,7 @@ async def _assign(state: PoolState, member: MemberRecord, share: Assignment) -> 
         async with asyncio.timeout(ASSIGN_TIMEOUT_S):
             link = state.link(member.peer)
             await link.send_bulk(ASSIGNMENT, str(share.plan).encode(), packed)
-            await state.order(member.peer, AssignShare(share.job, share.epoch), timeout_s=ASSIGN_TIMEOUT_S)
+            await state.order(member.peer, AssignShare(share.plan.job, share.plan.epoch), timeout_s=ASSIGN_TIMEOUT_S)
     except TimeoutError:
         raise PeerTimeout(f"{_who(member)} did not take its share of the job within {ASSIGN_TIMEOUT_S:.0f} s") from None
     except FusionError as error:

@@ -171,7 +171,14 @@ class Launcher:
     ) -> None:
         subdags = await asyncio.to_thread(cut, graph, plan.cuts)
         shares = assignments(
-            JobEpoch(job, FIRST_EPOCH), plan, subdags, members, owner, self._state.links, message.options
+            JobEpoch(job, FIRST_EPOCH),
+            plan,
+            subdags,
+            members=members,
+            owner=owner,
+            driver=owner,
+            links=self._state.links,
+            options=message.options,
         )
         await hand_out(self._state, self._prober, shares, members)
 

@@ -192,11 +192,12 @@ class Replanner:
             JobEpoch(job, preparation.epoch),
             preparation.plan,
             new,
-            members,
-            owner,
-            self._state.links,
-            message.options,
-            handing,
+            members=members,
+            owner=owner,
+            driver=owner,
+            links=self._state.links,
+            options=message.options,
+            handing=handing,
         )
         await hand_out(self._state, self._prober, shares, {peer: members[peer] for peer in shares})
 

@@ -12,7 +12,8 @@ from fusionai.graph.model import Sizes, SubDag
 from fusionai.graph.sizes import concrete
 from fusionai.network.identity import PeerId
 from fusionai.tensor import FLOATING, TensorData
-from fusionai.training.messages import Assignment, Boundary
+from fusionai.training.messages import Boundary
+from fusionai.training.roster import DRIVER, Roster
 from fusionai.training.wire import JobWire
 
 log = logging.getLogger(__name__)
@@ -55,22 +56,18 @@ class Outgoing:
                 return
 
 
-def check_source(assignment: Assignment, peer: PeerId, header: Boundary) -> None:
+def check_source(roster: Roster, peer: PeerId, header: Boundary) -> None:
     """Refuse a tensor that does not come from the machine that has its stage. Raises ProtocolError."""
-    peers = assignment.stage_peers
-    if header.source == -1:
-        expected = assignment.owner
-    elif 0 <= header.source < len(peers):
-        expected = peers[header.source]
-    else:
-        raise ProtocolError(f"stage {header.source} does not exist; the job has {len(peers)}")
+    expected = roster.sender(header.source)
+    if expected is None:
+        raise ProtocolError(f"stage {header.source} does not exist; the job has {roster.stages}")
     if peer != expected:
         raise ProtocolError(f"a tensor of stage {header.source} came from {peer[:12]}, which has other stages")
 
 
 def check_type(subdag: SubDag, header: Boundary, tensor: TensorData, sizes: Sizes) -> None:
     """Refuse a tensor whose shape or kind is not the declared one."""
-    if header.source == -1:
+    if header.source == DRIVER:
         declared = next((item.type for item in subdag.inputs if item.name == header.value), None)
     else:
         transfers = subdag.sends if header.gradient else subdag.receives

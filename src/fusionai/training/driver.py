@@ -43,6 +43,7 @@ from fusionai.training.messages import (
     WeightTensor,
 )
 from fusionai.training.reports import flaw, printable, total
+from fusionai.training.roster import DRIVER
 from fusionai.training.wire import JobWire
 
 __all__ = ["Driver", "Machine", "RoundResult", "WeightSource", "sizes_of"]
@@ -325,7 +326,7 @@ class Driver:
             for peer, stage, name in self._readers:
                 tensor = microbatch[name]
                 header = Boundary(
-                    self.job, self.epoch, self._round, index, name, -1, stage, False, tensor.dtype, tensor.shape
+                    self.job, self.epoch, self._round, index, name, DRIVER, stage, False, tensor.dtype, tensor.shape
                 )
                 await self._wire.send(peer, header, tensor)
                 if peer != self._wire.me:

@@ -22,8 +22,8 @@ from fusionai.pool.member_part import MemberPart
 from fusionai.pool.messages import AssignShare, Heartbeat, HeldShare, LinkNeighbours, RegisterMember, ReleaseShare
 from fusionai.pool.parcels import ParcelInbox
 from fusionai.scheduling.profile import DeviceProfile
-from fusionai.training.assignment_parcels import unpack
-from fusionai.training.messages import Assignment, Neighbour
+from fusionai.training.assignment_parcels import Assignment, unpack
+from fusionai.training.roster import Contact
 from fusionai.training.slowdown import Slowdown
 from fusionai.training.stage_host import LINK_TIMEOUT_S, StageHost
 from fusionai.training.wire import PREFIX, JobWire
@@ -139,7 +139,7 @@ class Hosting(MemberPart):
 
     def admits(self, peer: PeerId) -> bool:
         """Return whether an assignment names a peer."""
-        return any(peer == each.peer for part in self._parts.values() for each in _linked(part.assignment))
+        return any(part.assignment.roster.knows(peer) for part in self._parts.values())
 
     def register(self, message: RegisterMember) -> RegisterMember:
         """Add the device."""
@@ -171,21 +171,21 @@ class Hosting(MemberPart):
             PlacementError: it would need more memory than is offered, beside the running plan's share.
             GraphError: the plane cannot run it.
         """
-        plan, job = assignment.plan, assignment.job
+        plan, share = assignment.plan, assignment.share
+        job = plan.job
         relatives = [each for each in self._parts if each.job == job]
         others = {each.job for each in self._parts} - {job}
         if plan in self._parts or len(relatives) >= _MOST_EPOCHS or len(others) >= self._most_jobs:
             raise JobError(f"this machine works for job {next(iter(self._parts)).job} already")
-        held = sum(self._parts[each].assignment.memory_bytes for each in relatives)
-        if held + assignment.memory_bytes > self._memory_bytes:
+        held = sum(self._parts[each].assignment.share.memory_bytes for each in relatives)
+        if held + share.memory_bytes > self._memory_bytes:
             beside = f" beside {held:,} of the running plan" if held else ""
             raise PlacementError(
-                f"the share needs {assignment.memory_bytes:,} bytes{beside}, but this machine offers "
-                f"{self._memory_bytes:,}"
+                f"the share needs {share.memory_bytes:,} bytes{beside}, but this machine offers {self._memory_bytes:,}"
             )
         part = self._parts[plan] = _Part(assignment)
         try:
-            if assignment.subdags:
+            if share.subdags:
                 part.host = await self._host(assignment)
         except BaseException:
             self._parts.pop(plan, None)
@@ -196,8 +196,8 @@ class Hosting(MemberPart):
                 await part.host.close("the job ended before it began")
             raise JobError(f"job {job} ended while this machine made its program")
         part.ready.set()
-        if assignment.owner != self._wire.me:
-            self._tasks.start(self._expect_owner(part), "owner's link")
+        if not assignment.roster.is_driver(self._wire.me):
+            self._tasks.start(self._expect_driver(part), "driver's link")
         self._changed()
 
     async def _host(self, assignment: Assignment) -> StageHost:
@@ -208,7 +208,8 @@ class Hosting(MemberPart):
             self._drop(assignment.plan)
 
         return await StageHost.create(
-            assignment,
+            assignment.share,
+            assignment.roster,
             self._plane,
             self._wire,
             limit_bytes=self._memory_bytes,
@@ -226,9 +227,9 @@ class Hosting(MemberPart):
         part = self._parts.get(plan)
         if part is None:
             raise JobError(f"this machine has no part in job {plan.job} any more")
-        await all_of(self._link(each) for each in _linked(part.assignment))
+        await all_of(self._link(each) for each in part.assignment.roster.contacts)
 
-    async def _link(self, neighbour: Neighbour) -> None:
+    async def _link(self, neighbour: Contact) -> None:
         endpoint, peer = self._wire.endpoint, PeerId(neighbour.peer)
         try:
             if neighbour.dial and endpoint.link(peer) is None:
@@ -262,16 +263,16 @@ class Hosting(MemberPart):
         """Close links that no job needs any more; the one side that dialled does so."""
         # The job's last words may still be on their way to this machine or to its neighbours.
         await asyncio.sleep(1.0)
-        for neighbour in _linked(assignment):
+        for neighbour in assignment.roster.contacts:
             peer = PeerId(neighbour.peer)
             link = self._wire.endpoint.link(peer)
             if link is not None and neighbour.dial and not self.admits(peer):
                 await link.close("the job is over")
 
-    async def _expect_owner(self, part: _Part) -> None:
-        owner = PeerId(part.assignment.owner)
+    async def _expect_driver(self, part: _Part) -> None:
+        driver = PeerId(part.assignment.roster.driver)
         try:
-            await self._wire.endpoint.wait_for_link(owner, OWNER_TIMEOUT_S)
+            await self._wire.endpoint.wait_for_link(driver, OWNER_TIMEOUT_S)
         except NetworkError as error:
             await self.release(part.assignment.plan, f"its owner did not come: {error}")
 
@@ -311,11 +312,6 @@ class Hosting(MemberPart):
 
     def _hosts(self) -> list[StageHost]:
         return [part.host for part in self._parts.values() if part.host is not None]
-
-
-def _linked(assignment: Assignment) -> tuple[Neighbour, ...]:
-    """Return all machines that an assignment asks for links with."""
-    return (*assignment.neighbours, *assignment.handing)
 
 
 class BusyMeter:

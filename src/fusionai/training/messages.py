@@ -15,51 +15,9 @@ from __future__ import annotations
 
 import msgspec
 
-from fusionai.execution.plane import ProgramOptions
-from fusionai.graph.model import Sizes, SubDag, ValueName, WeightKey
-from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
+from fusionai.graph.model import Sizes, ValueName, WeightKey
+from fusionai.pool.identifiers import Epoch, JobId
 from fusionai.tensor import DType
-
-
-class Neighbour(msgspec.Struct, frozen=True):
-    """Another machine of the job, and how to reach it."""
-
-    peer: str
-    name: str
-    addresses: tuple[str, ...]
-    dial: bool
-    """True: this side dials; False: wait for the other side to dial."""
-
-
-class Assignment(msgspec.Struct, frozen=True):
-    """Everything a machine needs to hold its share of a job, weights apart."""
-
-    job: JobId
-    epoch: Epoch
-    """Of the plan that the share was made for."""
-    owner: str
-    """Peer that drives the job; only it may give commands."""
-    subdags: tuple[SubDag, ...]
-    in_flight: dict[int, int]
-    """Stage to the most microbatches it may hold between forward and backward."""
-    stage_peers: tuple[str, ...]
-    """Peer of every stage of the job, by stage."""
-    tied: dict[WeightKey, tuple[str, ...]]
-    """Trainable weights of this machine that others hold too, with all holders' peers, lowest stage first."""
-    options: ProgramOptions
-    neighbours: tuple[Neighbour, ...]
-    """Machines to hold links with: those that this one exchanges tensors with, and the owner."""
-    memory_bytes: int
-    """Memory that the plan reckons with on this machine."""
-    handing: tuple[Neighbour, ...] = ()
-    """Further machines to hold links with until weights are handed over (`HandOverWeights`): by a new plan of a running
-    job, those that the weights of this machine come from or go to."""
-
-    @property
-    def plan(self) -> JobEpoch:
-        """The job and epoch whose messages this share takes."""
-        return JobEpoch(self.job, self.epoch)
-
 
 # --- driver to stages -------------------------------------------------------------------------------------
 
@@ -190,7 +148,7 @@ class Boundary(msgspec.Struct, frozen=True, tag="train.boundary"):
     """Microbatch."""
     value: ValueName
     source: int
-    """Stage it comes from; -1 for the driver."""
+    """Stage it comes from; `roster.DRIVER` for the driver."""
     target: int
     gradient: bool
     dtype: DType

@@ -30,7 +30,6 @@ from fusionai.training.compute import ComputeThread, Round
 from fusionai.training.describe import stage_line
 from fusionai.training.ledger import RoundLedger, Slot, Task
 from fusionai.training.messages import (
-    Assignment,
     BeginRound,
     Boundary,
     Bulk,
@@ -40,7 +39,6 @@ from fusionai.training.messages import (
     FinishLoading,
     HandOverWeights,
     InheritWeights,
-    Neighbour,
     PulledWeight,
     PullWeights,
     RoundReport,
@@ -49,6 +47,8 @@ from fusionai.training.messages import (
     WeightsHandedOver,
     WeightTensor,
 )
+from fusionai.training.roster import Contact, Roster
+from fusionai.training.share import Share
 from fusionai.training.slowdown import FULL_SPEED, Slowdown
 from fusionai.training.tied_gradients import GradientExchange
 from fusionai.training.weight_traffic import WeightTraffic
@@ -74,14 +74,16 @@ class StageHost:
 
     def __init__(
         self,
-        assignment: Assignment,
+        share: Share,
+        roster: Roster,
         wire: JobWire,
         on_end: Callable[[str], Awaitable[None]],
         slowdown: Slowdown,
         limit_bytes: int,
     ) -> None:
-        self.assignment = assignment
-        self.description = "; ".join(stage_line(subdag) for subdag in assignment.subdags)
+        self.share = share
+        self.roster = roster
+        self.description = "; ".join(stage_line(subdag) for subdag in share.subdags)
         self.bytes_sent: dict[str, int] = defaultdict(int)
         """Tensor bytes sent in this job, by receiving peer."""
         self.memory_bytes = 0
@@ -90,18 +92,13 @@ class StageHost:
         self._limit_bytes = limit_bytes
         self._program: RoundProgram
         self._compute = ComputeThread(
-            name=assignment.job,
+            name=share.job,
             slowdown=slowdown,
-            on_cpu=assignment.options.device == "cpu",
+            on_cpu=share.options.device == "cpu",
             on_pass=self._pass_done,
             on_complete=lambda current: self._own(self._round_done(current)),
             on_error=lambda error: self._own(self._fail(error)),
         )
-        self._sends = {
-            transfer: assignment.stage_peers[transfer.target]
-            for subdag in assignment.subdags
-            for transfer in subdag.sends
-        }
         self._outgoing = Outgoing(wire, limit_bytes, self._own)
         self._tasks: set[asyncio.Task[None]] = set()
         self._next_round = 0
@@ -119,7 +116,8 @@ class StageHost:
     @classmethod
     async def create(
         cls,
-        assignment: Assignment,
+        share: Share,
+        roster: Roster,
         plane: Plane,
         wire: JobWire,
         *,
@@ -127,24 +125,24 @@ class StageHost:
         slowdown: Slowdown = FULL_SPEED,
         on_end: Callable[[str], Awaitable[None]],
     ) -> StageHost:
-        """Make the program of an assignment and take part in its job.
+        """Make the program of a share and take part in its job by a roster.
 
         `limit_bytes` is what this machine offers: for the program, and as much again for tensors that wait.
         `slowdown` stretches every pass (lab mode). `on_end(reason)` is awaited once when the driver
         ends the job, its machine is lost, or this part failed. Raises GraphError for operators that the plane
         cannot run, JobError for weights that exceed the limit.
         """
-        check_weights(assignment, limit_bytes)
-        host = cls(assignment, wire, on_end, slowdown, limit_bytes)
+        check_weights(share, limit_bytes)
+        host = cls(share, roster, wire, on_end, slowdown, limit_bytes)
         try:
-            host._program = await host._compute.call(lambda: plane.load(assignment.subdags, assignment.options))
+            host._program = await host._compute.call(lambda: plane.load(share.subdags, share.options))
         except BaseException:
             await host._compute.stop()
             raise
         host._compute.use(host._program)
-        host._tied = GradientExchange(assignment, wire, host._compute, host._program, host._count_sent)
-        host._weights = WeightTraffic(assignment, wire, host._compute, host._program, host._count_sent)
-        wire.attach(assignment.plan, host)
+        host._tied = GradientExchange(share, wire, host._compute, host._program, host._count_sent)
+        host._weights = WeightTraffic(share, wire, host._compute, host._program, host._count_sent)
+        wire.attach(roster.plan, host)
         return host
 
     @property
@@ -158,8 +156,8 @@ class StageHost:
             return
         self._closed = True
         self._begun.set()
-        log.info("job %s ends here: %s", self.assignment.plan, reason)
-        self._wire.detach(self.assignment.plan, self)
+        log.info("job %s ends here: %s", self.roster.plan, reason)
+        self._wire.detach(self.roster.plan, self)
         me = asyncio.current_task()
         others = [task for task in self._tasks if task is not me]
         for task in others:
@@ -169,6 +167,27 @@ class StageHost:
         self._tied.clear()
         self._program.close()
 
+    def take_roster(self, roster: Roster) -> bool:
+        """Go on by a later roster; an older one, or one of this epoch, changes nothing and gives False.
+
+        From then on messages of the new epoch are this machine's, and those of the old one are dropped.
+
+        Raises:
+            ProtocolError: a round is in progress, or a stage of this machine is another one's by the new roster.
+        """
+        if not roster.follows(self.roster):
+            log.info("the roster of job %s is dropped: this machine goes by %s", roster.plan, self.roster.plan)
+            return False
+        if self._current is not None or self._committing is not None:
+            raise ProtocolError("a roster is taken between two steps, and a round is in progress")
+        for subdag in self.share.subdags:
+            if roster.holder(subdag.index) != self._wire.me:
+                raise ProtocolError(f"by the new roster stage {subdag.index} is not this machine's")
+        self._wire.detach(self.roster.plan, self)
+        self.roster = roster
+        self._wire.attach(roster.plan, self)
+        return True
+
     # --- Receiver -------------------------------------------------------------------------------------------
 
     def takes(self, message: Control | Bulk) -> bool:
@@ -177,7 +196,7 @@ class StageHost:
 
     async def on_control(self, peer: PeerId, message: Control) -> bytes:
         """Obey the driver."""
-        if peer != self.assignment.owner:
+        if not self.roster.is_driver(peer):
             raise ProtocolError(f"{type(message).__name__} came from {peer[:12]}, which is not the driver")
         match message:
             case BeginRound():
@@ -188,13 +207,13 @@ class StageHost:
                 await self._weights.ready(message)
                 await self.connect()
             case InheritWeights():
-                self._weights.inherit(message)
+                self._weights.inherit(self.roster, message)
             case HandOverWeights():
                 if self._current is not None or self._committing is not None:
                     raise ProtocolError("weights are handed over between two steps, and a round is in progress")
                 return msgspec.msgpack.encode(WeightsHandedOver(await self._weights.hand_over(message)))
             case PullWeights():
-                await self._weights.pull(message)
+                await self._weights.pull(self.roster, message)
             case EndShare():
                 self._own(self._end(message.reason or "the driver ended the job"))
             case _:
@@ -205,29 +224,28 @@ class StageHost:
         """Take a boundary tensor, a tied gradient, or a weight to load."""
         match header:
             case Boundary():
-                check_source(self.assignment, peer, header)
+                check_source(self.roster, peer, header)
                 current = await self._round_of(header.round)
                 if current is not None:
                     self._accept(
                         current, header, tensor, limit_bytes=self._limit_bytes if peer != self._wire.me else None
                     )
             case TiedGradient():
-                self._tied.check(peer, header, tensor)
+                self._tied.check(self.roster, peer, header, tensor)
                 current = await self._round_of(header.round)
                 if current is not None and current.train:
                     self._tied.keep(peer, header, tensor)
             case WeightTensor():
-                await self._weights.take(peer, header, tensor)
+                await self._weights.take(self.roster, peer, header, tensor)
 
     async def on_peer_closed(self, peer: PeerId, error: NetworkError) -> None:
-        """The owner's loss ends this part. A neighbour's does when the driver, whom it concerns first, does nothing."""
-        if peer == self.assignment.owner:
+        """The driver's loss ends this part. A neighbour's does, unless the driver deals with it within the grace."""
+        if self.roster.is_driver(peer):
             self._own(self._end(f"the owner's machine is lost: {error}"))
-        for neighbour in self.assignment.neighbours:
-            if neighbour.peer == peer != self.assignment.owner:
-                self._own(self._without(neighbour, error))
+        elif (neighbour := self.roster.neighbour(peer)) is not None:
+            self._own(self._without(neighbour, error))
 
-    async def _without(self, neighbour: Neighbour, error: NetworkError) -> None:
+    async def _without(self, neighbour: Contact, error: NetworkError) -> None:
         """Fail when a link stays broken: its tensors are missing, and both machines may well be alive."""
         if not isinstance(error, ProtocolError):
             await asyncio.sleep(NEIGHBOUR_GRACE_S)
@@ -249,7 +267,7 @@ class StageHost:
             return
         if self._closed:
             return
-        ledger = RoundLedger(self.assignment.subdags, count, self.assignment.in_flight, train=message.train)
+        ledger = RoundLedger(self.share.subdags, count, self.share.in_flight, train=message.train)
         current = Round(message.round, message.step, message.train, message.sizes, message.loss_weights, ledger)
         self._next_round += 1
         self._current = current
@@ -266,7 +284,7 @@ class StageHost:
         if key in self._admitted:
             return
         await asyncio.to_thread(
-            check_round, self.assignment, message.sizes, train=message.train, limit_bytes=self._limit_bytes
+            check_round, self.share, message.sizes, train=message.train, limit_bytes=self._limit_bytes
         )
         if len(self._admitted) < _MOST_SIZES:
             self._admitted.add(key)
@@ -284,7 +302,7 @@ class StageHost:
         return self._current if self._current is not None and self._current.number == number else None
 
     def _accept(self, current: Round, header: Boundary, tensor: TensorData, *, limit_bytes: int | None = None) -> None:
-        subdag = next((each for each in self.assignment.subdags if each.index == header.target), None)
+        subdag = self.share.subdag(header.target)
         if subdag is None:
             raise ProtocolError(f"stage {header.target} is not on this machine")
         check_type(subdag, header, tensor, current.sizes)
@@ -292,7 +310,8 @@ class StageHost:
         self._compute.deliver(slot, tensor, limit_bytes=limit_bytes)
 
     def _pass_done(self, current: Round, task: Task, outputs: dict[ValueName, TensorData]) -> None:
-        subdag = next(each for each in self.assignment.subdags if each.index == task.stage)
+        subdag = self.share.subdag(task.stage)
+        assert subdag is not None, "the ledger has this share's stages"
         forward = task.turn.direction == "forward"
         if forward and subdag.loss is not None:
             self._losses[task.turn.index] = _scalar(outputs[subdag.loss])
@@ -303,8 +322,8 @@ class StageHost:
             tensor = outputs[transfer.value]
             source, target = (transfer.source, transfer.target) if forward else (transfer.target, transfer.source)
             header = Boundary(
-                self.assignment.job,
-                self.assignment.epoch,
+                self.roster.job,
+                self.roster.epoch,
                 current.number,
                 task.turn.index,
                 transfer.value,
@@ -314,14 +333,16 @@ class StageHost:
                 tensor.dtype,
                 tensor.shape,
             )
-            self._post(self.assignment.stage_peers[target], header, tensor)
+            holder = self.roster.holder(target)
+            assert holder is not None, "unpacking checked every transfer"
+            self._post(holder, header, tensor)
 
-    def _post(self, peer: str, header: Boundary, tensor: TensorData) -> None:
+    def _post(self, peer: PeerId, header: Boundary, tensor: TensorData) -> None:
         if peer == self._wire.me:
             self._accept_locally(header, tensor)
             return
         self._count_sent(peer, tensor.nbytes)
-        self._outgoing.post(PeerId(peer), header, tensor)
+        self._outgoing.post(peer, header, tensor)
 
     def _count_sent(self, peer: str, nbytes: int) -> None:
         self.bytes_sent[peer] += nbytes
@@ -337,15 +358,15 @@ class StageHost:
     async def _round_done(self, current: Round) -> None:
         norms: dict[WeightKey, float] = {}
         if current.train:
-            await self._tied.sum(current.number)
-            others = [key for key, holders in self.assignment.tied.items() if holders[0] != self._wire.me]
+            await self._tied.sum(self.roster, current.number)
+            others = self.roster.answered_elsewhere(self._wire.me)
             norms = await self._compute.call(lambda: self._program.gradient_norms(others))
             self._committing = current
         self.memory_bytes = await self._compute.call(self._program.memory_bytes)
         self._current = None
         report = RoundReport(
-            self.assignment.job,
-            self.assignment.epoch,
+            self.roster.job,
+            self.roster.epoch,
             current.number,
             dict(self._losses),
             norms,
@@ -356,7 +377,7 @@ class StageHost:
             dict(current.forward_s),
             dict(current.backward_s),
         )
-        await self._wire.notify(PeerId(self.assignment.owner), report)
+        await self._wire.notify(PeerId(self.roster.driver), report)
 
     def _commit(self, message: CommitRound) -> None:
         committing, self._committing = self._committing, None
@@ -374,7 +395,7 @@ class StageHost:
     async def connect(self) -> None:
         """Link to every neighbour. Raises PeerTimeout or PeerLost naming the neighbour."""
         endpoint = self._wire.endpoint
-        for neighbour in self.assignment.neighbours:
+        for neighbour in self.roster.neighbours:
             peer = PeerId(neighbour.peer)
             if endpoint.link(peer) is not None:
                 continue
@@ -391,16 +412,16 @@ class StageHost:
     async def _fail(self, error: BaseException) -> None:
         """Tell the driver, then end."""
         if isinstance(error, FusionError):
-            log.warning("job %s failed here: %s", self.assignment.plan, error)
+            log.warning("job %s failed here: %s", self.roster.plan, error)
         else:
-            log.error("job %s failed here", self.assignment.plan, exc_info=error)
+            log.error("job %s failed here", self.roster.plan, exc_info=error)
         name = type(error).__name__ if isinstance(error, FusionError) else "JobError"
         text = str(error) if isinstance(error, FusionError) else f"{type(error).__name__}: {error}"
-        failed = ShareFailed(self.assignment.job, self.assignment.epoch, name, text[:2000])
+        failed = ShareFailed(self.roster.job, self.roster.epoch, name, text[:2000])
         try:
-            await self._wire.notify(PeerId(self.assignment.owner), failed)
+            await self._wire.notify(PeerId(self.roster.driver), failed)
         except NetworkError:
-            log.info("job %s: the driver is gone and cannot be told", self.assignment.plan)
+            log.info("job %s: the driver is gone and cannot be told", self.roster.plan)
         await self._end(text)
 
     async def _end(self, reason: str) -> None:

@@ -11,7 +11,9 @@ from fusionai.graph.model import WeightKey
 from fusionai.network.identity import PeerId
 from fusionai.tensor import TensorData
 from fusionai.training.compute import ComputeThread
-from fusionai.training.messages import Assignment, TiedGradient
+from fusionai.training.messages import TiedGradient
+from fusionai.training.roster import Roster
+from fusionai.training.share import Share
 from fusionai.training.wire import JobWire
 
 
@@ -20,33 +22,27 @@ class GradientExchange:
 
     def __init__(
         self,
-        assignment: Assignment,
+        share: Share,
         wire: JobWire,
         compute: ComputeThread,
         program: RoundProgram,
         count_sent: Callable[[str, int], None],
     ) -> None:
-        self._assignment = assignment
         self._wire = wire
         self._compute = compute
         self._program = program
         self._count_sent = count_sent
         self._here: dict[tuple[WeightKey, str], TensorData] = {}
-        self._types = {
-            weight.key: weight.type
-            for subdag in assignment.subdags
-            for weight in subdag.weights
-            if weight.key in assignment.tied
-        }
+        self._types = {key: weight.type for key, weight in share.weights().items() if weight.trainable}
         self._arrived = asyncio.Event()
 
     def __len__(self) -> int:
         """How many gradients of other holders are kept."""
         return len(self._here)
 
-    def check(self, peer: PeerId, header: TiedGradient, tensor: TensorData) -> None:
+    def check(self, roster: Roster, peer: PeerId, header: TiedGradient, tensor: TensorData) -> None:
         """Raise ProtocolError unless a gradient is of a tied weight that the peer holds too, in its dtype and shape."""
-        if peer not in self._assignment.tied.get(header.key, ()) or header.key not in self._types:
+        if not roster.sums_with(peer, header.key) or header.key not in self._types:
             raise ProtocolError(f"{peer[:12]} holds no tied weight {header.key[:80]!r}")
         declared = self._types[header.key]
         if (tensor.dtype, tensor.shape) != (declared.dtype, declared.shape):
@@ -64,17 +60,18 @@ class GradientExchange:
         """Forget what has come: a round begins, or this part ends."""
         self._here.clear()
 
-    async def sum(self, number: int) -> None:
-        """Replace the gradient of each tied weight by the sum over its holders, last stage first as in one process."""
+    async def sum(self, roster: Roster, number: int) -> None:
+        """Replace the gradient of each tied weight by the sum over its holders, last stage first as in one process.
+
+        `number` is the round's.
+        """
         me = self._wire.me
-        tied = self._assignment.tied
+        tied = roster.sums
         mine: dict[WeightKey, TensorData] = {}
         for key, holders in tied.items():
             gradient = await self._compute.call(lambda key=key: self._program.read_gradient(key))  # type: ignore[misc]
             mine[key] = gradient
-            header = TiedGradient(
-                self._assignment.job, self._assignment.epoch, number, key, gradient.dtype, gradient.shape
-            )
+            header = TiedGradient(roster.job, roster.epoch, number, key, gradient.dtype, gradient.shape)
             for holder in holders:
                 if holder != me:
                     self._count_sent(holder, gradient.nbytes)

@@ -13,12 +13,11 @@ from collections.abc import Callable
 
 from fusionai.errors import GraphError, JobError, ProtocolError
 from fusionai.execution.program import RoundProgram
-from fusionai.graph.model import Weight, WeightKey
+from fusionai.graph.model import WeightKey
 from fusionai.network.identity import PeerId
 from fusionai.tensor import TensorData
 from fusionai.training.compute import ComputeThread
 from fusionai.training.messages import (
-    Assignment,
     FinishLoading,
     HandOverWeights,
     InheritWeights,
@@ -26,6 +25,8 @@ from fusionai.training.messages import (
     PullWeights,
     WeightTensor,
 )
+from fusionai.training.roster import Roster
+from fusionai.training.share import Share
 from fusionai.training.wire import JobWire
 
 LOAD_TIMEOUT_S = 100.0
@@ -37,20 +38,18 @@ class WeightTraffic:
 
     def __init__(
         self,
-        assignment: Assignment,
+        share: Share,
         wire: JobWire,
         compute: ComputeThread,
         program: RoundProgram,
         count_sent: Callable[[str, int], None],
     ) -> None:
-        self._assignment = assignment
         self._wire = wire
         self._compute = compute
         self._program = program
         self._count_sent = count_sent
-        self._weights: dict[WeightKey, Weight] = {
-            weight.key: weight for subdag in assignment.subdags for weight in subdag.weights
-        }
+        self._weights = share.weights()
+        self._optimizer_states = share.options.optimizer.states
         self._sources: dict[WeightKey, str] | None = None
         """Who may send which weight; None: the driver sends all of them."""
         self._inherited: set[tuple[WeightKey, str | None]] = set()
@@ -60,7 +59,7 @@ class WeightTraffic:
 
     # --- coming -------------------------------------------------------------------------------------------------
 
-    def inherit(self, message: InheritWeights) -> None:
+    def inherit(self, roster: Roster, message: InheritWeights) -> None:
         """Take weights from the machines named from now on, each from one. Raises ProtocolError."""
         if self._sources is not None or self._loaded:
             raise ProtocolError("weights have been sent or announced here already")
@@ -68,19 +67,18 @@ class WeightTraffic:
             raise ProtocolError(
                 f"sources of {len(message.sources)} weights are named, but {len(self._weights)} are held here"
             )
-        known = {self._wire.me, *(each.peer for each in (*self._assignment.neighbours, *self._assignment.handing))}
-        strangers = set(message.sources.values()) - known
-        if strangers:
-            raise ProtocolError(f"{min(strangers)[:12]} is to send weights, but is no machine of this job")
+        unknown = {peer for peer in message.sources.values() if peer != self._wire.me and not roster.knows(peer)}
+        if unknown:
+            raise ProtocolError(f"{min(unknown)[:12]} is to send weights, but is no machine of this job")
         self._sources = dict(message.sources)
 
-    async def take(self, peer: PeerId, header: WeightTensor, tensor: TensorData) -> None:
+    async def take(self, roster: Roster, peer: PeerId, header: WeightTensor, tensor: TensorData) -> None:
         """Load a weight or an optimizer state.
 
         Raises ProtocolError when it is not this peer's to send, came before, or is not of the declared dtype and shape.
         """
         if self._sources is None:
-            if peer != self._assignment.owner:
+            if not roster.is_driver(peer):
                 raise ProtocolError(f"a weight came from {peer[:12]}, which is not the driver")
         else:
             if self._sources.get(header.key) != peer:
@@ -141,13 +139,13 @@ class WeightTraffic:
                     del tensor
         return dict(sent)
 
-    async def pull(self, message: PullWeights) -> None:
+    async def pull(self, roster: Roster, message: PullWeights) -> None:
         """Send the driver the tensors that it asks for."""
         async with self._pulling:  # one copy of one tensor at a time, however many requests there are
             for key, state in message.tensors:
                 tensor = await self._read(key, state)
                 header = PulledWeight(message.job, message.epoch, key, state, tensor.dtype, tensor.shape)
-                await self._wire.send(PeerId(self._assignment.owner), header, tensor)
+                await self._wire.send(PeerId(roster.driver), header, tensor)
                 del tensor
 
     async def _read(self, key: WeightKey, state: str | None) -> TensorData:
@@ -155,4 +153,4 @@ class WeightTraffic:
 
     def _states(self, key: WeightKey) -> tuple[str | None, ...]:
         """Return what a weight consists of: itself (None), and the optimizer's states of one that trains."""
-        return (None, *(self._assignment.options.optimizer.states if self._weights[key].trainable else ()))
+        return (None, *(self._optimizer_states if self._weights[key].trainable else ()))
