@@ -19,8 +19,8 @@ _MEASURE = """
 import sys
 from pathlib import Path
 from fusionai.compnode.disk import measure_disk
-from fusionai.compnode.hardware import measure
 from fusionai.execution.planes import plane
+from fusionai.pool.device_measurement import measure
 
 measure(plane("torch"), threads=1, cache_folder=Path(sys.argv[1]))
 measure_disk(Path(sys.argv[1]))
