@@ -2,7 +2,7 @@
 
     python benchmarks/link_estimation.py [--machines 200] [--nets 5] [--plans 5] [--json]
 
-On made-up internets (tests/scheduling/synthetic_internet.py), every machine joining in turn, probed with the broker
+On made-up internets (tests/broker/synthetic_internet.py), every machine joining in turn, probed with the broker
 and a few others: at random, or as the broker chooses (`broker.probe_choice`). Errors are relative, over unprobed pairs
 drawn at random ("far"), and over all pairs within sites, probed or not ("site"). Plans are of `plan_swarm`, made with
 measured and estimated links and worked through on the true ones; the ratio is that of the step to the step planned with
@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from fusionai.broker.link_estimation import EstimatedLinks, LinkProbes, estimate_links
 from fusionai.broker.probe_choice import FIRST, first_partners, next_partner
-from fusionai.scheduling.link_estimation import EstimatedLinks, LinkProbes, estimate_links
 from fusionai.scheduling.links import LinkModel
 from fusionai.scheduling.profile import UNMEASURED
 from fusionai.scheduling.swarm.chain import Chain
@@ -36,6 +36,7 @@ from fusionai.scheduling.swarm.task import SwarmTask
 from fusionai.scheduling.swarm_plan import SwarmPlan
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "scheduling"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "broker"))
 
 from decoder_graph import GB, SIZES, decoder, member
 from synthetic_internet import Internet

@@ -6,10 +6,10 @@ import asyncio
 import time
 from collections.abc import Mapping
 
+from fusionai.broker.link_estimation import LinkProbes, estimate_links
 from fusionai.broker.links import LinkBook
 from fusionai.broker.records import LinkRecord
 from fusionai.network.identity import PeerId
-from fusionai.scheduling.link_estimation import LinkProbes, estimate_links
 from fusionai.scheduling.profile import AccessProfile
 
 _REST = 4.0

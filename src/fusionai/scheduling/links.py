@@ -32,10 +32,7 @@ class LinkModel(Protocol):
 
 
 class PoolLinks:
-    """The links of a `Pool`, as a `LinkModel`; for pools small enough to have probed every pair.
-
-    `link_estimation.links_of_access` serves large ones.
-    """
+    """The links of a `Pool`, as a `LinkModel`: two tables over all pairs of machines."""
 
     def __init__(self, pool: Pool, peers: Sequence[str]) -> None:
         """Number the machines as `peers` does: members, then the owner. Other pairs are as `Pool.link` says."""

@@ -68,7 +68,7 @@ UNMEASURED = LinkProfile(rtt_s=0.05, bandwidth_bytes_per_s=12.5e6, estimated=Tru
 
 
 class AccessProfile(msgspec.Struct, frozen=True):
-    """What one machine's access to the network gives, estimated from its probes (`link_estimation`).
+    """What one machine's access to the network gives, estimated from its probes (`broker.link_estimation`).
 
     Two profiles of the same estimate tell the link between their machines.
     """

@@ -1,4 +1,4 @@
-"""Adding up what steps did, and the report that comes of it."""
+"""Totals over all steps of a run, and the report made of them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class PassTime:
 
 @dataclass(slots=True)
 class Accounts:
-    """Everything that the report is made of."""
+    """What a run has done so far."""
 
     step_s: list[float] = field(default_factory=list)
     executed_steps: int = 0

@@ -1,4 +1,4 @@
-"""When machines are there: scripted, or drawn from a seed. The same call gives the same outages, in any order."""
+"""When machines are there: scripted, or drawn from a seed. A machine's outages do not depend on the order of calls."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Poisson(Churn):
 
 
 class Availability:
-    """Answers about any time, keeping what has been drawn."""
+    """Answers when machines are there, and remembers the outages drawn so far."""
 
     def __init__(self, churn: Churn) -> None:
         self._churn = churn

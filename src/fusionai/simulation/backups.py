@@ -1,4 +1,4 @@
-"""Who takes the stages of a dead machine over, where their state comes from, and how long replaying takes."""
+"""Which machine takes over a dead machine's stages, where it gets their state, and how long replaying takes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusionai.simulation.workload import StageLoad, Workload
 
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """A machine for lost stages, and from when on it is there."""
+    """A machine that can take over lost stages, and the time from which it is there."""
 
     peer: str
     from_s: float
@@ -30,29 +30,29 @@ class StateSource:
     parts: tuple[tuple[str, float], ...]
     """Peers and bytes."""
     from_s: float
-    """When all of them are there; infinity if never."""
+    """When all of these peers are there; infinity if never."""
     words: str
 
 
 class Backups:
-    """The backup pool: machines without a stage, those that died and come back among them."""
+    """The backup pool: machines without a stage. Machines that died and came back belong to it."""
 
     def __init__(self, workload: Workload, presence: Availability, offers_bytes: Mapping[str, int]) -> None:
-        """`offers_bytes`: memory of every machine known; one of the plan's that is not named has enough."""
+        """`offers_bytes`: memory of every known machine. A machine of the plan that it does not name has enough."""
         self._workload = workload
         self._presence = presence
         self._offers_bytes = offers_bytes
         self._known = tuple(dict.fromkeys((*offers_bytes, *workload.peers)))
 
     def spares(self, assembly: PlacedStages, now_s: float) -> list[str]:
-        """Return the machines without a stage that are there; the driver's is none."""
+        """Return the machines without a stage that are there now. The driver's machine is no backup."""
         taken = {stage.machine for stage in assembly.stages} | {self._workload.driver}
         return [peer for peer in self._known if peer not in taken and self._presence.up_from_s(peer, now_s) == now_s]
 
     def choose(self, assembly: PlacedStages, lost: Sequence[PlacedStage], now_s: float) -> Backup | None:
-        """Return the fastest machine that has room for all of `lost`, of those there now; else the first to come.
+        """Return the fastest machine that is there now and has room for all of `lost`, else the first to come.
 
-        None when none ever comes.
+        Returns None when no such machine ever comes.
         """
         gone = lost[0].machine
         taken = {stage.machine for stage in assembly.stages if stage.machine != gone} | {self._workload.driver}

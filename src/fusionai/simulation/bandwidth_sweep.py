@@ -1,4 +1,4 @@
-"""The same plan over faster and slower links: where its throughput stops depending on them."""
+"""One plan simulated over faster and slower links, which shows where its throughput stops depending on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How machines' speeds vary: by chance from step to step, and drifting slowly."""
+"""Machines' speeds vary: by chance from step to step, and by a slow drift."""
 
 from __future__ import annotations
 

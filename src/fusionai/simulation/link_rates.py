@@ -1,4 +1,4 @@
-"""The links that a simulation runs over: each direction of a pair, and optionally the uplinks that they share."""
+"""The links that a simulation runs over: each direction of a pair, and the uplinks and downlinks that pairs share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages and lanes as the executor works on them: who runs what, over which links, at which speed."""
+"""The stages of a plan on the machines that hold them now, and the tensors that pass between them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CodecOf = Callable[[str, str], Codec]
 
 
 class TensorLane:
-    """Tensors of one direction between two stages: when each was made, and when it arrives."""
+    """The tensors that one stage sends to another in one direction: when each was made, and when it arrives."""
 
     __slots__ = (
         "arrival_s",
@@ -47,7 +47,7 @@ class TensorLane:
 
 
 class PlacedStage:
-    """One stage of one pipeline and how far it is in the present step."""
+    """One stage of one pipeline: its machine, and how far it is in the present step."""
 
     __slots__ = (
         "available_s",
@@ -116,7 +116,7 @@ class PlacedStage:
 
 
 class PlacedStages:
-    """All stages of a plan on the machines that hold them now."""
+    """All stages of a plan, with the machine that holds each now."""
 
     def __init__(self, workload: Workload, channels: SimulatedLinks, codec_of: CodecOf) -> None:
         self.channels = channels

@@ -1,4 +1,4 @@
-"""What machines draw and cost while they take part."""
+"""The power that machines draw and the rent that they cost while they take part."""
 
 from __future__ import annotations
 

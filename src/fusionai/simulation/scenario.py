@@ -1,4 +1,4 @@
-"""What a plan is simulated under: how long, over which codecs, with which faults."""
+"""The conditions of a simulation: how many steps, which codecs, which faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Directed links as things that are occupied: one tensor after another, with uploads in the background.
+"""Links in a simulation: each direction carries one tensor after another, and uploads in the background.
 
 A tensor of a pass starts when the link is free and occupies it for its bytes over the bandwidth. Where machines share
 an uplink or a downlink among their links, it is through when all three have carried it, one tensor after another. An
@@ -226,14 +226,14 @@ class SimulatedLink:
 
 @dataclass(frozen=True, slots=True)
 class LinkUse:
-    """What went over one directed link."""
+    """Bytes and seconds that one direction of a link was used."""
 
     sent_bytes: float
     busy_s: float
 
 
 class SimulatedLinks:
-    """All links in use, made when they are first asked for."""
+    """All links in use. Each is made when it is first asked for."""
 
     def __init__(self, links: LinkRates, *, may_be_cut: bool = False) -> None:
         """`may_be_cut`: remember what is on its way, for `lose` and `end_step` to take off what does not arrive."""

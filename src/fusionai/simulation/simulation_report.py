@@ -1,4 +1,4 @@
-"""What a simulation found, as plain frozen data; `msgspec.json.encode` writes it."""
+"""The result of a simulation as plain frozen data; `msgspec.json.encode` writes it."""
 
 from __future__ import annotations
 

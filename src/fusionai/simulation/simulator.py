@@ -1,4 +1,7 @@
-"""The simulator's entry: a plan, a graph, machines and links in, a report out. No clock, no I/O; chance by seed."""
+"""Entry to the simulator: takes a plan, a graph, machines and links, and returns a report.
+
+It reads no clock and no files; chance comes from seeds.
+"""
 
 from __future__ import annotations
 

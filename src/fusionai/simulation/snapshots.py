@@ -1,4 +1,4 @@
-"""Snapshots of stages' states: begun after a step, sent in the background, usable where they have arrived whole."""
+"""Snapshots of the stages' states: begun after a step, sent in the background, usable once they arrived whole."""
 
 from __future__ import annotations
 

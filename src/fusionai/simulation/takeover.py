@@ -1,4 +1,4 @@
-"""A dead machine's stages on their way to a backup: first their state, then what neighbours send again.
+"""A backup takes over a dead machine's stages: first it gets their state, then what neighbours send again.
 
 Both take their place on links, uplinks and downlinks beside everything else of the step, and a second death may end
 either. Times are seconds since the step's start.

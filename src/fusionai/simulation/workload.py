@@ -1,4 +1,4 @@
-"""What a simulation executes: seconds of the passes on their machines, bytes between them, and who sums what.
+"""What a simulation executes: seconds of passes, bytes between stages, and which stages sum which weights.
 
 A `Workload` is a plan with its graph costed away, so that the simulator itself knows neither operators nor sizes.
 `fusionai.simulation.workload_of_plan` makes one of a plan.

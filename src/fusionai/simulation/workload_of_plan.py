@@ -1,4 +1,4 @@
-"""From a plan to what is simulated: the graph is cut where the plan says and costed with the planner's estimator."""
+"""The workload of a plan: the graph is cut where the plan says and costed with the planner's estimator."""
 
 from __future__ import annotations
 

@@ -11,14 +11,14 @@ docs/profiles.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import networkx as nx
 import numpy as np
 
+from fusionai.broker.network_coordinates import Coordinates, fit_coordinates
 from fusionai.scheduling.links import Floats, Indices
-from fusionai.scheduling.network_coordinates import DIMENSIONS, Coordinates, fit_coordinates
 from fusionai.scheduling.profile import UNMEASURED, AccessProfile, LinkProfile
 
 NEAR_RTT_S = 2e-3
@@ -170,42 +170,6 @@ def estimate_links(probes: LinkProbes, count: int, *, anchor: int | None = None)
         measured_keys=keys[order],
         measured_bandwidths=bandwidths[order],
         measured_rtts=np.concatenate([probes.rtts_s] * 2)[order],
-    )
-
-
-def links_of_access(
-    access: Mapping[str, AccessProfile], peers: Sequence[str], links: Mapping[str, LinkProfile]
-) -> EstimatedLinks:
-    """Return the `LinkModel` of `peers` from what is estimated of each, and measured `links` by "source>target".
-
-    A peer without a profile counts as `UNMEASURED` in bandwidth, and as half of its round trip away from everything.
-    """
-    default = UNMEASURED.bandwidth_bytes_per_s
-    unknown = AccessProfile(default, default, (0.0,) * DIMENSIONS, UNMEASURED.rtt_s / 2)
-    found = [access.get(peer, unknown) for peer in peers]
-    place = {peer: index for index, peer in enumerate(peers)}
-    keyed: dict[int, LinkProfile] = {}
-    for name, link in links.items():
-        source, _, target = name.partition(">")
-        if source in place and target in place:
-            keyed[place[source] * len(peers) + place[target]] = link
-    keys = sorted(keyed)
-    points = np.asarray([each.place_s for each in found], dtype=np.float64).reshape(len(found), -1)
-
-    def of(name: str) -> Floats:
-        return np.asarray([getattr(each, name) for each in found], dtype=np.float64)
-
-    return EstimatedLinks(
-        coordinates=Coordinates(points, of("height_s")),
-        up_N=of("up_bytes_per_s"),
-        down_N=of("down_bytes_per_s"),
-        site_N=np.asarray([each.site for each in found], dtype=np.int64),
-        near_up_N=of("near_up_bytes_per_s"),
-        near_down_N=of("near_down_bytes_per_s"),
-        near_rtt_N=of("near_rtt_s"),
-        measured_keys=np.asarray(keys, dtype=np.int64),
-        measured_bandwidths=np.asarray([keyed[key].bandwidth_bytes_per_s for key in keys], dtype=np.float64),
-        measured_rtts=np.asarray([keyed[key].rtt_s for key in keys], dtype=np.float64),
     )
 
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_internet import Internet
 
-from fusionai.scheduling.link_estimation import EstimatedLinks, LinkProbes, estimate_links, links_of_access
+from fusionai.broker.link_estimation import EstimatedLinks, LinkProbes, estimate_links
+from fusionai.broker.network_coordinates import fit_coordinates
 from fusionai.scheduling.links import PoolLinks
-from fusionai.scheduling.network_coordinates import fit_coordinates
 from fusionai.scheduling.profile import UNMEASURED, AccessProfile, LinkProfile, Pool
 from fusionai.scheduling.swarm.planner import plan_swarm
 
@@ -127,7 +127,7 @@ def internet_links(count: int, seed: int, probes: int) -> tuple[Internet, Estima
 
 
 def test_pools_and_arrays_say_the_same() -> None:
-    """The estimate as a `LinkModel`, by pairs of `AccessProfile`, in a `Pool`, and as the model of that pool."""
+    """The estimate as a `LinkModel`, by pairs of `AccessProfile` in a `Pool`, and as the links of that pool."""
     net, found, measured = internet_links(30, 1, 3)
     peers = [f"p{each}" for each in range(net.count)]
     access = {peer: found.access(index) for index, peer in enumerate(peers)}
@@ -141,19 +141,17 @@ def test_pools_and_arrays_say_the_same() -> None:
     }
     pool = Pool((), links, access)
     source, target = everyone(net.count)
-    again = links_of_access(access, peers, links)
     one_by_one = [pool.link(peers[one], peers[other]) for one, other in zip(source, target, strict=True)]
     dense = PoolLinks(pool, peers)
     np.testing.assert_allclose(dense.rtts_s(source, target), found.rtts_s(source, target))
     np.testing.assert_allclose(
         dense.bandwidths_bytes_per_s(source, target), found.bandwidths_bytes_per_s(source, target)
     )
-    for model in (found, again):
-        np.testing.assert_allclose(model.rtts_s(source, target), [each.rtt_s for each in one_by_one])
-        np.testing.assert_allclose(
-            model.bandwidths_bytes_per_s(source, target), [each.bandwidth_bytes_per_s for each in one_by_one]
-        )
-        assert [not each for each in model.is_measured(source, target)] == [each.estimated for each in one_by_one]
+    np.testing.assert_allclose(found.rtts_s(source, target), [each.rtt_s for each in one_by_one])
+    np.testing.assert_allclose(
+        found.bandwidths_bytes_per_s(source, target), [each.bandwidth_bytes_per_s for each in one_by_one]
+    )
+    assert [not each for each in found.is_measured(source, target)] == [each.estimated for each in one_by_one]
     assert pool.link("p0", "stranger") == UNMEASURED
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fusionai.scheduling.link_estimation import LinkProbes
+from fusionai.broker.link_estimation import LinkProbes
 
 MEGABIT = 125_000.0
 
