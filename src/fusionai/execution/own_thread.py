@@ -13,10 +13,10 @@ _Result = TypeVar("_Result")
 def in_own_thread(work: Callable[[], _Result]) -> _Result:
     """Run `work` in a new thread and return its result. Blocks.
 
-    OpenMP keeps a pool of workers for every thread that ever ran something parallel, for as long as that thread lives.
-    With the pools of two threads there are more workers than cores, and GNU's OpenMP then stops spinning between loops:
-    measured, a training step in the second thread took up to half as long again. So what is computed once, such as a
-    calibration or a capture, does not leave a pool behind.
+    Work that is done once, such as a calibration or a capture, must not leave OpenMP workers behind. OpenMP keeps a
+    pool of workers for every thread that ever ran something parallel, as long as the thread lives. With two pools there
+    are more workers than cores, and GNU's OpenMP then stops spinning between loops, which makes a training step in the
+    other thread up to half as long again.
     """
     outcome: Future[_Result] = Future()
 

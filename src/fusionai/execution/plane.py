@@ -59,18 +59,18 @@ class ProgramOptions(msgspec.Struct, frozen=True, kw_only=True):
     compile: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
     seed: int = 0
-    """Random operators (dropout) draw from (seed, step, microbatch, stage) only, so a replay repeats them."""
+    """Random operators (dropout) draw from (seed, step, microbatch, stage) only, so a replay draws the same numbers."""
 
 
 class Calibration(msgspec.Struct, frozen=True):
-    """What a device was measured to achieve."""
+    """Measured speeds of a device."""
 
     flops_per_s: dict[str, float]
     """Achieved FLOP/s by op class of `fusionai.graph.vocabulary` ("matmul", "attention", "convolution")."""
     memory_bytes_per_s: float
     """Achieved bandwidth of elementwise operators, bytes read plus written."""
     overhead_s: float
-    """Seconds that one small operator takes, the dispatch included."""
+    """Seconds that one small operator takes, including its dispatch."""
     update_bytes_per_s: float = 0.0
     """Achieved bandwidth of the optimizer's update, counted as the estimator counts it; 0: not measured."""
 
@@ -107,7 +107,7 @@ class Plane(ABC):
 
     @abstractmethod
     def calibrate(self, device: str, *, seconds: float = 2.0) -> Calibration:
-        """Measure what a device achieves, in about `seconds`."""
+        """Measure the speeds of a device, in about `seconds`."""
 
     def clipping(self, norms: Sequence[float], limit: float) -> Clipping:
         """Return the norm of all gradients together, and the factor that brings it down to `limit` (0: no limit).

@@ -19,7 +19,7 @@ def _torch_plane() -> Plane:
 
 
 _PLANES: dict[str, tuple[str, Callable[[], Plane]]] = {"torch": ("torch", _torch_plane)}
-"""Each plane's name with the package that it needs and how to make it."""
+"""By name of a plane: the package that it needs, and a function that makes it."""
 
 
 def available_planes() -> tuple[str, ...]:

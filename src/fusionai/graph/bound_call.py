@@ -1,4 +1,4 @@
-"""One call of an OP-DAG with everything that its schema knows of it filled in."""
+"""One call of an OP-DAG, with its operator's schema and its arguments at concrete sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fusionai.graph.vocabulary import Operator
 
 
 class BoundCall:
-    """One call: its node, its operator, and its arguments, by name and at concrete sizes."""
+    """One call: its node, its operator, and its arguments by name, at concrete sizes."""
 
     __slots__ = ("arguments", "call", "node", "reads", "traits")
 
@@ -21,10 +21,10 @@ class BoundCall:
         self.arguments = arguments
         self.call = call
         self.reads = tuple(dict.fromkeys(reads(node)))
-        """The values that the call takes, each once."""
+        """The values that the call takes, without repetitions."""
 
     def values(self, parameter: str) -> list[ValueName]:
-        """Return the values that one argument consists of."""
+        """Return the values that one argument refers to."""
         argument = self.arguments[parameter]
         atoms: Sequence[Atom] = argument if isinstance(argument, tuple) else (argument,)
         return [atom.name for atom in atoms if isinstance(atom, Ref)]

@@ -16,11 +16,12 @@ from fusionai.graph.vocabulary import operator
 class StageCalls:
     """The calls of a sub-DAG at concrete sizes. Raises GraphError where a size cannot be computed.
 
-    `whole` are the calls of the same graph uncut, at the same sizes: what is bound there is not bound once more.
+    `whole` holds the calls of the same graph uncut, at the same sizes. Calls that are bound there are reused, which
+    saves most of the time when one graph is cut many times.
     """
 
     _dense: frozenset[ValueName]
-    """Of the whole graph, outputs that are no views and lie row by row in memory."""
+    """Outputs of the whole graph that own their memory (they are no views) and are row-major in it."""
 
     def __init__(self, subdag: SubDag, sizes: Sizes, whole: StageCalls | None = None) -> None:
         self.subdag = subdag
@@ -34,10 +35,11 @@ class StageCalls:
             """Bytes of each value; values of other sub-DAGs may be among them."""
             self._fixed = frozenset(subdag.nodes[place].name for place in recomputable(subdag))
             self.graded = self._graded({})
-            """Values that a gradient is computed for."""
+            """Values for which backward computes a gradient."""
             every = [self._bind(node) for node in subdag.nodes]
         else:
-            # What can be computed anywhere is so in all sub-DAGs: `cut` keeps the users of what is written together.
+            # A node that any stage can compute is such a node in every sub-DAG: `cut` never parts the users of a
+            # tensor that is written in place.
             self._types, self._dtypes, self.nbytes, self._fixed = (
                 whole._types,
                 whole._dtypes,
@@ -48,12 +50,12 @@ class StageCalls:
             every = self._taken(whole)
         self._by_name: dict[str, BoundCall] = {bound.node.name: bound for bound in every}
         self.root = self._memory_roots(every, whole)
-        """For outputs that are views, the value whose memory they use; for others, themselves."""
+        """By output: the value whose memory it uses. An output that is no view owns its memory."""
         self._graded_calls = frozenset(
             bound.node.name for bound in every if not self.graded.isdisjoint(bound.node.outputs)
         )
         self.calls = [bound for bound in every if bound.node.name not in self._fixed]
-        """The calls of every microbatch."""
+        """Calls that run once for each microbatch."""
         self.fixed_calls = [bound for bound in every if bound.node.name in self._fixed]
         """Calls that a plane makes once for all microbatches of these sizes."""
 
@@ -84,7 +86,7 @@ class StageCalls:
         return depending & differentiable_ancestors(subdag.nodes, targets, dtypes, taken)
 
     def _taken(self, whole: StageCalls) -> list[BoundCall]:
-        """Return the calls as they are bound in the whole graph, but for those whose gradients differ here."""
+        """Return the calls as they are bound in the whole graph. Calls whose gradients differ here are bound anew."""
         elsewhere = self.graded ^ whole.graded
         return [
             bound
@@ -94,8 +96,8 @@ class StageCalls:
         ]
 
     def _memory_roots(self, every: list[BoundCall], whole: StageCalls | None) -> dict[ValueName, ValueName]:
-        # What arrives lies in memory densely. If it does so where it is made, all that is computed from it is laid out
-        # as in the whole graph.
+        # A received tensor is dense in memory. If it was dense where it was made, too, then everything computed from it
+        # has the same layout as in the whole graph.
         if whole is not None and all(each.value in whole._dense for each in self.subdag.receives):
             return {output: whole.root[output] for bound in every for output in bound.node.outputs}
         root, layout = memory_roots(every)

@@ -24,39 +24,39 @@ class NodeCost:
     op_class: OpClass
     forward_flops: int
     backward_flops: int
-    """0 for classes whose time is memory traffic."""
+    """FLOPs of forward and of backward; 0 for op classes whose time is memory traffic."""
     forward_bytes: int
-    """Read plus written; 0 for the classes counted in FLOPs, and for views."""
     backward_bytes: int
+    """Bytes read plus written, in forward and in backward; 0 for op classes counted in FLOPs, and for views."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """One sub-DAG, its figures per microbatch unless said otherwise."""
+    """Cost of one sub-DAG. Figures are for one microbatch unless they say otherwise."""
 
     forward_flops: dict[str, int]
     backward_flops: dict[str, int]
-    """By op class."""
+    """FLOPs of forward and of backward, by op class."""
     forward_bytes: int
     backward_bytes: int
-    """Moved by operators that are not counted in FLOPs, and by adding up the gradients of weights."""
+    """Bytes moved by operators that are not counted in FLOPs; in backward also by adding up gradients of weights."""
     operators: int
-    """Operator calls of a forward pass."""
+    """Number of operator calls in a forward pass."""
     backward_operators: int
     trainable_bytes: int
-    """Weights that train, tied ones once."""
+    """Bytes of trainable weights; a tied weight counts once."""
     other_bytes: int
-    """Buffers, constants and frozen weights."""
+    """Bytes of buffers, constants and frozen weights."""
     saved_bytes: int
-    """Kept between forward and backward of a microbatch."""
+    """Bytes kept for a microbatch between its forward and its backward."""
     fixed_bytes: int
-    """Computed once and shared by all microbatches: rotary tables, masks."""
+    """Bytes of values that are computed once and shared by all microbatches: rotary tables, masks."""
     transient_bytes: int
-    """Largest working set on top, forward or backward."""
+    """Largest working set that forward or backward of one microbatch needs on top of the kept bytes."""
     receive_bytes: int
-    """Boundary tensors that the stage receives for a forward; a value from several stages is counted once."""
+    """Bytes of the boundary tensors that a forward receives; a value that several stages send counts once."""
     deferred_flops: int = 0
-    """Of the backward FLOPs of matrix products, those that may be done after the boundary gradients have left."""
+    """Backward FLOPs of matrix products that may be computed after the boundary gradients have been sent."""
     inputs: dict[str, int] = field(default_factory=dict)
     """Bytes of each graph input that the stage reads."""
 
@@ -88,7 +88,7 @@ def stage_cost(subdag: SubDag, sizes: Sizes) -> StageCost:
 
 @contextmanager
 def types_fit(subdag: SubDag) -> Iterator[None]:
-    """Report types that contradict the operators as what they are: an error of the graph, which may be a stranger's."""
+    """Turn Python errors of types that contradict the operators into GraphError: a peer may have declared them."""
     try:
         yield
     except (ArithmeticError, LookupError, ValueError, TypeError) as error:
@@ -99,9 +99,9 @@ def types_fit(subdag: SubDag) -> Iterator[None]:
 
 
 def costs_of_nodes(stage: StageCalls) -> list[NodeCost]:
-    """Return what each node of a sub-DAG costs, in the nodes' order; one that is computed once for all costs nothing.
+    """Return the cost of each node of a sub-DAG, in the nodes' order. A node that is computed only once costs nothing.
 
-    To be called within `types_fit`.
+    Call it within `types_fit`.
     """
     found = {bound.node.name: _node_cost(stage, bound) for bound in stage.calls}
     idle = NodeCost("metadata", 0, 0, 0, 0)
@@ -109,7 +109,7 @@ def costs_of_nodes(stage: StageCalls) -> list[NodeCost]:
 
 
 def cost_of_calls(stage: StageCalls) -> StageCost:
-    """Return what a sub-DAG costs whose calls are bound. To be called within `types_fit`."""
+    """Return the cost of a sub-DAG whose calls are bound. Call it within `types_fit`."""
     subdag = stage.subdag
     forward: Counter[str] = Counter()
     backward: Counter[str] = Counter()
@@ -122,7 +122,7 @@ def cost_of_calls(stage: StageCalls) -> StageCost:
         forward_bytes += cost.forward_bytes
         backward_bytes += cost.backward_bytes
     memory = stage_memory(stage)
-    # The gradient of a weight takes as many FLOPs as the forward product.
+    # The product that gives a weight's gradient takes as many FLOPs as the forward product.
     deferred_flops = sum(costs[name].forward_flops for name in memory.deferred)
     weights = {weight.key: weight for weight in subdag.weights}.values()
     trainable = sum(type_bytes(weight.type, {}) for weight in weights if weight.trainable)
@@ -154,7 +154,8 @@ def _node_cost(stage: StageCalls, bound: BoundCall) -> NodeCost:
         moved = made + sum(_read_bytes(stage, bound, value) for value in bound.reads)
         graded = (value for value in bound.reads if value in stage.graded)
         back_moved = moved + total_bytes(stage.nbytes, graded)
-    # A weight's gradient is written, then read and added to the sum, which is read and written.
+    # Adding a weight's gradient to the sum moves four times its bytes: the gradient is written and read again, and the
+    # sum is read and written.
     trained = (value for value in bound.reads if value in stage.weights and value in stage.graded)
     back_moved += 4 * total_bytes(stage.nbytes, trained)
     if not stage.is_graded(bound):
@@ -163,7 +164,7 @@ def _node_cost(stage: StageCalls, bound: BoundCall) -> NodeCost:
 
 
 def _read_bytes(stage: StageCalls, bound: BoundCall, value: ValueName) -> int:
-    """Return the bytes read of an argument; of a table that is looked up, no more than the result holds."""
+    """Return the bytes read from an argument. A lookup in a table reads no more than its result holds."""
     size = stage.nbytes[value]
     if bound.traits.op_class == "gather":
         return min(size, total_bytes(stage.nbytes, bound.node.outputs))

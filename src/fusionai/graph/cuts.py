@@ -1,7 +1,7 @@
 """Cutting an OP-DAG into stages where few bytes cross.
 
-A cut at position p parts nodes [0, p) from nodes [p, N). What any stage can make by itself (see
-`dependencies.local_nodes`) is made again where it is needed, and never sent.
+A cut at position p parts nodes [0, p) from nodes [p, N). A value that any stage can compute by itself (see
+`dependencies.local_nodes`) is computed again in each stage that needs it, and never sent.
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ from fusionai.graph.sizes import type_bytes
 from fusionai.graph.vocabulary import operator
 
 _TOLERANCE = 1.001
-"""Positions whose bytes differ by less than this are equally good."""
+"""Positions whose bytes differ by less than this factor count as equally good. A larger factor offers more positions,
+some of which cost more."""
 
 _COARSEST = 1 / 12
-"""No two neighbouring cut points are further apart than this share of the work, as long as operators allow it."""
+"""Neighbouring cut points are no further apart than this share of the whole work, where operators allow it. A larger
+share leaves the planner too few ways to balance stages; a smaller one makes planning slower."""
 
 _FLOPS_PER_BYTE = 10
-"""Work of moving a byte, in FLOPs, for telling how far apart two positions are; typical of CPUs and GPUs alike."""
+"""Work of moving a byte, in FLOPs: the usual ratio of CPUs and GPUs. It only decides how far apart two positions count
+as being, so a wrong value moves cut points a little and changes no cost."""
 
 
 def crossing_bytes(graph: OpDag, sizes: Sizes, local: frozenset[int] | None = None) -> list[int]:
-    """Return, for each position 0..N, the bytes of one microbatch that cross a cut there going forward.
+    """Return, for each position 0..N, the bytes of one microbatch that cross a cut there in the forward direction.
 
-    `local`: the places of what never travels, where they are known.
+    `local`: the places of the nodes whose outputs never travel, where the caller knows them already.
     """
     local = local_nodes(graph) if local is None else local
     changes = [0] * (len(graph.nodes) + 2)
@@ -60,17 +63,19 @@ def cut_points(
 ) -> list[int]:
     """Return the positions worth cutting at, strictly between the ends of `within` (default: the whole graph).
 
-    A position is worth it when no position before it, or none after it, has fewer bytes crossing: in a transformer
-    those between blocks, in a network whose activations shrink the ones after each shrinking. Where two such positions
-    have much work between them, the best ones in between are added. Of positions with nothing computed in between one
-    is given, and every stretch between neighbours, the ends included, has work.
-    `cutter`: the graph's, where there is one.
+    A position is worth cutting at when no position before it, or none after it, has fewer bytes crossing. In a
+    transformer these are the positions between blocks. In a network whose activations shrink, they are the positions
+    after each shrinking. Where two such positions have much work between them, the best positions in between are added.
+    Where nothing is computed between several positions, only one of them is returned, so every stretch between
+    neighbours (and between the ends and their neighbours) has work.
+
+    `cutter`: the graph's cutter, where the caller has one.
     """
     start, stop = within or (0, len(graph.nodes))
     cutter = cutter or Cutter(graph)
     local, weighted = cutter.local, weighted_nodes(graph)
     idle = [place in local or operator(node.op).op_class == "view" for place, node in enumerate(graph.nodes)]
-    # Before the first weight and after the last one few bytes cross, but there is nothing to share out.
+    # Few bytes cross before the first weight and after the last one, but a cut there would give a stage without work.
     ends = [place for place in range(start, stop) if place in weighted] or [
         place for place in range(start, stop) if not idle[place]
     ]
@@ -78,14 +83,14 @@ def cut_points(
         return []
     crossing = crossing_bytes(graph, sizes, local)
     search = _CutSearch(crossing, _work_before(graph, cutter.costs(sizes)), idle)
-    # The ends of `within` are cuts that are made in any case, so the others are compared with them too.
+    # The ends of `within` are cuts in any case, so the other positions are compared with them too.
     before = crossing[start] if start > 0 else None
     after = crossing[stop] if stop < len(graph.nodes) else None
     return search.points(ends[0] + 1, ends[-1] + 1, before, after)
 
 
 def thinned(graph: OpDag, sizes: Sizes, points: Sequence[int], most: int) -> list[int]:
-    """Return at most `most` of many cut points: the cheapest of each stretch, so that the good ones are kept evenly."""
+    """Return at most `most` cut points: the cheapest of each stretch, so that good ones remain all over the graph."""
     if len(points) <= most:
         return list(points)
     crossing = crossing_bytes(graph, sizes)
@@ -105,13 +110,13 @@ def _work_before(graph: OpDag, costs: GraphCosts) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class _CutSearch:
-    """What is known of each position while cut points are chosen."""
+    """Chooses cut points from what is known of each position."""
 
     crossing: Sequence[int]
     work: Sequence[float]
-    """Before each position."""
+    """Work of all nodes before each position."""
     idle: Sequence[bool]
-    """By place: nodes that compute nothing of their own."""
+    """By place: whether the node computes nothing by itself."""
 
     def points(self, first: int, stop: int, before: int | None, after: int | None) -> list[int]:
         """Return the cut points among positions [first, stop), given the bytes at fixed cuts before and after."""
@@ -130,7 +135,7 @@ class _CutSearch:
         return sorted(set(found))
 
     def _apart(self, positions: Iterable[int]) -> list[int]:
-        """Return positions with one kept of each run that nothing is computed in."""
+        """Return the positions without those that follow another one with nothing computed in between."""
         kept: list[int] = []
         for position in positions:
             if not kept or not all(self.idle[kept[-1] : position]):
@@ -138,7 +143,7 @@ class _CutSearch:
         return kept
 
     def _between(self, low: int, high: int) -> list[int]:
-        """Return further points strictly between two positions that much work lies between."""
+        """Return further points strictly between two positions, if much work lies between them."""
         if self.work[high] - self.work[low] <= _COARSEST * self.work[-1]:
             return []
         margin = (self.work[high] - self.work[low]) / 8  # nearer to an end, a point adds little choice
@@ -149,7 +154,7 @@ class _CutSearch:
         ]
         if not inner:
             return []
-        # The middle of the work among the cheapest, so that the halves are searched in turn.
+        # Of the cheapest positions take the one in the middle of the work, then search both halves.
         least = min(self.crossing[position] for position in inner)
         half = (self.work[low] + self.work[high]) / 2
         cheap = [position for position in inner if self.crossing[position] <= _TOLERANCE * least]
@@ -158,7 +163,7 @@ class _CutSearch:
 
 
 def _running_least(values: Sequence[int], first: int | None) -> list[int]:
-    """Return, for each value, the least of `first` and the values up to it."""
+    """Return, for each value, the least of `first` and all values up to and including it."""
     found: list[int] = []
     for value in values:
         found.append(min(value, found[-1] if found else value if first is None else first))
@@ -175,12 +180,12 @@ def cut(graph: OpDag, positions: Sequence[int]) -> tuple[SubDag, ...]:
 
 
 class Cutter:
-    """A graph that is cut many times: what does not depend on the cuts is found once."""
+    """Cuts one graph many times. What does not depend on the cuts is computed once."""
 
     def __init__(self, graph: OpDag) -> None:
         self._graph = graph
         self.local = local_nodes(graph)
-        """Places of the nodes that a stage makes for itself."""
+        """Places of the nodes that every stage computes for itself."""
         self._made = producers(graph.nodes)
         self._reads = [tuple(dict.fromkeys(reads(node))) for node in graph.nodes]
         self._gradients = gradient_values(graph)
@@ -189,7 +194,7 @@ class Cutter:
         self._costs: tuple[Sizes, GraphCosts] | None = None
 
     def costs(self, sizes: Sizes) -> GraphCosts:
-        """Return the costs of what the graph is cut into; the same ones while the same sizes are asked for."""
+        """Return the costs of the graph's sub-DAGs at these sizes. The object is kept for further calls with them."""
         if self._costs is None or self._costs[0] != sizes:
             self._costs = dict(sizes), GraphCosts(self.cut([])[0], sizes)
         return self._costs[1]
@@ -220,7 +225,7 @@ class Cutter:
         return subdags
 
     def _closure(self, own: set[int]) -> set[int]:
-        """Return the places that a stage runs: its own, and what they need of the recomputable ones."""
+        """Return the places that a stage runs: its own nodes, and the recomputable nodes that they need."""
         places = set(own)
         waiting = list(own)
         while waiting:
@@ -232,7 +237,7 @@ class Cutter:
         return places
 
     def _transfers(self, held: Sequence[set[int]], stage_of: Sequence[int]) -> list[Transfer]:
-        """Return every boundary tensor, straight from the stage that makes it to each that takes it."""
+        """Return every boundary tensor: one transfer from the stage that makes it to each stage that takes it."""
         made, types = self._made, self._graph.types
         found: dict[tuple[ValueName, int], Transfer] = {}
         for stage, places in enumerate(held):

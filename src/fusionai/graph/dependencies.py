@@ -11,7 +11,7 @@ from fusionai.tensor import FLOATING
 
 
 def reads(node: Node) -> Iterator[ValueName]:
-    """Yield the values that a node takes, repeated where it takes one twice."""
+    """Yield the values that a node takes. A value that it takes twice comes twice."""
     for argument in (*node.args, *node.kwargs.values()):
         for atom in argument if isinstance(argument, tuple) else (argument,):
             if isinstance(atom, Ref):
@@ -24,7 +24,7 @@ def producers(nodes: Sequence[Node]) -> dict[ValueName, int]:
 
 
 def consumers(nodes: Sequence[Node]) -> dict[ValueName, list[int]]:
-    """Return the places of the nodes that take each value, rising."""
+    """Return, for each value, the places of the nodes that take it, in rising order."""
     found: dict[ValueName, list[int]] = {}
     for place, node in enumerate(nodes):
         for name in dict.fromkeys(reads(node)):
@@ -89,8 +89,8 @@ def gradient_values(graph: OpDag) -> frozenset[ValueName]:
 def recomputable(graph: OpDag | SubDag) -> frozenset[int]:
     """Return the places of nodes that any stage can compute by itself, once for all microbatches of one size.
 
-    They depend on sizes, positions and constant tensors only: not on raw inputs, parameters, random numbers or what
-    training changes. Rotary embeddings and masks are of this kind.
+    Such a node depends on sizes, positions and constant tensors only. It does not depend on raw inputs, parameters,
+    random numbers, or tensors that training changes. Rotary embeddings and masks are examples.
     """
     written = mutated_values(graph.nodes)
     known = {item.name for item in graph.inputs if item.role == "positions"}
@@ -125,7 +125,7 @@ def local_nodes(graph: OpDag) -> frozenset[int]:
 
 
 def weighted_nodes(graph: OpDag) -> frozenset[int]:
-    """Return the places of nodes that read a trainable weight or a view of one, the views themselves not among them."""
+    """Return the places of nodes that read a trainable weight or a view of one. Nodes that make views do not count."""
     views = weight_views(graph)
     shown = {weight.name for weight in graph.weights if weight.trainable}
     found = set()
@@ -141,9 +141,9 @@ def weighted_nodes(graph: OpDag) -> frozenset[int]:
 def deferrable(subdag: SubDag) -> frozenset[str]:
     """Return the names of the linear calls whose weight's gradient may be computed after the boundary gradients.
 
-    Nothing in backward waits for the gradient of a weight. Of a weight that is read more than once, or is tied to
-    another, the parts of the gradient must add up in the order of a single process, so those are left alone. So is a
-    stage that sends no gradient, since nobody waits for it.
+    Nothing in backward waits for the gradient of a weight. But when a weight is read more than once, or is tied to
+    another one, the parts of its gradient must add up in the order of a single process, so its calls are not deferred.
+    A stage that sends no gradient defers nothing, because nobody waits for it.
     """
     if not any(each.gradient for each in subdag.receives):
         return frozenset()

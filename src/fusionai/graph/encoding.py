@@ -34,14 +34,14 @@ def content_hash(graph: OpDag) -> str:
 
 
 def decode(data: bytes | bytearray | memoryview, limits: GraphLimits = DEFAULT_LIMITS) -> OpDag:
-    """Return the OP-DAG of a JSON text, verified. Raises GraphError for anything else, whatever it is."""
+    """Return the OP-DAG that a JSON text holds, verified. Raises GraphError for every other text."""
     graph = _parsed(data, OpDag, limits)
     verify(graph, limits)
     return graph
 
 
 def decode_subdag(data: bytes | bytearray | memoryview, limits: GraphLimits = DEFAULT_LIMITS) -> SubDag:
-    """Return the sub-DAG of a JSON text, verified. Raises GraphError for anything else."""
+    """Return the sub-DAG that a JSON text holds, verified. Raises GraphError for every other text."""
     subdag = _parsed(data, SubDag, limits)
     verify_subdag(subdag, limits)
     return subdag
@@ -56,6 +56,6 @@ def _parsed(data: bytes | bytearray | memoryview, kind: type[_Graph], limits: Gr
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise GraphError(f"this is no OP-DAG: {str(error)[:400]}") from error
     if canonical != data:
-        # Unknown or repeated fields, other spellings of a number: nothing may hide behind the same hash.
+        # Two texts with unknown or repeated fields, or another spelling of a number, must not share one hash.
         raise GraphError("this OP-DAG is not in canonical form; write it with fusionai.graph.encoding.encode")
     return found

@@ -1,6 +1,6 @@
-"""What a graph costs however it is cut: operators are bound once, and a model's layers are costed once.
+"""Costs of the sub-DAGs of one graph, for planners, which ask for hundreds of sub-DAGs of a few kinds.
 
-Sub-DAGs that are alike but for names cost the same. Planners ask for hundreds of sub-DAGs of a few kinds.
+Operators are bound once. Sub-DAGs that differ only in names cost the same, so each kind is costed once.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fusionai.graph.model import Argument, Node, Ref, Sizes, SubDag
 class GraphCosts:
     """Costs of the sub-DAGs of one graph at one set of sizes.
 
-    `whole` is the graph uncut, as `cuts.cut(graph, [])` gives it; the others are what `cuts.cut` makes of that graph.
-    Methods raise GraphError as `cost.stage_cost` does.
+    `whole` is the uncut graph, as `cuts.cut(graph, [])` returns it. The methods take sub-DAGs that `cuts.cut` made from
+    the same graph, and raise GraphError as `cost.stage_cost` does.
     """
 
     def __init__(self, whole: SubDag, sizes: Sizes) -> None:
@@ -37,7 +37,7 @@ class GraphCosts:
 
     @cached_property
     def _shared(self) -> StageCalls | None:
-        """The calls that stages take theirs from; None where some part of the graph cannot be bound: it may not run."""
+        """The bound calls of the whole graph, or None when some call cannot be bound; that stage may never run."""
         try:
             return self._calls
         except GraphError:
@@ -56,7 +56,7 @@ class GraphCosts:
             return dict(zip((node.name for node in self._subdag.nodes), costs_of_nodes(self._calls), strict=True))
 
     def stages(self, subdags: Sequence[SubDag]) -> list[StageCost]:
-        """Return what sub-DAGs cost."""
+        """Return the cost of each sub-DAG."""
         found = []
         for subdag in subdags:
             key = self._likeness(subdag)
@@ -68,15 +68,15 @@ class GraphCosts:
 
 
 class Likeness:
-    """Keys that are equal for sub-DAGs of one graph that differ in the names of values and weights alone.
+    """Makes keys for sub-DAGs of one graph. Two keys are equal when only names of values and weights differ.
 
-    The names of graph inputs stay: costs are told apart by them.
+    Names of graph inputs are part of the key, because `StageCost` lists bytes by input name.
     """
 
     def __init__(self) -> None:
         self._forms: dict[Hashable, int] = {}
         self._nodes: dict[str, tuple[int, tuple[str, ...]]] = {}
-        """By node, the number of its form and the values that it names, in order."""
+        """By node: the number of its form, and the values that it names, in order."""
 
     def __call__(self, subdag: SubDag) -> Hashable:
         """Return the key of a sub-DAG."""
@@ -108,7 +108,7 @@ class Likeness:
         return received, inputs, weights, tuple(nodes), sent, None if subdag.loss is None else number(subdag.loss)
 
     def _form(self, node: Node, subdag: SubDag) -> tuple[int, tuple[str, ...]]:
-        """Return the number of a node's form, which is the node without names, and the names."""
+        """Return the number of a node's form (the node without names), and the names."""
         names: list[str] = []
 
         def plain(argument: Argument) -> Hashable:
@@ -117,7 +117,7 @@ class Likeness:
             if isinstance(argument, Ref):
                 names.append(argument.name)
                 return Ref
-            # 1, 1.0 and True are equal, but not alike.
+            # Python calls 1, 1.0 and True equal, but operators treat them differently.
             return type(argument), argument
 
         form = (

@@ -1,7 +1,7 @@
 """Which values share memory: views resolved to the value that owns the bytes.
 
-`reshape`, `contiguous` and their like give a view where the layout in memory allows it, else a copy. Strides are no
-part of an OP-DAG, but with concrete sizes they follow from the operators, as torch computes them.
+`reshape`, `contiguous` and similar operators return a view where the layout in memory allows it, else a copy. Strides
+are no part of an OP-DAG, but with concrete sizes they follow from the operators, by the rules that torch uses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Strides = tuple[int, ...]
 
 
 def memory_roots(calls: Sequence[BoundCall]) -> tuple[dict[ValueName, ValueName], dict[ValueName, Strides]]:
-    """Return, for every output, the value whose memory it uses: itself, unless it is a view; and its strides."""
+    """Return, for every output, the value whose memory it uses (itself, unless it is a view), and its strides."""
     root: dict[ValueName, ValueName] = {}
     layout: dict[ValueName, Strides] = {}
     for bound in calls:
@@ -52,7 +52,7 @@ def reshaped(shape: Shape, strides: Strides, new: Shape) -> Strides | None:
     """Return the strides that show a tensor in shape `new` without copying, or None when there are none."""
     if math.prod(shape) == 0:
         return dense(new)
-    # Axes that lie one inside the other without a gap act as one block; new axes must divide the blocks.
+    # Neighbouring axes without a gap in memory act as one block. The new axes must divide the blocks.
     blocks: list[tuple[int, int]] = []
     for size, stride in zip(shape, strides, strict=True):
         if size == 1:
@@ -203,14 +203,14 @@ _RULES: Mapping[str, Callable[[ConcreteCall, Strides], Strides]] = {
     "diagonal": _diagonal,
     "unfold": _unfolded,
 }
-"""Views whose strides follow from the source's; other views keep them as they are."""
+"""Views whose strides are computed from the source's strides. All other views keep the source's strides."""
 
 
 def _fresh(bound: BoundCall, output: Operand, layout: Mapping[ValueName, Strides]) -> Strides:
     """Return the strides of a newly made tensor."""
     call, traits, shape = bound.call, bound.traits, output.shape
     if traits.op_class == "attention" and not call.arguments.get("softcap"):
-        # The fused kernels lay their result out like the query, whose last axis may differ in size.
+        # The fused kernels give their result the query's order of axes; its last axis may have another size.
         query = bound.arguments["query"]
         known = layout.get(query.name) if isinstance(query, Ref) else None
         return _in_order_of(known or dense(call.tensor("query").shape), shape)
@@ -224,7 +224,7 @@ def _fresh(bound: BoundCall, output: Operand, layout: Mapping[ValueName, Strides
 
 
 def _in_order_of(strides: Strides, shape: Shape) -> Strides:
-    """Return the strides of a dense tensor whose axes lie in memory in the order that `strides` tell."""
+    """Return the strides of a dense tensor whose axes lie in memory in the order that `strides` gives."""
     inner_first = sorted(range(len(shape)), key=lambda axis: (strides[axis], -axis))
     found, step = [0] * len(shape), 1
     for axis in inner_first:

@@ -3,8 +3,8 @@
 Autograd keeps what `Operator.saves` names from forward to backward; a tensor kept twice, or through views, counts once.
 Boundary tensors are kept too: the received ones are the leaves that gradients are for, the sent ones the roots.
 
-Gradients of weights may be left until the boundary gradients are out, so that these travel meanwhile
-(`dependencies.deferrable`). What they are computed from stays alive until then, up to `MOST_DEFERRED_BYTES`.
+Gradients of some weights are computed after the boundary gradients are sent (`dependencies.deferrable`). Their inputs
+stay alive until then, up to `MOST_DEFERRED_BYTES`.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from fusionai.graph.dependencies import deferrable
 from fusionai.graph.model import ValueName
 
 MOST_DEFERRED_BYTES = 256 << 20
-"""Inputs and gradients of linear calls that may be kept past their turn in backward: the price of sending boundary
-gradients earlier must not be a machine's memory."""
+"""Most bytes of inputs and gradients of linear calls that are kept past their turn in backward, so that boundary
+gradients can be sent earlier. It bounds what that costs in memory. With a smaller value more products are computed
+before the send; with a larger one a stage with wide layers may need memory that the plan would give to microbatches."""
 
 
 @dataclass(frozen=True, slots=True)
 class ActivationMemory:
-    """Bytes of one stage at given sizes, weights and their gradients not among them."""
+    """Bytes that one stage needs at given sizes, besides weights and their gradients."""
 
     saved_bytes: int
-    """Kept for a microbatch from its forward to its backward."""
+    """Bytes kept for a microbatch from its forward to its backward."""
     fixed_bytes: int
-    """Rotary tables, masks and the like: computed once, shared by all microbatches."""
+    """Bytes of rotary tables, masks and similar values: computed once, shared by all microbatches."""
     transient_bytes: int
-    """Most that forward or backward of one microbatch holds beyond what is kept."""
+    """Most bytes that forward or backward of one microbatch holds beyond the kept and fixed ones."""
     deferred: frozenset[str]
-    """Nodes whose weight's gradient is computed after the boundary gradients are out."""
+    """Names of the nodes whose weight's gradient is computed after the boundary gradients are sent."""
 
 
 def stage_memory(stage: StageCalls) -> ActivationMemory:
-    """Return what a stage's activations and gradients take."""
+    """Return the bytes that a stage's activations and gradients take."""
     saving = [_saved(stage, bound) for bound in stage.calls]
     fixed = {stage.owner(value) for bound in stage.fixed_calls for value in bound.node.outputs}
     fixed |= {item.name for item in stage.subdag.inputs if item.role == "positions"}
@@ -87,7 +88,7 @@ def _extra(stage: StageCalls, bound: BoundCall) -> int:
 
 
 def _forward_peak(stage: StageCalls, kept: set[ValueName], extra: list[int], held: Iterable[ValueName]) -> int:
-    """Return the most bytes alive at once in forward, kept ones included."""
+    """Return the most bytes that are alive at one time in forward, the kept ones included."""
     last: dict[ValueName, int] = {}
     for place, bound in enumerate(stage.calls):
         for value in (*bound.reads, *bound.node.outputs):
@@ -108,7 +109,7 @@ def _forward_peak(stage: StageCalls, kept: set[ValueName], extra: list[int], hel
 
 
 class _Gradients:
-    """The gradients alive in backward; several values may share one, as the operands of an addition do."""
+    """The gradients alive in backward. Several values may share one gradient, as the operands of an addition do."""
 
     def __init__(self, stage: StageCalls) -> None:
         self._nbytes = stage.nbytes
@@ -127,7 +128,7 @@ class _Gradients:
         else:
             new = self._allocate(self._nbytes[value])
         if old is not None:
-            # torch adds in place where nobody else uses the sum so far.
+            # torch adds in place when nobody else holds the sum so far.
             if self._owners[old] == 1:
                 self._release(new)
                 return
@@ -175,7 +176,7 @@ def _backward_peak(
 ) -> tuple[int, frozenset[str]]:
     """Return the most bytes alive at once in backward, and the calls whose weight's gradient is left to its end.
 
-    Alive are what forward kept and is not used up, and gradients.
+    What is alive: the tensors that forward kept and backward has not used up yet, and gradients.
     """
     first_use: dict[ValueName, int] = {}
     for place, values in enumerate(saving):
@@ -189,7 +190,7 @@ def _backward_peak(
     parts = Counter(each.value for each in stage.subdag.sends if each.gradient)
     for value in parts:
         gradients.start(value)
-    # The gradients that arrived stay with the caller, and where a value went to several stages, so does their sum.
+    # The caller holds the gradients that arrived. Where a value went to several stages, their sum is alive as well.
     arrived = sum(stage.nbytes[value] * (count + (count > 1)) for value, count in parts.items())
     kept = saved_bytes + arrived
     peak = kept + gradients.total_bytes
@@ -214,7 +215,7 @@ def _backward_peak(
                 held |= used
                 held_bytes += more
                 largest_bytes = max(largest_bytes, stage.nbytes[weight])
-        # Incoming gradients live on while the call's own are made.
+        # The incoming gradients stay alive while the call's own gradients are made.
         made = total_bytes(stage.nbytes, (value for value in wanted if value not in through))
         workspace = bound.traits.backward_workspace
         scratch = workspace(bound.call) if workspace is not None else 0
@@ -230,7 +231,7 @@ def _backward_peak(
 
 
 _PASSING = frozenset({"add", "clone"})
-"""Operators whose gradient is handed on as it is, besides views."""
+"""Operators, besides views, whose arguments get the output's gradient unchanged."""
 
 
 def _passed_through(stage: StageCalls, bound: BoundCall) -> set[ValueName]:

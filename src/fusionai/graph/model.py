@@ -2,9 +2,9 @@
 
 An `OpDag` is a list of operator calls in execution order. Every value (operator output, input or weight) has
 one name and one `TensorType`; the type's sizes may be expressions over the graph's symbols ("s0", "s0*s1"),
-so that one OP-DAG serves every batch size and sequence length. Sizes never are values of the graph: where an
-operator takes an integer computed from shapes, its argument is a `Size` expression. Operators with several
-outputs name each of them, so no cut can part an operator from its outputs.
+so that one OP-DAG serves every batch size and sequence length. A size is never a value of the graph: where an
+operator takes an integer computed from shapes, its argument is a `Size` expression. An operator with several
+outputs names each of them, so no cut can part an operator from its outputs.
 
 A `SubDag` is the share of one pipeline stage: its operators, the weights it holds, and the boundary tensors
 it receives and sends. Terms: FusionAI (arXiv 2309.01172) section on OP-DAGs.
@@ -80,7 +80,7 @@ class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: ValueName
     type: TensorType
     role: Literal["tokens", "labels", "positions", "data"]
-    """`positions` is derivable: every row is 0..T-1, so each stage makes its own and none travels."""
+    """`positions` can be derived: every row is 0..T-1, so each stage makes its own, and positions never travel."""
     private: bool
     """True for raw inputs and labels: in a private job no operator that reads them leaves the owner."""
 
@@ -110,7 +110,7 @@ class OpDag(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inputs: tuple[Input, ...]
     weights: tuple[Weight, ...]
     nodes: tuple[Node, ...]
-    """In an order in which each node comes after its arguments' producers."""
+    """Each node comes after the nodes that make its arguments."""
     types: dict[ValueName, TensorType]
     """Type of every operator output (inputs and weights carry their own)."""
     loss: ValueName
@@ -138,7 +138,8 @@ class SubDag(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Graph inputs that this stage reads (the driver, or for positions the stage itself, supplies them)."""
     weights: tuple[Weight, ...]
     nodes: tuple[Node, ...]
-    """Own operators and the ones recomputed here instead of received, in execution order."""
+    """The stage's own operators, and operators that it computes again instead of receiving their outputs, in execution
+    order."""
     types: dict[ValueName, TensorType]
     receives: tuple[Transfer, ...]
     sends: tuple[Transfer, ...]

@@ -1,8 +1,8 @@
-"""What of an OP-DAG must stay with the owner of the data, and arranging the graph so that it does.
+"""Finds the operators that must stay with the owner of the data, and arranges the graph so that they can.
 
-In front: every operator that reads raw inputs, or anything made of them before a weight is mixed in. Behind: the loss,
-and everything from the head on, so that no logits travel. What is between may go to anybody. What its boundary
-tensors give away about the data is another question (docs/guarantees.md).
+The owner runs the front: every operator that reads raw inputs, or values made from them before a weight is mixed in.
+The owner also runs the back: the head, the loss and everything between, so that no logits travel. Anybody may run the
+middle. What boundary tensors of the middle give away about the data is another question (docs/guarantees.md).
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ _OPEN = 'use placement.privacy = "open" if the compnodes may see the data'
 
 
 def arrange_private(graph: OpDag) -> tuple[OpDag, int, int]:
-    """Return the graph reordered for a private job, with the ends of what the owner keeps: (graph, front, back).
+    """Return (graph, front, back): the graph reordered so that the owner runs nodes [0, front) and [back, N).
 
-    The owner runs nodes [0, front) and [back, N). Raises GraphError when an operator in the middle reads raw inputs, or
-    when nothing is left for others.
+    Raises GraphError when an operator in the middle reads raw inputs, or when nothing is left for compnodes.
     """
     search = _RawDataReaders(graph)
     front, behind = search.front(), search.behind()
@@ -45,27 +44,30 @@ def arrange_private(graph: OpDag) -> tuple[OpDag, int, int]:
 
 
 class _RawDataReaders:
-    """Who reads raw data in a graph, and at which end each reader can go. All sets are of places of nodes."""
+    """Finds the nodes that read raw data, and the end of the graph where each of them can go.
+
+    All sets hold places of nodes.
+    """
 
     def __init__(self, graph: OpDag) -> None:
         self._graph = graph
         self._made = producers(graph.nodes)
         self._weighted = weighted_nodes(graph)
         self.heavy = {place for place in self._weighted if operator(graph.nodes[place].op).op_class in FLOP_CLASSES}
-        """Products of activations with weights: what a job is distributed for."""
+        """Products of activations with weights: the work that a job is distributed for."""
         self._raw: set[ValueName] = set()
         """Values that show raw data."""
         self._pinned: set[int] = set()
         self._of_labels: set[int] = set()
         self._find_raw()
-        # What comes after a product that is not the owner's cannot be in front.
+        # A node that depends on a compnode's product cannot be in front.
         self._late = descendants(graph, self.heavy - self._pinned)
 
     def _find_raw(self) -> None:
-        """Find the nodes that read private inputs or what still shows them.
+        """Find the nodes that read private inputs, or values that still show them.
 
-        A product with weights no longer shows its input, nor does a looked-up embedding or raw data mixed with
-        activations. Integers, booleans, and whatever is made of labels always do.
+        The result of a product with weights no longer shows its input. Neither does a looked-up embedding, nor raw data
+        mixed with activations. Integers, booleans, and every value made from labels do show it.
         """
         private = [item for item in self._graph.inputs if item.private]
         labels = {item.name for item in private if item.role == "labels"}
@@ -87,11 +89,11 @@ class _RawDataReaders:
                 activations.update(output for output in node.outputs if output not in self._raw)
 
     def front(self) -> set[int]:
-        """Return the readers of raw data that can come first, with all that they depend on."""
+        """Return the readers of raw data that can come first, and all nodes that they depend on."""
         return ancestors(self._graph, self._pinned - self._of_labels - self._late)
 
     def behind(self) -> set[int]:
-        """Return the loss, the other readers of raw data, and what is between the heads and them.
+        """Return the loss, the other readers of raw data, and the nodes between the heads and them.
 
         Raises GraphError for a reader that has products with weights before and after it.
         """

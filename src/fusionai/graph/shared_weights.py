@@ -1,7 +1,7 @@
 """Weights that several stages of one machine use, such as tied embeddings: held once, updated once.
 
-Of each microbatch, the gradient that one of these stages gives to such a weight waits for those of the others
-(`execution.torch_plane.tied`), which takes memory.
+For each microbatch, a stage's gradient of such a weight waits until the other stages have computed theirs
+(`execution.torch_plane.tied`). Waiting gradients take memory, which this module counts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from fusionai.graph.model import SubDag, Weight, WeightKey
 from fusionai.graph.sizes import type_bytes
 
 MOST_WAITING_BYTES = 256 << 20
-"""Of gradients of one machine that wait; beyond it they are added at once, and a sum may differ in its last bits."""
+"""Most bytes of gradients that wait on one machine. A further gradient is added at once, and then the sum may differ
+from a single process's in its last bits. A smaller bound makes that more likely; a larger one takes more memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +26,9 @@ class Repeated:
 
 
 def repeated(subdags: Iterable[SubDag], machines: Iterable[Hashable]) -> list[Repeated]:
-    """Return, by stage, what its machine has of its weights already from stages before it.
+    """Return, by stage, the bytes of its weights that its machine already holds for earlier stages.
 
-    Stages are counted in the order given; those of other pipelines may follow.
+    Stages are counted in the order given; stages of other pipelines may follow.
     """
     found = []
     held: set[tuple[Hashable, WeightKey]] = set()
@@ -42,10 +43,10 @@ def repeated(subdags: Iterable[SubDag], machines: Iterable[Hashable]) -> list[Re
 
 
 def waiting_bytes(subdags: Sequence[SubDag], in_flight: Sequence[int]) -> int:
-    """Return the most that gradients of shared weights take while they wait, on the one machine of these stages.
+    """Return the most bytes of gradients of shared weights that wait at one time on the machine of these stages.
 
-    Each waits from the backward of the last stage that uses the weight until that of the first, during which a stage
-    has at most `in_flight` microbatches under way.
+    A gradient waits from the backward of the last stage that uses the weight until the backward of the first such
+    stage. During that time a stage has at most `in_flight` microbatches under way.
     """
     most: dict[WeightKey, tuple[int, int]] = {}
     for subdag, held in zip(subdags, in_flight, strict=True):
@@ -57,7 +58,7 @@ def waiting_bytes(subdags: Sequence[SubDag], in_flight: Sequence[int]) -> int:
 
 
 def waiting(nbytes: int) -> int:
-    """Return what of waiting gradients is kept."""
+    """Return the bytes that are really kept of so many waiting bytes."""
     return min(MOST_WAITING_BYTES, nbytes)
 
 

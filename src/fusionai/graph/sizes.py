@@ -21,16 +21,16 @@ from fusionai.graph.model import Dim, TensorType
 from fusionai.tensor import tensor_bytes
 
 LONGEST_EXPRESSION = 500
-"""Characters; expressions that capture makes are below 100."""
+"""Most characters of an expression. Expressions that capture makes have fewer than 100."""
 
 DEEPEST_EXPRESSION = 40
-"""Nested parentheses, calls and minus signs; keeps the recursive parser far from Python's own limit."""
+"""Most nested parentheses, calls and minus signs. It keeps the recursive parser far below Python's recursion limit."""
 
 LARGEST_SIZE = 1 << 48
 """Every intermediate result stays below this in magnitude, so that products of sizes stay cheap to compute."""
 
 LARGEST_TENSOR_BYTES = 1 << 44
-"""16 TiB: more than any one tensor of any model; a type beyond it is an error or an attack."""
+"""16 TiB: larger than any tensor of any model. A larger declared type is an error or an attack."""
 
 _TOKEN = re.compile(r"\s*(?:(\d{1,18})|([A-Za-z_][A-Za-z0-9_]{0,31})|(//|[-+*%(),]))")
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}")
@@ -120,7 +120,7 @@ def _bounded(value: int) -> int:
 
 
 class _SizeParser:
-    """Recursive descent over the tokens, giving closures that compute the result."""
+    """Parses the tokens by recursive descent, into closures that compute the result."""
 
     def __init__(self, text: str) -> None:
         self._text = text

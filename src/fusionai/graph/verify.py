@@ -1,4 +1,4 @@
-"""Rules that every OP-DAG and sub-DAG keeps, checked before anything trusts one."""
+"""The rules for OP-DAGs and sub-DAGs. They are checked before anything trusts a graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PROBLEMS_SHOWN = 10
 
 
 class GraphLimits(msgspec.Struct, frozen=True):
-    """Bounds on what a graph may cost its reader; far above any real model."""
+    """Bounds on what a graph may cost its reader. They lie far above any real model."""
 
     encoded_bytes: int = 128 << 20
     nodes: int = 300_000
@@ -215,7 +215,7 @@ RULES: tuple[Callable[[_View], Iterable[str]], ...] = (
     _weights,
     _loss,
 )
-"""Each yields what breaks it, one sentence a problem."""
+"""Each rule yields one sentence for each problem that it finds."""
 
 
 def _check(view: _View, what: str) -> None:

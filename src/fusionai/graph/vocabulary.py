@@ -1,8 +1,8 @@
-"""The vocabulary: every operator that an OP-DAG may contain, and nothing else runs anywhere.
+"""The vocabulary: every operator that an OP-DAG may contain. No machine runs any other operator.
 
-`aten.*` are torch's composite operators under their own names and argument order; `fusion.*` are semantic
-operators of our own. A plane resolves names through this table only, so a peer cannot name an operator that
-reads files or uninitialised memory.
+`aten.*` are torch's composite operators, with torch's names and argument order. `fusion.*` are operators of this
+project. A plane finds operators through this table only, so a peer cannot name an operator that reads files or
+uninitialised memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fusionai.graph.operators.schema import FLOP_CLASSES, Operator, Parameter
 __all__ = ["FLOP_CLASSES", "VOCABULARY", "VOCABULARY_VERSION", "Operator", "Parameter", "operator"]
 
 VOCABULARY_VERSION = 1
-"""Rises when an operator is removed or changes meaning; new operators leave it as it is."""
+"""Rises when an operator is removed or changes its meaning. A new operator does not change it."""
 
 _FAMILIES = (linear, elementwise, normalisation, reduction, loss, indexing, view, creation)
 
@@ -38,7 +38,7 @@ VOCABULARY: Mapping[str, Operator] = MappingProxyType(
 
 
 def operator(name: str) -> Operator:
-    """Return the operator of that name; GraphError names the nearest known ones when there is none."""
+    """Return the operator of that name. Raises GraphError, which suggests similar names, when there is none."""
     found = VOCABULARY.get(name)
     if found is None:
         shown = name if len(name) <= 100 else name[:97] + "..."

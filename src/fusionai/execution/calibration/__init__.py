@@ -1,1 +1,1 @@
-"""What a device achieves, measured by running small OP-DAGs on its plane and solving for the estimator's rates."""
+"""Measures the speed of a device: runs small OP-DAGs on its plane, and solves for the estimator's rates."""

@@ -15,7 +15,7 @@ from fusionai.execution.plane import Calibration, Plane
 log = logging.getLogger(__name__)
 
 _TINY = DecoderShape(layers=4, hidden=32, inner=64, heads=2, vocabulary=64, batch=1, tokens=8)
-"""Hardly computes: its time is the starting of operators."""
+"""So small that starting operators takes nearly all of its time."""
 
 _SHAPES = (
     DecoderShape(layers=3, hidden=192, inner=512, heads=6, vocabulary=1024, batch=1, tokens=128),
@@ -25,8 +25,9 @@ _SHAPES = (
     DecoderShape(layers=3, hidden=128, inner=256, heads=4, vocabulary=256, batch=1, tokens=512),
     DecoderShape(layers=2, hidden=128, inner=256, heads=4, vocabulary=256, batch=1, tokens=1024),
 )
-"""For CPUs: narrow to wide, and short to long, where attention counts. Few shapes fit too well: with three of them the
-passes of others came out 14 % too long, with these 2 % (docs/benchmarks.md)."""
+"""Shapes for CPUs: from narrow to wide, and from short to long, where attention counts. With fewer shapes the rates fit
+these shapes and not others: with three, predictions of other shapes were 14 % too long, with these six 2 %
+(docs/benchmarks.md)."""
 
 _ACCELERATOR_SHAPES = (
     DecoderShape(layers=2, hidden=1024, inner=2816, heads=16, vocabulary=8192, batch=2, tokens=512),
@@ -36,24 +37,27 @@ _ACCELERATOR_SHAPES = (
 
 _KINDS = ("matmul", "attention")
 _NEVER = 1e15
-"""Rate of what took no measurable time."""
+"""Rate of a kind of work that took no measurable time."""
 
 _LEAST_REST = 0.1
+"""Least share of a pass that is left for products once bytes and operators are subtracted. It keeps an error in these
+two rates from making the rate of products infinite."""
 
 _CPU_PAUSE_S = 0.02
-"""Between passes, as in a pipeline where stages wait for each other: a processor that has idled starts with cold
-caches, which costs up to 1 ms. What an accelerator would lose is not known."""
+"""Pause between passes, because stages of a pipeline wait for each other. A CPU that has idled starts with cold caches,
+which costs up to 1 ms a pass; without the pause, rates come out too high. Accelerators get no pause: what they would
+lose is not known."""
 
 _PASSES = 9
-"""Through a weight's bytes that AdamW's update and its norm make, as `scheduling.estimator` counts them."""
+"""Times that AdamW's update and the norm go through a weight's bytes, as `scheduling.estimator` counts them."""
 
 
 def measured(plane: Plane, device: str, *, seconds: float) -> Calibration:
     """Measure a device in about `seconds` by training steps of small decoders, in fp32 and bf16.
 
-    FLOPs count a multiplication and an addition as two; attention counts all T x T scores, causal or not. Each rate is
-    that of forward and backward together. On a CPU starting operators adds to computing; on accelerators they are
-    queued ahead, so there only the smallest stage tells what starting one takes.
+    A multiplication and an addition count as two FLOPs. Attention counts all T x T scores, causal or not. Each rate
+    holds for forward and backward together. On a CPU, starting operators adds to the time of computing. On accelerators
+    operators are queued ahead, so only the smallest stage shows how long starting one takes.
     """
     additive = device == "cpu"
     shapes = _SHAPES if additive else _ACCELERATOR_SHAPES
@@ -81,7 +85,7 @@ def measured(plane: Plane, device: str, *, seconds: float) -> Calibration:
 def _half(
     plane: Plane, device: str, shapes: Sequence[DecoderShape], seconds: float, pause_s: float
 ) -> list[StageSeconds]:
-    """Return timings in bf16; none where the device does not know it."""
+    """Return timings in bf16, or none where the device cannot compute in it."""
     try:
         return [time_stage(plane, device, shape, "bf16", seconds, pause_s) for shape in shapes]
     except (FusionError, RuntimeError) as error:
@@ -90,7 +94,7 @@ def _half(
 
 
 def _timings(stages: Sequence[StageSeconds], *, additive: bool) -> list[Timing]:
-    """Return the passes of stages: FLOPs of matrix products and of attention, bytes, and operators started."""
+    """Return the timings of stages: FLOPs of matrix products and of attention, bytes, operators started, seconds."""
     found = []
     for stage in stages:
         cost = stage.cost
@@ -106,7 +110,7 @@ def _timings(stages: Sequence[StageSeconds], *, additive: bool) -> list[Timing]:
 
 
 def _without(timing: Timing, byte_s: float, start_s: float) -> Timing:
-    """Return what remains of a pass without its bytes and the starting of its operators; never less than a tenth."""
+    """Return a timing without the seconds of its bytes and operators; at least `_LEAST_REST` of it remains."""
     *flops, moved, started = timing.amounts
     rest_s = timing.seconds - moved * byte_s - started * start_s
     return Timing((*flops, 0.0, 0.0), max(rest_s, _LEAST_REST * timing.seconds))

@@ -20,10 +20,10 @@ from fusionai.tensor import TensorData
 Precision = Literal["fp32", "bf16"]
 
 _MICROBATCHES = 3
-"""Of a step: gradients of the first are stored, of the others added, as in training."""
+"""Microbatches of a step. As in training, the first one's gradients are stored, and the others' are added."""
 
 _CLIPPED = 0.5
-"""Factor on the gradients: clipping, where it does something, is a part of the update."""
+"""Factor on the gradients, below 1 so that the update includes the work of clipping."""
 
 _FEWEST_STEPS = 1
 _MOST_STEPS = 50
@@ -31,7 +31,7 @@ _MOST_STEPS = 50
 
 @dataclass(frozen=True, slots=True)
 class StageSeconds:
-    """What a stage costs, and the medians of what its passes took; the update's is of a whole step."""
+    """Cost of a stage, and the median seconds of its passes and of a step's update."""
 
     cost: StageCost
     forward_s: float
@@ -70,7 +70,7 @@ def _timed_steps(
     for transfer in stage.receives:
         hidden = random.standard_normal(concrete(transfer.type, shape.sizes), dtype=np.float32)
         values[transfer.value] = TensorData("float32", hidden.shape, hidden.tobytes())
-    # Reading something waits for a device's queue.
+    # Reading a weight waits until the device has worked through its queue. The smallest weight is read fastest.
     smallest = min(stage.weights, key=lambda weight: type_bytes(weight.type, {})).key
     forward_s: list[float] = []
     backward_s: list[float] = []
@@ -110,7 +110,7 @@ def _tokens(random: np.random.Generator, shape: tuple[int, ...], vocabulary: int
 
 
 def _start_of(weight: Weight) -> TensorData:
-    """Return ones for a norm's weight, small random numbers for a matrix."""
+    """Return a weight's first value: ones for a norm, small random numbers for a matrix."""
     shape = tuple(int(size) for size in weight.type.shape)
     random = np.random.default_rng(len(weight.key))
     values = np.ones(shape) if len(shape) == 1 else 0.02 * random.standard_normal(shape)

@@ -18,28 +18,28 @@ _RIDGE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One kind of pass: what it did, and the median of the seconds it took."""
+    """One kind of pass: how much work it did, and the median of the seconds it took."""
 
     amounts: tuple[float, ...]
-    """Of each kind of work, in one order for all timings; zero where there is none."""
+    """Amount of each kind of work, in one order for all timings; zero where there is none."""
     seconds: float
 
 
 def solved(timings: Sequence[Timing]) -> tuple[float, ...]:
-    """Return the seconds of one unit of each kind of work: non-negative least squares of the relative errors.
+    """Return the seconds that one unit of each kind of work takes, by non-negative least squares of relative errors.
 
-    A kind of work that no timing has any of gets 0.
+    A kind of work that occurs in no timing gets 0.
     """
     amounts_TK = np.asarray([timing.amounts for timing in timings], dtype=np.float64)
     seconds_T = np.asarray([timing.seconds for timing in timings], dtype=np.float64)
     share_TK = amounts_TK / seconds_T[:, None]
-    # In units of each kind's largest share, so that FLOPs and operators weigh alike.
+    # Scaled by each kind's largest share, so that FLOPs (1e9) and operators (1e2) have equal weight.
     scale_K = np.where(share_TK.max(axis=0) > 0, share_TK.max(axis=0), 1.0)
     return tuple((_nonnegative(share_TK / scale_K, np.ones(len(timings))) / scale_K).tolist())
 
 
 def _nonnegative(matrix_TK: NDArray[np.float64], target_T: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the x >= 0 of least squares, coordinate by coordinate; a few unknowns need no more than that."""
+    """Return the x >= 0 of least squares, found one coordinate at a time, which suffices for a few unknowns."""
     gram_KK = matrix_TK.T @ matrix_TK + _RIDGE * np.eye(matrix_TK.shape[1])
     wanted_K = matrix_TK.T @ target_T
     found_K = np.zeros(matrix_TK.shape[1])

@@ -1,4 +1,4 @@
-"""A small decoder as an OP-DAG: what a device is measured with, made of the operators that jobs are made of."""
+"""The decoder that devices are measured with: a small OP-DAG of the operators that real jobs have."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _IDS, _LABELS = ValueName("ids"), ValueName("labels")
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """A decoder's size, and that of a microbatch."""
+    """Sizes of a decoder and of its microbatch."""
 
     layers: int
     hidden: int
@@ -45,9 +45,9 @@ class DecoderShape:
 
 
 def reference_stage(shape: DecoderShape) -> SubDag:
-    """Return pre-norm blocks with gated feed-forward, head and loss: the stage after one that has the embedding.
+    """Return the second of two stages: pre-norm blocks with gated feed-forward, head and loss, without the embedding.
 
-    It receives a tensor and gives back its gradient, so a plane does what it does for the stages of a pipeline.
+    The stage receives a tensor and returns its gradient, so a plane does the same work as for a stage of a pipeline.
     """
     _, stage = cut(_Decoder(shape).graph(), [1])
     return stage
@@ -103,7 +103,7 @@ class _Decoder:
         return self._call("aten.linear.default", (value, weight), ("b", "t", width_out))
 
     def _norm(self, value: Ref, key: str) -> Ref:
-        """Root-mean-square norm, operator by operator, as transformers' models have it."""
+        """Add a root-mean-square norm with the single operators that transformers' models use."""
         full: tuple[Dim, ...] = ("b", "t", self._shape.hidden)
         thin: tuple[Dim, ...] = ("b", "t", 1)
         square = self._call("aten.pow.Tensor_Scalar", (value, 2), full)
@@ -134,7 +134,7 @@ class _Decoder:
         )
 
     def _turned(self, value: Ref, split: tuple[Dim, ...]) -> Ref:
-        """What rotary positions do to a query or a key, with numbers for the tables of sines."""
+        """Add the operators of rotary positions on a query or a key, with numbers in place of the tables of sines."""
         width = self._shape.hidden // self._shape.heads
         halves: tuple[Dim, ...] = (*split[:3], width // 2)
         first = self._call("aten.slice.Tensor", (value, 3, 0, width // 2), halves)

@@ -25,8 +25,9 @@ def attention(
 ) -> Tensor:
     """Return softmax(scale * query key^T + mask) value, (B, H, T, E), in the dtype of the arguments.
 
-    `window` > 0 limits attention to that many tokens, `softcap` > 0 bounds the scores by softcap * tanh. `mask_TT`
-    is `window_mask`'s, where `needs_mask` says so. `layer` tells apart the layers' caches in decoding.
+    `window` > 0 limits attention to that many tokens. `softcap` > 0 bounds the scores by softcap * tanh. `mask_TT`
+    comes from `window_mask`, where `needs_mask` says that one is needed. `layer` names the layer's KV cache in
+    decoding.
     """
     if softcap > 0:
         return _capped(query_BHTD, key_BGTD, value_BGTE, scale, softcap, mask_TT)
@@ -54,7 +55,7 @@ def attention(
 
 
 def needs_mask(tokens: int, *, window: int, softcap: float, causal: bool) -> bool:
-    """Whether attention over `tokens` tokens needs an explicit mask; otherwise the kernel's causal flag does."""
+    """Return whether attention over `tokens` tokens needs a mask tensor. If not, the kernel's causal flag suffices."""
     if softcap > 0:
         return causal or window > 0
     return 0 < window <= tokens
@@ -63,8 +64,8 @@ def needs_mask(tokens: int, *, window: int, softcap: float, causal: bool) -> boo
 def window_mask(tokens: int, window: int, causal: bool, device: torch.device) -> Tensor:
     """Return who may attend to whom, as (1, 1, T, T) booleans.
 
-    A causal window of w reaches back over w tokens, the token itself included; a window that looks both ways
-    reaches w tokens to each side. 0 is no window.
+    A causal window of w reaches back over w tokens, including the token itself. A window that is not causal reaches
+    w tokens to each side. 0 means no window.
     """
     position_T = torch.arange(tokens, device=device)
     distance_TT = position_T[:, None] - position_T[None, :]

@@ -1,8 +1,8 @@
-"""A sub-DAG made into a torch function for one set of sizes.
+"""Builds a torch function from a sub-DAG for one set of sizes.
 
-Sizes become numbers, and values that depend on sizes, positions and constants only (rotary tables, masks) are
-computed once here and shared by all microbatches. They are computed without autocast: in bf16 a position above
-256 is not a number of its own any more.
+Sizes become numbers. Values that depend only on sizes, positions and constants (rotary tables, masks) are computed once
+here and shared by all microbatches. They are computed without autocast, because bf16 cannot tell neighbouring positions
+above 256 apart.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Feed:
     dtype: DType
     shape: tuple[int, ...]
     received: bool
-    """From another stage; else from the job's driver."""
+    """Whether it comes from another stage. Otherwise the job's driver sends it."""
     gradient: bool
 
 
@@ -101,7 +101,7 @@ def specialise(
     is not in the vocabulary, a missing size, a reference to a value that the stage does not have, or an operator that
     does not give what the sub-DAG says it does.
     """
-    # The sub-DAG is a stranger's, and what it may allocate was reckoned from the types that it declares.
+    # The sub-DAG may come from a peer, and the planner reckoned its memory from the types that it declares.
     _Builder(subdag, sizes, {}, mutable, train, torch.device("meta")).check_types()
     replaced = dict.fromkeys(deferred, linear) if linear is not None else {}
     return _Builder(subdag, sizes, weights, mutable, train, device, replaced).build()
@@ -182,12 +182,12 @@ class _Builder:
                 declared = [self._empty(self._types[output]) for output in node.outputs]
                 kwargs = self._kwargs(node, values)
                 if "device" in operator(node.op).by_name and node.op != "aten.to.device":
-                    kwargs["device"] = self._device  # a tensor made of numbers alone would be made for real
+                    kwargs["device"] = self._device  # otherwise a tensor made from numbers would take memory
                 try:
                     result = shape_callable(node.op)(*self._args(node, values), **kwargs)
                 except GraphError:
                     raise
-                except Exception as error:  # whatever torch thinks of a stranger's arguments
+                except Exception as error:  # torch raises many kinds for bad arguments
                     text = str(error).partition("\n")[0][:300]
                     raise GraphError(f"operator {node.op!r} at {node.name[:80]!r} cannot run: {text}") from error
                 results = list(result) if isinstance(result, list | tuple) else [result]
@@ -211,7 +211,7 @@ class _Builder:
             yield Feed(transfer.value, transfer.type.dtype, shape, True, transfer.gradient)
 
     def _compute_fixed(self) -> list[Node]:
-        """Compute what no microbatch changes; return the calls that remain."""
+        """Compute the values that are equal for all microbatches. Return the calls that remain."""
         for item in self._subdag.inputs:
             if item.role == "positions":
                 shape = concrete(item.type, self._sizes)
@@ -231,7 +231,7 @@ class _Builder:
                 else:
                     self._add_mask(node)
                     remaining.append(node)
-        # Constants and buffers that calls read directly are passed as the weights they are.
+        # Constants and buffers that calls read directly are passed as weights.
         for weight in self._subdag.weights:
             if weight.name in given:
                 del self._fixed[weight.name]

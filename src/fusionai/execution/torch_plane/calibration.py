@@ -1,4 +1,4 @@
-"""What a device achieves in convolutions, which the reference decoder has none of."""
+"""Measures a device's speed in convolutions, because the reference decoder has none."""
 
 from __future__ import annotations
 

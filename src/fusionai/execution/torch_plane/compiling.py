@@ -19,8 +19,8 @@ StageCall = Callable[..., tuple[Tensor, ...]]
 def compiled(function: StageFunction, arguments: Sequence[Tensor], *, train: bool, stage: int) -> StageCall:
     """Return a compiled form of a stage, or its eager form when compilation fails.
 
-    Compilation happens at the first call, and that of the backward pass at the first backward: both are made
-    here, on copies of what the stage would write to, so that a failure cannot come in the middle of a step.
+    torch compiles the forward pass at the first call, and the backward pass at the first backward. Both calls are made
+    here, so that compilation cannot fail in the middle of a step. Buffers that the stage writes to are copied for them.
     """
     eager = cast("StageCall", function.module.forward)
     try:
@@ -37,7 +37,7 @@ def compiled(function: StageFunction, arguments: Sequence[Tensor], *, train: boo
         if train and roots and leaves:
             torch.autograd.grad(roots, leaves, [torch.ones_like(root) for root in roots], allow_unused=True)
     except Exception as error:
-        # Whatever goes wrong in a compiler or its toolchain, the job can still run.
+        # A compiler and its toolchain can fail in many ways. The job can run without them.
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else ""
         log.warning("stage %d is not compiled and runs eagerly: %s: %s", stage, type(error).__name__, reason)

@@ -1,4 +1,4 @@
-"""What crosses between stages: values that come in, and the gradients that a stage's backward starts from."""
+"""Checks the tensors that cross between stages: received values, and the gradients that start a stage's backward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusionai.graph.model import SubDag, ValueName
 from fusionai.tensor import TensorData
 
 _AUTOCAST = frozenset({"float32", "bfloat16"})
-"""Either of these may cross where the other is declared when the job runs in bf16."""
+"""When a job runs in bf16, either of these dtypes may cross where the other one is declared."""
 
 
 def feeds(
@@ -62,12 +62,12 @@ def backward_starts(
     """Return the tensors that backward starts from, with their gradients.
 
     Args:
-        roots: what the forward gave, by name.
-        gradients: what came back of each value sent, one for each of its receivers.
-        loss_weight: the gradient of the loss, where the stage computes it.
+        roots: outputs of the forward, by name.
+        gradients: for each value sent, one gradient from each of its receivers.
+        loss_weight: the gradient of the loss, where the stage computes the loss.
         name: stage and microbatch, for errors.
 
-    Raises GraphError naming the value whose gradients are not as many, or of another shape.
+    Raises GraphError naming the value whose gradients have the wrong number or shape.
     """
     targets: dict[ValueName, int] = {}
     for transfer in subdag.sends:

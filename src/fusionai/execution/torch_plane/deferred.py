@@ -1,9 +1,9 @@
 """Linear layers whose weight's gradient is computed after the boundary gradients have been handed out.
 
-Nothing in backward waits for the gradient of a weight, but a neighbour waits for the boundary gradients. So a linear
-layer's backward computes the gradient of its input only, and notes what its weight's takes; the products are made once
-the boundary gradients are on their way. It is the split of a backward pass that zero-bubble schedules are made of
-(Qi et al., arXiv 2401.10241), used within a 1F1B turn.
+Nothing in backward waits for the gradient of a weight, but a neighbour waits for the boundary gradients. So the
+backward of a linear layer computes only the gradient of its input, and keeps the two factors of its weight's gradient.
+The products are computed once the boundary gradients have been handed out. Zero-bubble schedules split the backward
+pass in the same way (Qi et al., arXiv 2401.10241); here the split stays within one turn of 1F1B.
 
 The results are those of torch bit for bit: the same products, added to the accumulated gradients in the same order.
 """
@@ -39,18 +39,18 @@ class _Product:
 
 
 class DeferredProducts:
-    """The products that wait; at most `MOST_DEFERRED_BYTES` of tensors are kept for them."""
+    """The products that wait. At most `MOST_DEFERRED_BYTES` of tensors are kept for them."""
 
     def __init__(self) -> None:
         self._waiting: list[_Product] = []
         self._held: dict[int, int] = {}
-        """Bytes by storage: layers side by side share an input."""
+        """Bytes by storage, because layers side by side share an input."""
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Compute `aten.linear`, with the gradient of `weight`, a leaf, left to `flush`."""
+        """Compute `aten.linear`. The gradient of `weight`, which must be a leaf, is left to `flush`."""
         plain_bias = bias is None or bias.shape == weight.shape[:1]
         if weight.dim() != 2 or not plain_bias or not input.is_contiguous():
-            # torch computes and adds these in other orders.
+            # In these cases torch multiplies and adds in another order, so results would not be equal bit for bit.
             return cast("Tensor", torch.ops.aten.linear.default(input, weight, bias))
         used = weight
         if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
@@ -60,7 +60,7 @@ class DeferredProducts:
         return cast("Tensor", _Linear.apply(self, weight, used, input, bias))  # type: ignore[no-untyped-call]
 
     def add(self, product: _Product) -> None:
-        """Keep a product for later, or make it at once when too much is kept."""
+        """Keep a product for later, or compute it at once when too much is kept."""
         tensors = (product.gradient_NO, product.input_NI)
         more = {storage_address(each): storage_bytes(each) for each in tensors}
         if sum({**self._held, **more}.values()) > MOST_DEFERRED_BYTES:
@@ -70,7 +70,7 @@ class DeferredProducts:
         self._waiting.append(product)
 
     def flush(self) -> None:
-        """Make every product that waits."""
+        """Compute every product that waits."""
         if not self._waiting:
             return
         with torch.no_grad():
@@ -81,7 +81,7 @@ class DeferredProducts:
                 products.pop().add()
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield what is kept."""
+        """Yield the tensors that are kept."""
         for product in self._waiting:
             yield product.gradient_NO
             yield product.input_NI

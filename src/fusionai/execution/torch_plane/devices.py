@@ -63,14 +63,14 @@ def set_threads(count: int) -> None:
 def apply_threads() -> None:
     """Make the calling thread keep to the limit of `set_threads`.
 
-    torch's limit is one of the calling thread: a thread that computed before the limit was set keeps its own.
+    In torch the limit belongs to a thread: a thread that computed before `set_threads` keeps its old limit.
     """
     if _wanted_threads is not None and torch.get_num_threads() != _wanted_threads:
         torch.set_num_threads(_wanted_threads)
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a device has done all the work it was given."""
+    """Wait until a device has finished its queue of work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -86,7 +86,7 @@ def release_cached_memory(device: torch.device) -> None:
 
 
 def _processor_name() -> str:
-    """Return the processor's name by the system's own means, or else whatever Python knows of it."""
+    """Return the processor's name: from the system, or else from Python's `platform`."""
     try:
         name = _system_processor_name().strip()
     except (OSError, ValueError, subprocess.SubprocessError):

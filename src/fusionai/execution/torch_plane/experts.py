@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def grouped_matmul(tokens_SD: Tensor, weights_XDE: Tensor, ends_X: Tensor) -> Tensor:
-    """Return (S, E): rows from one end in `ends_X` to the next times that expert's weight; rows beyond are 0."""
+    """Return (S, E): the rows up to an expert's end in `ends_X` times its weight. Rows after the last end are 0."""
     result: Tensor = _GroupedMatmul.apply(tokens_SD, weights_XDE, ends_X)  # type: ignore[no-untyped-call]
     return result
 

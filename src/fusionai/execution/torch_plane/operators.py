@@ -1,7 +1,7 @@
-"""Operators of the vocabulary as torch callables, and what changes in inference mode.
+"""Operators of the vocabulary as torch callables, in training and in inference mode.
 
-An operator is resolved only after the vocabulary has admitted its name: torch's own registry also holds
-operators that must never run on a peer's say-so.
+An operator is looked up in torch's registry only after the vocabulary has admitted its name: the registry also holds
+operators that a peer must never be able to run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ATTENTION = "fusion.attention"
 
 
 def _divided(dividend: Any, divisor: Any, *, rounding_mode: str | None) -> Any:
-    """Divide; the least integer by -1 gives itself, as negation does, where the processor would stop the process."""
+    """Divide. The least integer divided by -1 gives itself, as negation does; the processor would stop the process."""
     whole = [
         not each.is_floating_point() if isinstance(each, Tensor) else isinstance(each, int)
         for each in (dividend, divisor)
@@ -42,7 +42,7 @@ _OWN: Mapping[str, Callable[..., Any]] = {
     "transformers.grouped_mm_fallback.default": grouped_matmul,
     "aten.div.Tensor_mode": _divided,
 }
-"""Operators that are functions of this plane."""
+"""Operators that this plane implements itself."""
 
 
 def _grouped_shape(tokens: Tensor, weights: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -55,7 +55,7 @@ _SHAPES: Mapping[str, Callable[..., Any]] = {
     "transformers.grouped_mm_fallback.default": _grouped_shape,
     "aten._grouped_mm.default": _grouped_shape,
 }
-"""What stands in, where only the result's type is asked for, for operators that torch cannot run without values."""
+"""Functions that give the result's type of operators which torch cannot run on tensors without values."""
 
 _INFERENCE: Mapping[str, tuple[str, Argument]] = {
     "aten.dropout.default": ("train", False),

@@ -1,10 +1,10 @@
 """AdamW and SGD with state that can be read and loaded by weight.
 
-The arithmetic is that of `torch.optim`'s default form, operator by operator, so that a job's weights equal those
-of a plain loop bit for bit (torch's fused AdamW rounds differently; where a gradient is zero but for rounding, as
-that of a key bias, AdamW makes a whole step of the difference). On the CPU it runs block by block, so that a
-block passes through memory once, not once for each operator (figures: docs/decisions/0006). Accelerators use
-torch's fused form.
+The arithmetic is the same as in `torch.optim`'s default form, operator by operator, so that a job's weights equal a
+plain loop's weights bit for bit. torch's fused AdamW rounds differently: where a gradient is zero except for rounding,
+as the gradient of a key bias is, AdamW turns the difference into a whole step. On the CPU the optimizer works block by
+block, so that a block passes through memory once, not once for each operator (figures: docs/decisions/0006).
+Accelerators use torch's fused form.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from fusionai.execution.plane import OptimizerConfig
 from fusionai.graph.model import WeightKey
 
 _BLOCK_ELEMENTS = 1 << 18
-"""Four such blocks of fp32 take 4 MiB. Of 2^14 to 2^18, the fastest or close to it, with one thread and with two."""
+"""Elements of a block; four such blocks of fp32 take 4 MiB. Of the sizes 2^14 to 2^18 this one was the fastest or close
+to it, with one thread and with two. Blocks that do not fit into the cache make the update slower, not wrong."""
 
 
 class Optimizer:
-    """Updates weights from their `.grad`; weights without one are left alone, as torch does."""
+    """Updates weights from their `.grad`. As in torch, weights without a gradient do not change."""
 
     def __init__(self, config: OptimizerConfig, device: torch.device, *, fused: bool | None = None) -> None:
-        """Choose the fused form by `fused`, or by the device: an accelerator's launches cost more than its memory."""
+        """Use torch's fused form if `fused` says so; None: on accelerators, whose launches cost more than memory."""
         self._config = config
         self._device = device
         self._fused = device.type != "cpu" if fused is None else fused
@@ -39,7 +40,7 @@ class Optimizer:
         """Updates applied so far."""
 
     def continue_from(self, step: int) -> None:
-        """Count on from `step`, for every weight."""
+        """Continue counting updates from `step`, for every weight."""
         self.step = self._first_step = step
         self._steps.clear()
 
@@ -62,7 +63,7 @@ class Optimizer:
 
     @torch.no_grad()
     def update(self, weights: Iterable[tuple[WeightKey, Tensor]], learning_rate: float, gradient_scale: float) -> None:
-        """Apply one update with the weights' gradients times `gradient_scale`. The gradients are used up."""
+        """Apply one update with the weights' gradients times `gradient_scale`. It overwrites the gradients."""
         self.step += 1
         due = [(key, weight) for key, weight in weights if weight.grad is not None]
         for key, _ in due:
@@ -94,7 +95,7 @@ class Optimizer:
             weight.mul_(1 - learning_rate * config.weight_decay)
         mean.lerp_(gradient, 1 - config.beta1)
         square.mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
-        # The gradient is not needed any more; its memory takes the denominator.
+        # The gradient is not needed any more, so its memory holds the denominator.
         scale = math.sqrt(1 - config.beta2**step)
         torch.sqrt(square, out=gradient).div_(scale).add_(config.epsilon)
         weight.addcdiv_(mean, gradient, value=-learning_rate / (1 - config.beta1**step))

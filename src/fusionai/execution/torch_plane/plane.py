@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
-# The shape rules that check a stranger's graph load this, 0.1 GB, at their first use. Loaded here, it is there before a
-# compnode measures how much memory is free, and no job waits for it.
+# The shape rules that check a peer's graph load torch._dynamo (0.1 GB) at their first use. It is loaded here, so that a
+# compnode counts it when it measures its free memory, and no job waits for it.
 import msgspec
 import torch._dynamo
 

@@ -26,7 +26,7 @@ from fusionai.tensor import TensorData
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """What a microbatch's forward leaves for its backward."""
+    """What the forward of a microbatch keeps for its backward."""
 
     leaves: dict[ValueName, Tensor]
     roots: dict[ValueName, Tensor]
@@ -54,7 +54,7 @@ class TorchProgram(RoundProgram):
         )
         self._kept: dict[tuple[int, MicrobatchKey], _Kept] = {}
         self._buffers_before: dict[WeightKey, Tensor] = {}
-        """Buffers as they were before the first microbatch since the last update."""
+        """Copies of buffers from before the first microbatch since the last update."""
         self._closed = False
 
     # --- weights -------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class TorchProgram(RoundProgram):
             for key, weight in self._weights.trainable()
             if weight.grad is not None and key not in skip
         }
-        # One transfer from the device, not one for each weight.
+        # One transfer from the device for all weights together.
         return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
 
     def read_gradient(self, key: WeightKey) -> TensorData:
@@ -235,7 +235,7 @@ class TorchProgram(RoundProgram):
         self._buffers_before.clear()
 
     def _gather_gradients(self) -> None:
-        """Add what was left for later, and the shares of tied weights that still wait for another stage."""
+        """Add the deferred products, and the gradients of tied weights that still wait for another stage."""
         self._deferred.flush()
         for stage in self._subdags:
             for key in self._tied.keys(stage):
@@ -299,8 +299,8 @@ def _name(stage: int, microbatch: MicrobatchKey) -> str:
 def _separate(weights: Sequence[Tensor], taken: set[int]) -> None:
     """Give each new gradient memory of its own.
 
-    torch lets gradients share memory with one another and with a gradient that came from outside (through views,
-    as of `x + bias.view(...)`). The next microbatch adds to them in place, which would then change the other.
+    In torch, gradients may share memory with one another and with a gradient that came from outside (through views,
+    such as `x + bias.view(...)`). The next microbatch adds to a gradient in place, which would change the other one.
     """
     for weight in weights:
         if weight.grad is None:

@@ -1,4 +1,4 @@
-"""Seeds of random operators: the same microbatch of the same step draws the same numbers again."""
+"""Seeds of random operators: the same microbatch of the same step always draws the same numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def random_seed(seed: int, microbatch: MicrobatchKey, stage: int) -> int:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from `seed` inside, and leave the process's own random state as it was."""
+    """Seed torch's generators inside the context, and restore the process's own random state afterwards."""
     processor_before = torch.get_rng_state()
     device_before: torch.Tensor | None = None
     if device.type == "cuda":

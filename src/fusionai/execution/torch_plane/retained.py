@@ -13,7 +13,7 @@ from fusionai.execution.torch_plane.tensors import storage_address, storage_byte
 
 
 def distinct_bytes(tensors: Iterable[Tensor], counted: set[int]) -> int:
-    """Return the bytes of the tensors' memory that is not `counted` yet, and count it: views once, not again."""
+    """Return the bytes of the tensors' memory that is not in `counted` yet, and add it there. Views count once."""
     total = 0
     for tensor in tensors:
         address = storage_address(tensor)
@@ -24,7 +24,7 @@ def distinct_bytes(tensors: Iterable[Tensor], counted: set[int]) -> int:
 
 
 def saved_tensors(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield the outputs, and the tensors that torch keeps for their backward, some of them more than once."""
+    """Yield the outputs, and the tensors that torch keeps for their backward. A tensor may come more than once."""
     waiting: list[Node] = []
     for output in outputs:
         yield output

@@ -1,4 +1,4 @@
-"""The functions that a program calls for its stages: built for the sizes at hand, some kept, compiled where asked."""
+"""The functions that a program calls for its stages: built for given sizes, kept for reuse, compiled where asked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from fusionai.graph.dependencies import deferrable, reads
 from fusionai.graph.model import Sizes, SubDag, WeightKey
 
 _FUNCTIONS_KEPT = 8
-"""Stage functions for different sizes kept: training has one size, its evaluation and a last batch another."""
+"""Stage functions that are kept. A stage needs one for each set of sizes, and training and evaluation have their own.
+With fewer, a job with many sizes rebuilds functions; more of them keep more memory for their fixed values."""
 
 
 @dataclass(slots=True)
@@ -32,18 +33,18 @@ class ReadyFunction:
 
     function: StageFunction
     call: StageCall | None = None
-    """None until the first call, at which it is compiled where the job asks for it."""
+    """None until the first call, which compiles the function where the job asks for it."""
 
 
 class StageFunctions:
     """Builds, keeps and calls the functions of one program's stages.
 
     Args:
-        subdags: all stages of the program: a buffer that one of them writes to is fixed in none.
+        subdags: all stages of the program. A buffer that one of them writes to is a fixed value in none.
         options: precision, compilation and seed.
-        weights: the program's; functions depend on their values, so `clear` follows a load.
-        tied: which weights stages share; their gradients are never left for later.
-        linear: stands for a linear call whose weight's gradient is left for later.
+        weights: the program's weights. Functions depend on their values, so call `clear` after a load.
+        tied: the weights that stages share. Their gradients are never deferred.
+        linear: replaces a linear call whose weight's gradient is deferred.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class StageFunctions:
         self._functions: OrderedDict[tuple[object, ...], ReadyFunction] = OrderedDict()
 
     def ready(self, subdag: SubDag, sizes: Sizes, train: bool) -> ReadyFunction:
-        """Return the stage's function for these sizes, built when it is not at hand.
+        """Return the stage's function for these sizes; build it if it is not kept.
 
         Raises JobError while weights are missing, GraphError as `specialise`.
         """
@@ -99,7 +100,7 @@ class StageFunctions:
         microbatch: MicrobatchKey,
         train: bool,
     ) -> tuple[Tensor, ...]:
-        """Call a stage's function for one microbatch, in the job's precision, its random numbers that microbatch's."""
+        """Call a stage's function for one microbatch, in the job's precision and with the microbatch's seed."""
         bf16 = self._options.precision == "bf16"
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(train))
@@ -127,7 +128,7 @@ class StageFunctions:
         self._functions.clear()
 
     def _deferred_calls(self, subdag: SubDag) -> frozenset[str]:
-        """Return the linear calls whose weight's gradient is left to `finish_backward`."""
+        """Return the names of linear calls whose weight's gradient is left to `finish_backward`."""
         if self._options.compile:
             return frozenset()  # a compiled backward is one piece
         tied = {weight.name for weight in subdag.weights if weight.key in self._tied.keys(subdag.index)}

@@ -1,4 +1,4 @@
-"""Between `TensorData` and torch tensors, without a copy where that is safe."""
+"""Converts between `TensorData` and torch tensors, without a copy where that is safe."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in I
 _NAMES: dict[torch.dtype, DType] = {dtype: name for name, dtype in TORCH_DTYPES.items()}  # type: ignore[misc]
 
 _ALIGNMENT_BYTES = 64
-"""What torch's own CPU allocator guarantees. Matrix kernels may round differently on other alignments, so a
-buffer that came at an odd address is copied: results then never depend on where a tensor came from."""
+"""The alignment that torch's CPU allocator guarantees. Matrix kernels may round differently on other alignments, so a
+buffer at another address is copied. Otherwise results would depend on where a tensor came from."""
 
-# A received tensor is only ever read; that its buffer may be read-only is no news.
+# Received tensors are never written to, so a read-only buffer does no harm.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 

@@ -1,9 +1,9 @@
 """Gradients of weights that several stages of one program share.
 
-One process adds, for each microbatch, the gradients of all uses of a weight, and then adds that sum to those of
-earlier microbatches. A pipeline runs other microbatches in between; floating-point addition depends on the order,
-and AdamW turns rounding into whole steps where a gradient is zero but for rounding. So a microbatch's share waits
-here until all stages of the program have given theirs.
+For each microbatch, a single process adds the gradients of all uses of a weight, and then adds that sum to the sum of
+earlier microbatches. A pipeline runs other microbatches in between, so it would add in another order. Floating-point
+addition depends on the order, and AdamW turns rounding into whole steps where a gradient is zero except for rounding.
+So a stage's share of a microbatch's gradient waits here until all stages of the program have given their shares.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TiedGradientShares:
     def add(
         self, key: WeightKey, microbatch: MicrobatchKey, gradient: Tensor | None, before: Tensor | None
     ) -> Tensor | None:
-        """Take one stage's share; return the weight's accumulated gradient, `before` while shares are missing."""
+        """Take one stage's share. Return the weight's accumulated gradient: `before`, as long as shares are missing."""
         share = self._waiting.pop((key, microbatch), None)
         share = _Share(gradient, 1) if share is None else _Share(_sum(share.gradient, gradient), share.stages + 1)
         if share.stages < self._stages[key] and self._fits(share.gradient):

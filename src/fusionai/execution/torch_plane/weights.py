@@ -1,4 +1,4 @@
-"""The weights that one program holds: each key once, however many stages and names use it."""
+"""The weights that one program holds. A key is held once, even if several stages or names use it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Weights:
         return self._tensors[key]
 
     def load(self, key: WeightKey, data: TensorData) -> None:
-        """Set a weight, in place when it is there already, so that no second copy of it exists."""
+        """Set a weight. A weight that is loaded already is overwritten in place, so that no second copy exists."""
         self.check(key, data)
         with torch.no_grad():
             if key in self._tensors:

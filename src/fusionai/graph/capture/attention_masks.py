@@ -1,7 +1,7 @@
-"""Which attention a transformers model asks for, read from the mask function it would build its mask with.
+"""Reads, from the mask function of a transformers model, which kind of attention the model asks for.
 
-`fusion.attention` knows causal, sliding-window and full attention without a mask; any other mask is refused rather
-than dropped.
+`fusion.attention` can express causal, sliding-window and full attention without a mask tensor. A model with any other
+mask is refused; its mask is never dropped silently.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class AttentionKind:
 
     causal: bool
     window: int
-    """As `fusion.attention` counts it: causally with the position itself, else to each side; 0 is no window."""
+    """Window as `fusion.attention` counts it: causal windows include the position itself, others reach to each side;
+    0 means no window."""
 
 
 def attention_kind(*, mask_function: Callable[..., Any], attention_mask: Any = None, **_: Any) -> AttentionKind:

@@ -1,4 +1,4 @@
-"""What capture returns."""
+"""The result of a capture: an OP-DAG and its weights."""
 
 from __future__ import annotations
 

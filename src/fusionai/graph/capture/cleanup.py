@@ -1,4 +1,4 @@
-"""Exact simplifications of a traced graph: what changes no value and no gradient goes."""
+"""Exact simplifications of a traced graph: they remove operators that change no value and no gradient."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ _FULL_IN_FULL_OUT = frozenset(
         "view.default",
     }
 )
-"""Operators (aten) that autocast never lowers, and whose result is float32 when any tensor they take is."""
+"""Operators (aten) that autocast never runs in bf16, and whose result is float32 when any of their tensors is."""
 
 
 def normalise(listing: Listing) -> None:
-    """Write what torch has several operators for in one way, in place."""
+    """Replace, in place, operators that have several spellings in torch by one of them."""
     nodes: list[Node] = []
     for node in listing.nodes:
         if node.op == _BROADCAST:
@@ -85,7 +85,7 @@ def _expansions(node: Node, types: dict[ValueName, TensorType]) -> Iterator[Node
 
 
 def simplify(listing: Listing, state: ModuleState) -> None:
-    """Remove operators that do nothing, then those that nothing reads, in place."""
+    """Remove, in place, operators that do nothing, then operators whose outputs nothing reads."""
     replaced: dict[ValueName, ValueName] = {}
     full = _given_in_full(listing)
     varying = {value_name(key) for key, entry in state.entries.items() if entry.kind == "parameter"}
@@ -120,13 +120,13 @@ def remove_dead(listing: Listing) -> None:
 
 
 def _writes_in_place(node: Node) -> bool:
-    """Return whether an operator exists for what it writes; lowering left such writes to buffers only."""
+    """Return whether an operator is kept because it writes to a weight. Lowering left writes to buffers only."""
     parts = node.op.split(".")
     return parts[0] == "aten" and parts[1].endswith("_") and not parts[1].endswith("__")
 
 
 def _given_in_full(listing: Listing) -> set[ValueName]:
-    """Return the inputs and weights in float32: autocast leaves them so."""
+    """Return the inputs and weights in float32. Autocast does not change them."""
     made = {output for node in listing.nodes for output in node.outputs}
     return {name for name, type in listing.types.items() if name not in made and type.dtype == "float32"}
 
@@ -134,8 +134,8 @@ def _given_in_full(listing: Listing) -> set[ValueName]:
 def _stays_full(node: Node, types: dict[ValueName, TensorType], full: set[ValueName], reads: list[ValueName]) -> bool:
     """Return whether a float32 result is float32 under autocast too.
 
-    Only then is a cast to float32 superfluous: autocast lowers what linear and attention return, and the cast
-    after them is what brings it back.
+    Only then is a cast to float32 superfluous: autocast makes linear and attention return bf16, and a cast after
+    them turns the result into float32 again.
     """
     if types[node.outputs[0]].dtype != "float32":
         return False
@@ -150,7 +150,7 @@ def _stays_full(node: Node, types: dict[ValueName, TensorType], full: set[ValueN
 
 
 def _plain_cast(node: Node, types: dict[ValueName, TensorType]) -> Node:
-    """Write every conversion of a tensor as aten.to.dtype: devices are the execution plane's business."""
+    """Write every conversion of a tensor as aten.to.dtype. Devices are left to the execution plane."""
     if node.op not in _CASTS or not isinstance(node.args[0], Ref):
         return node
     if any(argument is True for argument in (node.kwargs.get("copy"), *node.args[3:4])):
@@ -162,7 +162,7 @@ def _plain_cast(node: Node, types: dict[ValueName, TensorType]) -> Node:
 def _unchanged(
     node: Node, types: dict[ValueName, TensorType], full: set[ValueName], varying: set[ValueName]
 ) -> ValueName | None:
-    """Return the value that a node passes on as it is, or None."""
+    """Return the value that a node passes on unchanged, or None."""
     source = node.args[0].name if node.args and isinstance(node.args[0], Ref) else None
     if source is None or len(node.outputs) != 1 or types[source] != types[node.outputs[0]]:
         return None

@@ -1,4 +1,4 @@
-"""What a captured module is called with: example tensors, their roles, and the axes that may change size."""
+"""The arguments of a module to capture: example tensors, their roles, and the axes that may change size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROLES_BY_NAME: Mapping[str, Role] = {
 """Roles of the usual argument names; every other input is "data" unless the caller says otherwise."""
 
 SMALLEST_SIZE = 2
-"""An axis of size 0 or 1 would be taken for a constant by the tracer."""
+"""Least size of a dynamic axis in an example. The tracer takes an axis of size 0 or 1 for a constant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ def example_inputs(
 ) -> tuple[ExampleInput, ...]:
     """Describe the arguments of a module; raises GraphError where the descriptions do not fit the tensors.
 
-    By default everything but positions is private, axis 0 of every tensor is the batch, and axis 1 of the
-    tokens, and of what is laid out like them, is the length.
+    By default everything but positions is private. Axis 0 of every tensor is the batch. Axis 1 of the tokens, and of
+    tensors of the same shape, is the length.
     """
     _check_names("roles", roles, example)
     _check_names("private", private, example)
@@ -93,7 +93,7 @@ def _resize(item: ExampleInput, sizes: Mapping[str, int]) -> Tensor:
     if item.role == "positions":
         return torch.arange(shape[-1], dtype=tensor.dtype, device=tensor.device).expand(shape).contiguous()
     for axis in item.axes:
-        # Back to front: no element stays where it was, so a value that the tracer baked in shows.
+        # Reversed, so that no element stays where it was: a value that the tracer took for a constant then shows.
         old = tensor.shape[axis]
         tensor = tensor.index_select(axis, (old - 1 - torch.arange(shape[axis], device=tensor.device)) % old)
     return tensor

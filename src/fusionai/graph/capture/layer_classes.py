@@ -1,8 +1,8 @@
-"""Which layers of a module do the same: equal in structure, and called in the same way.
+"""Finds layers of a module that do the same: they have equal structure and are called in the same way.
 
-Two layers are of one class when their submodules, tensor shapes and settings agree (but for a setting that is the
-layer's own number), and when the module hands both the same arguments. The latter is watched in one run on fake
-tensors, which computes nothing: some models choose a layer's mask or positions by its number outside of the layer.
+Two layers are of one class when their submodules, tensor shapes and settings agree (except for a setting that is the
+layer's own number), and when the module gives both the same arguments. Some models choose a layer's mask or positions
+by its number outside of the layer, so the arguments are recorded in one run on fake tensors, which computes nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def layer_classes(
 
 
 def _structures(path: str, layers: Layers, state: ModuleState) -> list[Hashable] | None:
-    """Return what each layer is made of, or None where hooks may change what a layer does."""
+    """Return the parts of each layer, or None where hooks may change what a layer does."""
     settings = []
     for layer in layers:
         if any(getattr(each, hooks, None) for each in layer.modules() for hooks in _HOOKS):
@@ -91,7 +91,7 @@ def _structures(path: str, layers: Layers, state: ModuleState) -> list[Hashable]
 
 
 def _shared(prefix: str, name: str, state: ModuleState) -> str:
-    """Return where a tensor of a layer lives if it is tied to one outside, or to another of its own."""
+    """Return the place of the tensor that a layer's tensor is tied to, inside the layer or outside of it."""
     key = state.canonical[prefix + name]
     return key.removeprefix(prefix) if key.startswith(prefix) else f"/{key}"
 
@@ -168,7 +168,7 @@ def _watch_calls(lists: Mapping[str, Layers], run: Callable[[], object]) -> dict
 
 @contextmanager
 def _as_if_exporting() -> Iterator[None]:
-    """Let models that check whether they are being traced take the way that they take in the trace."""
+    """Tell models that they are being traced, so that they take the same path as in the trace."""
     flags = ("_is_compiling_flag", "_is_exporting_flag")
     before = {flag: getattr(torch.compiler, flag, False) for flag in flags}
     try:

@@ -1,4 +1,4 @@
-"""An OP-DAG in the making, and how to read and rewrite its nodes."""
+"""An unfinished OP-DAG, and how to read and rewrite its nodes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fusionai.graph.model import Argument, Atom, Node, Ref, TensorType, ValueNam
 
 @dataclass
 class Listing:
-    """An OP-DAG in the making: operators in order with provisional names, and the type of every value."""
+    """An unfinished OP-DAG: operators in order with provisional names, and the type of every value."""
 
     nodes: list[Node]
     types: dict[ValueName, TensorType]
@@ -21,7 +21,7 @@ class Listing:
 
 
 def node_reads(node: Node) -> Iterator[ValueName]:
-    """Yield the names of the values that a node takes, repeated where it takes one twice."""
+    """Yield the names of the values that a node takes. A value that it takes twice comes twice."""
     for argument in (*node.args, *node.kwargs.values()):
         for atom in argument if isinstance(argument, tuple) else (argument,):
             if isinstance(atom, Ref):

@@ -1,8 +1,8 @@
 """From torch's exported graph to the nodes of an OP-DAG.
 
-What has no place in an OP-DAG goes here: integers computed from shapes become size expressions, `getitem` becomes
-outputs of the operator it reads, assertions vanish, devices become "local", and writing to an activation in place
-becomes the same operator without writing.
+This step replaces what an OP-DAG cannot hold. Integers computed from shapes become size expressions. `getitem` becomes
+an output of the operator that it reads. Assertions vanish. Devices become "local". An operator that writes to an
+activation in place becomes the operator that returns a new tensor.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ _DETACH = "aten.detach_.default"
 """In place by name, but it writes to no memory."""
 
 _IGNORED_KEYWORDS = frozenset({"pin_memory"})
-"""Keywords about the host's memory, which is the execution plane's business."""
+"""Keywords about the host's memory. They are left to the execution plane."""
 
 
 def lower(program: ExportedProgram, inputs: Sequence[ExampleInput], state: ModuleState) -> Listing:
-    """Turn an exported program into a listing; raises GraphError where an OP-DAG cannot say the same."""
+    """Turn an exported program into a listing. Raises GraphError for what an OP-DAG cannot express."""
     inline_regions(program.graph_module)
     return _Lowering(program, inputs, state).run()
 
@@ -66,14 +66,14 @@ class _Lowering:
         self._state = state
         self._graph = program.graph_module.graph
         self._names: dict[tuple[fx.Node, int | None], ValueName] = {}
-        """The current name of a traced value; the index is the output's, of operators with several."""
+        """The current name of each traced value. The number tells the outputs of one operator apart."""
         self._symbols: dict[str, str] = {}
-        """The tracer's symbols, and ours."""
+        """Our symbol for each of the tracer's symbols."""
         self._axes: dict[str, tuple[ExampleInput, int]] = {}
-        """Our symbols, each with the axis that first had it."""
+        """By symbol of ours: the axis that first had it."""
         self._sizes: dict[Any, Dim] = {}
         self._root: dict[int, tuple[str, str]] = {}
-        """Storage of an input or weight: what it is, and its name."""
+        """By storage of an input or weight: which of the two it is, and its name."""
         self._types: dict[ValueName, TensorType] = {}
         self._listing = Listing([], self._types, {}, ValueName(""))
 
@@ -108,7 +108,7 @@ class _Lowering:
         self._root[_storage(value)] = ("input", item.name)
 
     def _take_axis(self, size: Any, item: ExampleInput, axis: int, axis_name: str) -> None:
-        """Make the tracer's symbol of an axis one of ours; axes of one name share a symbol."""
+        """Give the tracer's symbol of an axis a symbol of ours. Axes of one name share a symbol."""
         expression = None if isinstance(size, int) else size.node.expr
         if expression is None or not expression.is_Symbol:
             found = f"fixes it to {size}" if expression is None else f"needs it to be {expression}"
@@ -165,7 +165,7 @@ class _Lowering:
         return known
 
     def _float_size(self, value: torch.SymFloat, node: fx.Node) -> Atom:
-        """Return a floating-point number computed from sizes: only whole ones have a form in an OP-DAG."""
+        """Return a floating-point number computed from sizes. An OP-DAG can express whole numbers only."""
         try:
             size = whole_number_expression(value, self._symbols)
         except UnknownSizeError as error:
@@ -272,9 +272,9 @@ class _Lowering:
                 self._listing.mutated.add(WeightKey(name))
 
     def _redirect(self, node: fx.Node, name: ValueName, place: int) -> None:
-        """Let what was written to be read as the new value from here on.
+        """Rename the written value, so that later operators read the new value.
 
-        Other views of the same memory would see the write in torch; they must not be read any more.
+        In torch, other views of the same memory would see the write. They must not be read after it.
         """
         target = _target(node)
         storage = _storage(target.meta["val"])
@@ -292,7 +292,7 @@ class _Lowering:
 
 
 def _target(node: fx.Node) -> fx.Node:
-    """Return what an in-place operator writes to."""
+    """Return the value that an in-place operator writes to."""
     target = node.args[0]
     assert isinstance(target, fx.Node)
     return target
@@ -304,7 +304,7 @@ def _writes_in_place(function: torch._ops.OpOverload) -> bool:
 
 
 def _without_writing(node: fx.Node) -> torch._ops.OpOverload:
-    """Return the operator that computes the same and returns it: add for add_."""
+    """Return the operator that computes the same and returns a new tensor: add for add_."""
     namespace, name, overload = str(node.target).split(".")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
     function = getattr(packet, overload, None) if packet is not None and name.endswith("_") else None

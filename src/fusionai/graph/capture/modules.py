@@ -46,9 +46,9 @@ def capture(
     `loss(output, labels)` computes it, and inputs of role "labels" then go to it alone. `fixed` holds further
     arguments that are no tensors. A module on the meta device is captured without any data.
 
-    `dynamic` names, for each input, the axes that may change size; axes of one name always have one size. By
-    default that is axis 0 ("batch") of every tensor, and axis 1 ("length") of tokens and what is laid out like
-    them. `private` lists the inputs that must not leave the owner: by default all but positions.
+    `dynamic` names, for each input, the axes that may change size. Axes with one name always have one size. The
+    default is axis 0 ("batch") of every tensor, and axis 1 ("length") of tokens and of tensors of the same shape.
+    `private` lists the inputs that must not leave the owner: by default all but positions.
 
     With `repeats`, equal blocks of a long list of layers are traced once. Every capture is checked at a second
     size, and with `validate_values` (by default up to 50 million parameters) the loss computed by the graph is

@@ -1,4 +1,4 @@
-"""Inlining of the regions that torch.export keeps as sub-graphs: gradients switched off, and autocast."""
+"""Inlines the regions that torch.export keeps as sub-graphs: regions without gradients, and autocast regions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _AUTOCAST_REGION = "wrap_with_autocast"
 def inline_regions(module: fx.GraphModule) -> None:
     """Replace regions by their operators, in place.
 
-    Where gradients are off, what enters the region is detached; its operators then cannot be differentiated.
+    Values that enter a region without gradients are detached, so its operators cannot be differentiated.
     Raises GraphError for a region that enters autocast itself or switches gradients on again.
     """
     for node in list(module.graph.nodes):

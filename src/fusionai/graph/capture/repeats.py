@@ -1,7 +1,7 @@
-"""Repeated layers: a long list of equal layers is traced in its first few, and the rest are instantiated.
+"""Repeated layers: of a long list of equal layers only the first few are traced, and the rest are instantiated.
 
-A traced prefix holds each class of layer at least twice behind the first layer, and the two must be exact renamings
-of each other; then a further layer of that class is one more renaming. Whatever does not fit is traced whole.
+The traced prefix holds each class of layer at least twice after the first layer. If the two are exact renamings of
+each other, every further layer of that class is one more renaming. A list that does not fit is traced whole.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from fusionai.graph.capture.state import ModuleState, value_name
 from fusionai.graph.model import Argument, Atom, Node, Ref, TensorType, ValueName, WeightKey
 
 FEWEST_LAYERS = 5
-"""Shorter lists are traced whole: nothing would be gained."""
+"""Shorter lists are traced whole, because instantiating would save no time."""
 
 _WEIGHT = value_name(WeightKey(""))
 
 
 class NotRepeatedError(Exception):
-    """A list of layers is not as regular as it looked; trace it whole."""
+    """A list of layers is less regular than it seemed. The remedy is to trace it whole."""
 
 
 @dataclass(frozen=True)
 class RepeatedLayers:
-    """A list of layers of which a prefix stands for all."""
+    """A list of layers whose first few stand for all."""
 
     path: str
     holder: nn.Module
@@ -80,7 +80,7 @@ def _prefix(classes: Sequence[int]) -> int | None:
 
 @contextmanager
 def shortened(repeats: Sequence[RepeatedLayers]) -> Iterator[None]:
-    """Let each list hold its prefix only; the lists themselves come back untouched."""
+    """Shorten each list to its prefix. Afterwards the lists are as they were."""
     with ExitStack() as restore:
         for each in repeats:
             prefix = list(each.layers)[: each.traced]
@@ -108,7 +108,7 @@ class _Instantiation:
         self._before: list[Node] = []
         self._after: list[Node] = []
         self._home: dict[ValueName, int] = {}
-        """Number of the layer that makes a value; -1 is before them, `traced` after."""
+        """By value: the number of the layer that makes it; -1 before the layers, `traced` after them."""
         self._split()
         self._slots = [self._used_outside(number) for number in range(repeats.traced)]
 
@@ -133,7 +133,7 @@ class _Instantiation:
         listing.nodes = [*self._before, *(node for block in self._blocks for node in block), *made, *after]
 
     def _split(self) -> None:
-        """Part the operators into those before, in and after the layers, which must be one run each."""
+        """Divide the operators into three runs: before, in and after the layers."""
         place = -1
         for node in self._listing.nodes:
             number = self._number(node)

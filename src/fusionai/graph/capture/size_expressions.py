@@ -12,7 +12,7 @@ from fusionai.graph.model import Dim
 
 _FLOOR_DIVISIONS = {"FloorDiv", "CleanDiv"}
 _REMAINDERS = {"Mod", "PythonMod"}
-"""Names of torch's own sympy functions; sizes are never negative, so all remainders agree."""
+"""Names of torch's sympy functions for remainders. Sizes are never negative, so all of them agree."""
 
 _SUM, _PRODUCT, _ATOM = 0, 1, 2
 _Text = tuple[str, int]

@@ -16,7 +16,8 @@ from fusionai.graph.model import TensorType, ValueName, Weight, WeightKey
 from fusionai.tensor import TensorData
 
 LARGEST_CONSTANT_BYTES = 1 << 24
-"""A larger tensor made while tracing is a table the model computed anew: it belongs into a buffer."""
+"""Most bytes of a constant that the model makes while it is traced. A larger one is a table that the model computes
+again on every call; it belongs into a buffer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class ModuleState:
         return cls(entries, canonical)
 
     def add_constant(self, name: str, tensor: Tensor) -> WeightKey:
-        """Keep a tensor that the model makes while running, and return its key: equal ones share it."""
+        """Keep a tensor that the model makes while it runs, and return its key. Equal tensors share one key."""
         if tensor.nbytes > LARGEST_CONSTANT_BYTES:
             raise GraphError(
                 f"the model makes a constant of {tensor.nbytes:,} bytes on every call; register it as a buffer"
@@ -82,7 +83,7 @@ class ModuleState:
         return key
 
     def weight(self, key: WeightKey, *, mutated: bool) -> Weight:
-        """Return a weight of the graph; one that the model writes to is a buffer, whatever it was declared."""
+        """Return a weight of the graph. A weight that the model writes to is a buffer, whatever the model declares."""
         entry = self.entries[key]
         return Weight(
             name=value_name(key),

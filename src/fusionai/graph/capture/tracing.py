@@ -1,4 +1,4 @@
-"""Running torch.export on a module, and saying in a line or two why it did not work."""
+"""Runs torch.export on a module, and explains in a line or two why it did not work."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def _scalar_loss(output: Any) -> Tensor:
 def training(module: nn.Module) -> Iterator[None]:
     """Put an evaluating module into training mode, and restore everything about it afterwards.
 
-    A module already training is left so, and with it submodules that were frozen on purpose. What forward stores in
-    the module while it is traced, such as a cache of masks, goes too: it would be a tensor without data.
+    A module that is already training is left alone, so submodules that were frozen on purpose stay frozen. Attributes
+    that forward sets while it is traced, such as a cache of masks, are removed: they would hold tensors without data.
     """
     tables = ("_parameters", "_buffers", "_modules")
     before = [
@@ -109,7 +109,7 @@ def training(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what torch logs and prints (to stderr) about a failed export from users: the error says it in a line."""
+    """Hide what torch logs and prints to stderr about a failed export. The error says it in a line."""
     levels = [(logger, logger.level) for logger in map(logging.getLogger, _TALKATIVE)]
     try:
         for logger, _ in levels:

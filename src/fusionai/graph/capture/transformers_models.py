@@ -19,7 +19,7 @@ from fusionai.graph.capture.captured import Captured
 from fusionai.graph.capture.modules import capture
 
 IMPLEMENTATION = "fusion_trace"
-"""Under this name our attention and experts stand in transformers' registries, during a capture only."""
+"""The name of our attention and experts in transformers' registries, during a capture only."""
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 16
 """Sizes of the example that is traced; both are dynamic."""
@@ -27,7 +27,7 @@ EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 16
 _HARMLESS = frozenset(
     {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
 )
-"""What attention modules pass on without meaning attention by it."""
+"""Arguments that attention modules pass on although they do not change attention."""
 
 
 def capture_transformers(
@@ -79,7 +79,7 @@ def _example(model: PreTrainedModel, *, positions: bool) -> dict[str, Tensor]:
 
 @contextmanager
 def _traceable(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model attend and route through our operators; restore it and transformers' registries afterwards."""
+    """Make a model use our attention and expert operators. Restore the model and the registries afterwards."""
     with ExitStack() as restore:
         for registry, ours in (
             (AttentionInterface, _attention),
@@ -115,7 +115,7 @@ def _attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as transformers' own implementations do: (B, H, T, D) in, (B, T, H, D) out."""
+    """Compute attention with the interface of transformers' implementations: (B, H, T, D) in, (B, T, H, D) out."""
     unknown = sorted(name for name, each in others.items() if each is not None and name not in _HARMLESS)
     if unknown:
         raise GraphError(

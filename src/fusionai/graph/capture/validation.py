@@ -1,4 +1,4 @@
-"""Checks of a capture at sizes that it was not traced at."""
+"""Checks a capture at sizes other than the traced ones."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from fusionai.graph.capture.tracing import MODULE_PREFIX, LossOf
 from fusionai.graph.model import OpDag
 
 MOST_PARAMETERS = 50_000_000
-"""Larger modules are computed only when asked for; their shapes are checked in any case."""
+"""Most parameters of a module whose loss is compared by default. Shapes are checked for modules of any size."""
 
 _RELATIVE_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
-"""By the least precise parameter. Another order of additions stays far below; a wrong graph does not."""
+"""Largest relative difference of the losses, by dtype of the least precise parameter. Another order of additions stays
+far below it; a wrong graph does not."""
 
 
 def check_shapes(graph: OpDag, inputs: Sequence[ExampleInput], state: ModuleState) -> None:

@@ -1,1 +1,1 @@
-"""The operators of the vocabulary, one file a family. `fusionai.graph.vocabulary` gathers them."""
+"""The operators of the vocabulary, one file for each family. `fusionai.graph.vocabulary` gathers them."""

@@ -28,7 +28,7 @@ def _matmul_flops(left: str, right: str) -> FlopRule:
 
 
 def _einsum_flops(call: ConcreteCall) -> tuple[int, int]:
-    """A product over all indices for every operand after the first; torch contracts in that order."""
+    """Count a product over all indices for every operand after the first: torch contracts in that order."""
     operands = call.tensors("tensors")
     terms = str(call.arguments["equation"]).split("->")[0].replace(" ", "").split(",")
     sizes: dict[str, int] = {}
@@ -74,15 +74,15 @@ def _blocked_output(call: ConcreteCall) -> int:
 
 
 def _blocked_gradients(call: ConcreteCall) -> int:
-    """The output's gradient in blocks, and the input's before it is copied into its own layout."""
+    """Return the bytes of the gradients that CPU kernels keep in blocks: the output's and, for a while, the input's."""
     source = call.tensor("input")
     return _blocked(call.outputs[0]) + (_blocked(source) - source.nbytes if source.needs_gradient else 0)
 
 
 def _attention_flops(call: ConcreteCall) -> tuple[int, int]:
-    """Scores and their product with the values; backward does five such products, for it remakes the scores.
+    """Count the scores and their product with the values. Backward does five such products: it computes scores again.
 
-    Masked and causal positions count too, as in the measurement of a device's achieved FLOP/s.
+    Masked positions count too, as they do when a device's achieved FLOP/s is measured.
     """
     query, value = call.tensor("query"), call.tensor("value")
     scores = _scores(call)
@@ -93,18 +93,18 @@ def _attention_flops(call: ConcreteCall) -> tuple[int, int]:
 
 
 def _scores(call: ConcreteCall) -> int:
-    """Number of attention scores: B * H * T * S."""
+    """Return the number of attention scores: B * H * T * S."""
     return math.prod(call.tensor("query").shape[:-1]) * call.tensor("key").shape[-2]
 
 
 def _log_sums(call: ConcreteCall) -> int:
-    """Bytes of the log-sum-exp of each query: (B, H, T), at least single precision."""
+    """Return the bytes of the log-sum-exp of all queries: (B, H, T), at least in single precision."""
     query = call.tensor("query")
     return math.prod(query.shape[:-1]) * max(4, query.nbytes // max(1, query.count))
 
 
 def _repeated(call: ConcreteCall) -> int:
-    """Bytes of keys and values repeated for grouped queries, where a kernel needs as many as queries."""
+    """Return the bytes of keys and values repeated for grouped queries, for kernels that need as many heads of each."""
     query, key, value = call.tensor("query"), call.tensor("key"), call.tensor("value")
     groups = query.shape[-3] // max(1, key.shape[-3]) if len(query.shape) > 3 else 1
     return (key.nbytes + value.nbytes) * groups if groups > 1 else 0
@@ -116,9 +116,9 @@ def _item_bytes(call: ConcreteCall) -> int:
 
 
 def _sdpa_extra(call: ConcreteCall) -> int:
-    """The fused kernel keeps the log-sum-exp; with dropout, torch multiplies out and keeps the scores.
+    """Return the bytes that autograd keeps: of the fused kernel the log-sum-exp, and with dropout the scores.
 
-    A boolean mask is kept as numbers.
+    With dropout torch does not use the fused kernel. A boolean mask is kept as numbers.
     """
     mask = call.tensor("attn_mask") if call.has("attn_mask") else None
     made = mask.count * _item_bytes(call) if mask is not None and mask.dtype == "bool" else 0
@@ -128,9 +128,9 @@ def _sdpa_extra(call: ConcreteCall) -> int:
 
 
 def _fusion_attention_extra(call: ConcreteCall) -> int:
-    """As `_sdpa_extra`; a window needs a mask (T, S), and a soft cap keeps the scores of two steps.
+    """Return what `_sdpa_extra` does, and more: a window needs a mask (T, S), and a soft cap keeps two sets of scores.
 
-    For both, keys and values that several heads share are repeated, and kept so instead of as they came.
+    With a window or a soft cap, keys and values that several heads share are repeated, and kept in that form.
     """
     query, key, value = call.tensor("query"), call.tensor("key"), call.tensor("value")
     repeated = _repeated(call)
@@ -169,9 +169,9 @@ _FUSION_ATTENTION = (
     "softcap: float, causal: bool)"
 )
 """Attention of a decoder or encoder layer over whole sequences: query (B, H, T, D), key (B, G, S, D), value
-(B, G, S, V) with G dividing H; returns (B, H, T, V). `layer` names the KV cache that a decoding plane keeps;
-`window` 0 means none, else each query sees itself and the window - 1 positions before; `softcap` 0 means none,
-else scores become softcap * tanh(scores / softcap)."""
+(B, G, S, V) with G dividing H; returns (B, H, T, V). `layer` names the KV cache that a decoding plane keeps.
+With `window` 0 there is no window, else each query sees itself and the window - 1 positions before it.
+With `softcap` 0 there is no cap, else scores become softcap * tanh(scores / softcap)."""
 
 OPERATORS = (
     *define(

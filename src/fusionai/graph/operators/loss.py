@@ -6,7 +6,7 @@ from fusionai.graph.operators.schema import ConcreteCall, define
 
 
 def _one_like_input(call: ConcreteCall) -> int:
-    """Log-probabilities or differences, one for each element; in backward their gradient."""
+    """Return the bytes of one number for each element: log-probabilities or differences, and their gradient."""
     return call.tensor("self").nbytes
 
 

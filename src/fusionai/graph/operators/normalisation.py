@@ -8,14 +8,17 @@ from fusionai.graph.operators.schema import ConcreteCall, define
 
 
 def _layer_statistics(call: ConcreteCall) -> int:
-    """Mean and reciprocal deviation of each normalised row, single precision at least."""
+    """Return the bytes of each row's mean and reciprocal deviation, at least in single precision."""
     source = call.tensor("input")
     rows = source.count // max(1, math.prod(call.integers("normalized_shape")))
     return 2 * rows * max(4, source.nbytes // max(1, source.count))
 
 
 def _rms_statistics(call: ConcreteCall) -> int:
-    """Mean square and its root, and on CPUs, which have no fused kernel, the normalised rows for the weight."""
+    """Return the bytes of each row's mean square and its root, and of the normalised rows.
+
+    CPUs have no fused kernel, so they keep the normalised rows for the weight's gradient.
+    """
     rows = _layer_statistics(call)
     return rows + (call.tensor("input").nbytes if call.has("weight") else 0)
 
@@ -35,12 +38,12 @@ def _group_statistics(call: ConcreteCall) -> int:
 
 
 def drops(call: ConcreteCall) -> bool:
-    """Return whether a dropout call does anything; without, torch returns the input itself."""
+    """Return whether a dropout call does anything. If it does not, torch returns the input itself."""
     return bool(call.number("train")) and call.number("p") > 0
 
 
 def _noise(call: ConcreteCall) -> int:
-    """The mask, already divided by the survival rate, as wide as the input (CPU; GPUs keep one byte each)."""
+    """Return the bytes of the scaled mask: as many as the input's on CPUs (GPUs keep one byte for each element)."""
     return call.tensor("input").nbytes if drops(call) else 0
 
 

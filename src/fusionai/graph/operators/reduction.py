@@ -6,7 +6,7 @@ from fusionai.graph.operators.schema import ConcreteCall, define
 
 
 def _pool_indices(call: ConcreteCall) -> int:
-    """Where each maximum came from, one int64 an output element."""
+    """Return the bytes of the places of the maxima: one int64 for each output element."""
     return 8 * call.outputs[0].count
 
 

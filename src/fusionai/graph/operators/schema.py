@@ -52,7 +52,7 @@ OpClass = Literal[
     "view",
     "metadata",
 ]
-"""How an operator's time is estimated: the first three by FLOPs, a view costs nothing, the others move bytes."""
+"""How an operator's time is estimated: the first three classes by FLOPs, the others by bytes moved; a view is free."""
 
 FLOP_CLASSES: tuple[OpClass, ...] = ("matmul", "attention", "convolution")
 """Classes whose time is FLOPs over an achieved FLOP/s of a device profile."""
@@ -80,7 +80,7 @@ class Operand:
     dtype: str
     shape: tuple[int, ...]
     needs_gradient: bool
-    """A gradient of it is computed in backward."""
+    """Whether backward computes a gradient for it."""
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +98,7 @@ CallValue = Operand | bool | int | float | str | None | tuple["CallValue", ...]
 
 @dataclass(frozen=True, slots=True)
 class ConcreteCall:
-    """One operator call at concrete sizes, every argument by its name, defaults filled in."""
+    """The arguments and outputs of one operator call at concrete sizes: arguments by name, defaults filled in."""
 
     arguments: Mapping[str, CallValue]
     outputs: tuple[Operand, ...]
@@ -119,7 +119,7 @@ class ConcreteCall:
         return tuple(item for item in items if isinstance(item, Operand))
 
     def number(self, name: str) -> float:
-        """Return a number argument; none counts as 0, text as 0."""
+        """Return a number argument. A missing number and a text count as 0."""
         value = self.arguments[name]
         return value if isinstance(value, (bool, int, float)) else 0
 
@@ -146,17 +146,17 @@ class Operator:
     outputs: int | Literal["list"]
     op_class: OpClass
     view: str | None = None
-    """Argument whose memory the outputs share, always or (see `graph.layouts`) when its layout allows."""
+    """Argument whose memory the outputs share: always, or where the layout allows it (see `graph.layouts`)."""
     mutates: tuple[str, ...] = ()
-    """Arguments written in place."""
+    """Arguments that the operator writes to."""
     random: bool = False
-    """Results depend on a random generator."""
+    """Whether results depend on random numbers."""
     differentiable: bool = True
-    """Gradients pass from floating-point outputs to floating-point arguments."""
+    """Whether gradients pass from floating-point outputs to floating-point arguments."""
     flops: FlopRule | None = None
     saves: tuple[str, ...] = ()
-    """What autograd keeps for backward: "x" (argument), "x if y" (only when y needs a gradient),
-    "output", "output 1"; once any argument needs a gradient."""
+    """What autograd keeps for backward when any argument needs a gradient: "x" (an argument), "x if y" (only when y
+    needs a gradient), "output" or "output 1"."""
     extra: ByteRule | None = None
     """Bytes that autograd keeps besides `saves`, made inside the operator (mean, mask, log-sum-exp)."""
     workspace: ByteRule | None = None
@@ -180,7 +180,7 @@ class Operator:
         return bound
 
     def problems(self, node: Node) -> Iterable[str]:
-        """Yield what is wrong with the arguments of a call, one sentence each."""
+        """Yield one sentence for each thing that is wrong with the arguments of a call."""
         where = f"node {node.name!r} ({self.name})"
         positional = [parameter for parameter in self.parameters if not parameter.keyword_only]
         if len(node.args) > len(positional):
@@ -332,7 +332,7 @@ def define(
     workspace: ByteRule | None = None,
     backward_workspace: ByteRule | None = None,
 ) -> tuple[Operator, ...]:
-    """Return the operators of one or more signatures, one a line, that share all other properties."""
+    """Return the operators of one or more signatures (one on each line) that share all other properties."""
     defined = []
     for line in filter(None, (line.strip() for line in signatures.splitlines())):
         match = _SIGNATURE.fullmatch(line)
