@@ -1,4 +1,7 @@
-"""Local pools that start quickly: their processes are forked, and this machine is measured once for all of them."""
+"""Local pools that start quickly: their processes are forked, and this machine is measured once for all of them.
+
+Run as a program, this file measures the machine: `python quick_pool.py FOLDER`.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from fork_server import AVAILABLE, ForkedProcess
+from fusionai.compnode.disk import measure_disk
 from fusionai.owner.local_pool import LocalPool
+from fusionai.pool.device_measurement import measure
 
 _MEASURED = ("calibration.json", "disk.json")
-_MEASURE = """
-import sys
-from pathlib import Path
-from fusionai.compnode.disk import measure_disk
-from fusionai.compnode.hardware import measure
-from fusionai.execution.planes import plane
-
-measure(plane("torch"), threads=1, cache_folder=Path(sys.argv[1]))
-measure_disk(Path(sys.argv[1]))
-"""
 
 
 def start(
@@ -66,12 +61,19 @@ def keep_measurements(state_folder: Path) -> None:
 def _measurements() -> tempfile.TemporaryDirectory[str]:
     """Measure this machine, once for each process that runs tests, and return the folder of the results."""
     folder = tempfile.TemporaryDirectory(prefix="fusionai-measured-")
-    script = Path(folder.name) / "measure.py"
-    script.write_text(_MEASURE, encoding="utf-8")
-    if AVAILABLE:
-        measuring = ForkedProcess(
-            [folder.name], script=script, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        said, _ = measuring.communicate(timeout=100)
-        assert measuring.returncode == 0, said.decode()
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    measuring = start([folder.name], script=Path(__file__), **streams)
+    said, _ = measuring.communicate(timeout=100)
+    assert measuring.returncode == 0, said.decode()
     return folder
+
+
+def _measure(folder: Path) -> None:
+    from fusionai.execution.planes import plane
+
+    measure(plane("torch"), threads=1, cache_folder=folder)
+    measure_disk(folder)
+
+
+if __name__ == "__main__":
+    _measure(Path(sys.argv[1]))
