@@ -63,7 +63,7 @@ def _measurements() -> tempfile.TemporaryDirectory[str]:
     folder = tempfile.TemporaryDirectory(prefix="fusionai-measured-")
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     measuring = start([folder.name], script=Path(__file__), **streams)
-    said, _ = measuring.communicate(timeout=100)
+    said, _ = measuring.communicate(timeout=300)
     assert measuring.returncode == 0, said.decode()
     return folder
 
@@ -71,7 +71,7 @@ def _measurements() -> tempfile.TemporaryDirectory[str]:
 def _measure(folder: Path) -> None:
     from fusionai.execution.planes import plane
 
-    measure(plane("torch"), threads=1, cache_folder=folder)
+    measure(plane("torch"), threads=1, cache_folder=folder, seconds=0.3)
     measure_disk(folder)
 
 
