@@ -19,6 +19,9 @@ from fusionai.compnode.disk import measure_disk
 from fusionai.owner.local_pool import LocalPool
 from fusionai.pool.device_measurement import measure
 
+PATIENCE_S = 250.0
+"""For anything that a test waits for: a busy machine may take long, and only a test that fails waits to the end."""
+
 _MEASURED = ("calibration.json", "disk.json")
 
 
@@ -37,6 +40,15 @@ def start(
         return ForkedProcess(arguments, script=script, **streams)  # type: ignore[return-value]
     program = [str(script)] if script else ["-m", "fusionai"]
     return subprocess.Popen([sys.executable, *program, *arguments], **streams)
+
+
+def completed(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `fusionai` with these arguments to its end."""
+    pipe = subprocess.PIPE
+    words = [str(each) for each in arguments]
+    process = start(words, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+    stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
 
 
 class QuickPool(LocalPool):
@@ -63,7 +75,7 @@ def _measurements() -> tempfile.TemporaryDirectory[str]:
     folder = tempfile.TemporaryDirectory(prefix="fusionai-measured-")
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     measuring = start([folder.name], script=Path(__file__), **streams)
-    said, _ = measuring.communicate(timeout=300)
+    said, _ = measuring.communicate(timeout=PATIENCE_S)
     assert measuring.returncode == 0, said.decode()
     return folder
 

@@ -19,12 +19,9 @@ import pytest
 
 from fusionai.network.identity import Identity
 from fusionai.network.token import JoinToken
-from quick_pool import keep_measurements, start
+from quick_pool import PATIENCE_S, completed, keep_measurements, start
 
 COMMAND = [sys.executable, "-m", "fusionai"]
-PATIENCE_S = 120.0
-"""For anything that a test waits for: a busy machine may take long."""
-
 POSIX = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 
 
@@ -63,13 +60,6 @@ class Running:
                 pipe.close()
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    pipe = subprocess.PIPE
-    process = start(arguments, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
-    stdout, stderr = process.communicate(timeout=PATIENCE_S)
-    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
-
-
 def until(condition: Callable[[], bool], what: str) -> None:
     """Wait until a condition holds; asking takes a command."""
     deadline_s = time.monotonic() + PATIENCE_S
@@ -82,7 +72,7 @@ def last_object(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 def compnodes(token: str) -> dict[str, dict[str, Any]]:
-    result = run("status", "--broker", token, "--json")
+    result = completed("status", "--broker", token, "--json")
     assert result.returncode == 0, result.stderr
     return {each["name"]: each for each in last_object(result)["compnodes"]}
 
@@ -142,7 +132,7 @@ def test_a_pool_from_join_to_restart(place: Place) -> None:
     assert not any(each.ready["lab"] for each in (polite, doomed, third))
     assert states(token) == dict.fromkeys(["polite", "doomed", "third"], "idle")
 
-    shown = run("status", "--broker", token)
+    shown = completed("status", "--broker", token)
     assert shown.returncode == 0
     assert "doomed" in shown.stdout
 
@@ -186,7 +176,7 @@ def test_what_is_refused(place: Place, tmp_path: Path) -> None:
         (("broker", "--prot", "1"), "ConfigError", "fusionai", 2),
         (("fly",), "ConfigError", "invalid choice", 2),
     ):
-        result = run(*arguments, "--json")
+        result = completed(*arguments, "--json")
         assert result.returncode == status, (arguments, result)
         found = last_object(result)
         assert found["error"] == error, found
@@ -194,7 +184,7 @@ def test_what_is_refused(place: Place, tmp_path: Path) -> None:
         assert result.stderr.splitlines()[-1].startswith("error: ")
         assert "Traceback" not in result.stderr
     broker.close()
-    result = run("status", "--broker", token.encode(), "--json")
+    result = completed("status", "--broker", token.encode(), "--json")
     assert (result.returncode, last_object(result)["error"]) == (5, "PeerLost")
 
 
@@ -256,10 +246,10 @@ def test_lab_mode_is_told(place: Place, tmp_path: Path) -> None:
     assert speeds[0] == pytest.approx(speeds[1] / 3)
 
     def links() -> dict[tuple[str, str], Any]:
-        shown = last_object(run("status", "--broker", token, "--json"))["links"]
+        shown = last_object(completed("status", "--broker", token, "--json"))["links"]
         return {(each["source"], each["target"]): each["profile"] for each in shown}
 
     until(lambda: len(links()) == 6, "probes of all links")
-    found = last_object(run("status", "--broker", token, "--json"))
+    found = last_object(completed("status", "--broker", token, "--json"))
     assert {each["name"]: each["lab"] for each in found["compnodes"]} == {"slow": True, "plain": False}
     assert links()["slow", "broker"]["rtt_s"] >= 0.0395, "this way takes 20 ms, and so does the way back"

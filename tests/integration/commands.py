@@ -19,13 +19,10 @@ import psutil
 from fusionai.network.identity import Identity
 from fusionai.pool.member import MemberConfig, PoolMember
 from fusionai.pool.messages import JobStatus, MemberStatus, Status, StatusQuery
-from quick_pool import start
+from quick_pool import PATIENCE_S, start
 
 ENDLESS = 1_000_000
 """Steps of a job that a test ends."""
-
-PATIENCE_S = 120.0
-"""For anything that a test waits for: a busy machine may take long, and only a test that fails waits to the end."""
 
 Command = subprocess.Popen[str]
 
