@@ -1,4 +1,7 @@
-"""Local pools that start quickly: their processes are forked, and this machine is measured once for all of them."""
+"""Local pools that start quickly: their processes are forked, and this machine is measured once for all of them.
+
+Run as a program, this file measures the machine: `python quick_pool.py FOLDER`.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from fork_server import AVAILABLE, ForkedProcess
-from fusionai.owner.local_pool import LocalPool
-
-_MEASURED = ("calibration.json", "disk.json")
-_MEASURE = """
-import sys
-from pathlib import Path
 from fusionai.compnode.disk import measure_disk
-from fusionai.execution.planes import plane
+from fusionai.owner.local_pool import LocalPool
 from fusionai.pool.device_measurement import measure
 
-measure(plane("torch"), threads=1, cache_folder=Path(sys.argv[1]))
-measure_disk(Path(sys.argv[1]))
-"""
+PATIENCE_S = 250.0
+"""For anything that a test waits for: a busy machine may take long, and only a test that fails waits to the end."""
+
+_MEASURED = ("calibration.json", "disk.json")
 
 
 def start(
@@ -42,6 +40,15 @@ def start(
         return ForkedProcess(arguments, script=script, **streams)  # type: ignore[return-value]
     program = [str(script)] if script else ["-m", "fusionai"]
     return subprocess.Popen([sys.executable, *program, *arguments], **streams)
+
+
+def completed(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `fusionai` with these arguments to its end."""
+    pipe = subprocess.PIPE
+    words = [str(each) for each in arguments]
+    process = start(words, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+    stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
 
 
 class QuickPool(LocalPool):
@@ -66,12 +73,19 @@ def keep_measurements(state_folder: Path) -> None:
 def _measurements() -> tempfile.TemporaryDirectory[str]:
     """Measure this machine, once for each process that runs tests, and return the folder of the results."""
     folder = tempfile.TemporaryDirectory(prefix="fusionai-measured-")
-    script = Path(folder.name) / "measure.py"
-    script.write_text(_MEASURE, encoding="utf-8")
-    if AVAILABLE:
-        measuring = ForkedProcess(
-            [folder.name], script=script, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        said, _ = measuring.communicate(timeout=100)
-        assert measuring.returncode == 0, said.decode()
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    measuring = start([folder.name], script=Path(__file__), **streams)
+    said, _ = measuring.communicate(timeout=PATIENCE_S)
+    assert measuring.returncode == 0, said.decode()
     return folder
+
+
+def _measure(folder: Path) -> None:
+    from fusionai.execution.planes import plane
+
+    measure(plane("torch"), threads=1, cache_folder=folder, seconds=0.3)
+    measure_disk(folder)
+
+
+if __name__ == "__main__":
+    _measure(Path(sys.argv[1]))

@@ -6,7 +6,6 @@ import json
 import logging
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,15 +21,11 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     script = (
         "import sys\nfrom fusionai.cli.main import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
-        "assert not {'torch', 'transformers', 'numpy', 'rich', 'cryptography'} & sys.modules.keys()"
+        "assert not {'torch', 'transformers', 'numpy', 'rich', 'cryptography'} & sys.modules.keys()\n"
+        "assert len(sys.modules) < 250, len(sys.modules)"  # 155, which load in 0.1 s on an idle machine
     )
-    best_s = 9.0
-    for _ in range(3):
-        start_s = time.perf_counter()
-        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=30)
-        best_s = min(best_s, time.perf_counter() - start_s)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=100)
     assert all(name in result.stdout for name in COMMANDS)
-    assert best_s < 0.6, "0.1 s on an idle machine"
 
 
 @pytest.mark.parametrize(

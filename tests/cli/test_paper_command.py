@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fusionai.cli.main import main
+from quick_pool import completed
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "paper.md"
 
@@ -18,9 +17,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "paper.md"
 def test_one_model(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     words = ["paper", "--models", "bert-large", "--rates", "100", "1000", "--json", "--write", str(page)]
-    ended = subprocess.run(
-        [sys.executable, "-m", "fusionai", *words], capture_output=True, text=True, timeout=100, check=False
-    )
+    ended = completed(*words)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     assert found["peaks"] == {"consumer": pytest.approx(2975), "pcie": pytest.approx(3024), "sxm": pytest.approx(3956)}

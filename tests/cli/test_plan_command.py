@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,7 @@ from fusionai.scheduling.planner import plan_training
 from fusionai.simulation.forecast.request import with_owner
 from fusionai.simulation.hardware.pool_file import read_pool
 from fusionai.training.config import read_job
-
-COMMAND = [sys.executable, "-m", "fusionai", "plan"]
+from quick_pool import completed
 
 LLAMA_70B = {
     **LLAMA,
@@ -30,11 +27,6 @@ LLAMA_70B = {
     "num_key_value_heads": 8,
     "vocab_size": 32000,
 }
-
-
-def in_process(*arguments: str | Path, within_s: float = 60.0) -> subprocess.CompletedProcess[str]:
-    words = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=within_s, check=False)
 
 
 @pytest.fixture
@@ -54,7 +46,7 @@ def planned(capsys: pytest.CaptureFixture[str]) -> Any:
 def test_three_machines(tmp_path: Path) -> None:
     job = job_file(tmp_path, placement={"privacy": "open", "compnodes": 3}, training={"microbatches": 8})
     pool = pool_file(tmp_path, machine(name="home", count=2), machine(name="lab", gpu="RTX 4090"), owner=None)
-    ended = in_process(job, "--pool", pool, "--json")
+    ended = completed("plan", job, "--pool", pool, "--json")
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
 
@@ -145,13 +137,11 @@ def seventy_billion(folder: Path) -> tuple[Path, Path]:
     return job, pool_file(folder, machine(name="a", gpu="A100 SXM 80GB", count=50), owner=owner)
 
 
-def test_seventy_billion_parameters_on_fifty_machines(tmp_path: Path) -> None:
+def test_seventy_billion_parameters_on_fifty_machines(tmp_path: Path, planned: Any) -> None:
     job, pool = seventy_billion(tmp_path)
-    started_s = time.monotonic()
-    ended = in_process(job, "--pool", pool, "--json", "--no-what-if")
-    assert ended.returncode == 0, ended.stderr
-    assert time.monotonic() - started_s < 45, "17 s on two idle cores"
-    found = json.loads(ended.stdout)
+    started_s = time.process_time()
+    found, _ = planned(job, "--pool", pool, "--no-what-if")
+    assert time.process_time() - started_s < 60, "seconds of computing, about 10 on an idle machine"
     assert found["alone"] == []
     assert found["what_if"] == {}
     assert len(found["stages"]) > 20
@@ -163,7 +153,7 @@ def test_seventy_billion_parameters_on_fifty_machines(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_seventy_billion_parameters_with_every_what_if(tmp_path: Path) -> None:
     job, pool = seventy_billion(tmp_path)
-    ended = in_process(job, "--pool", pool, "--json", within_s=100)
+    ended = completed("plan", job, "--pool", pool, "--json")
     assert ended.returncode == 0, ended.stderr
     assert all(each["speedup"] is None for each in json.loads(ended.stdout)["alone"])
 
@@ -258,7 +248,7 @@ def test_files_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
     status, line = refused(capsys, tmp_path / "none.toml", "--pool", pool)
     assert status == 2
     assert "the job file" in line
-    ended = in_process(job, "--pool", tmp_path / "none.toml", "--json")
+    ended = completed("plan", job, "--pool", tmp_path / "none.toml", "--json")
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: the pool file")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from what_if_files import OWNER, job_file, machine, pool_file
 from fusionai.cli.main import main
 from fusionai.simulation.forecast.trial import Trial
 from fusionai.simulation.hardware.catalogue import lookup
+from quick_pool import completed
 
 MACHINE_FIELDS = {
     "peer",
@@ -61,13 +60,7 @@ def test_a_process(tmp_path: Path) -> None:
     drawn = util.find_spec("matplotlib") is not None
     if drawn:
         words += ["--timeline", timeline, "--bandwidth-picture", picture]
-    ended = subprocess.run(
-        [sys.executable, "-m", "fusionai", "simulate", *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ended = completed("simulate", *words)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     assert json.loads((tmp_path / "found.json").read_text(encoding="utf-8")) == found

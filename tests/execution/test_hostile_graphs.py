@@ -44,10 +44,10 @@ LIES: list[tuple[str, tuple[Argument, ...]]] = [
 
 @pytest.mark.parametrize(("op", "args"), LIES)
 def test_a_result_larger_than_declared_is_never_made(any_plane: Plane, op: str, args: tuple[Argument, ...]) -> None:
-    start_s = time.monotonic()
+    start_s = time.process_time()
     with pytest.raises(GraphError, match="but the OP-DAG says float32"):
         run(any_plane, op, args, SMALL)
-    assert time.monotonic() - start_s < 5
+    assert time.process_time() - start_s < 5
 
 
 def test_arguments_that_torch_refuses_are_an_error_of_the_graph(any_plane: Plane) -> None:

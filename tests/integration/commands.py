@@ -19,7 +19,7 @@ import psutil
 from fusionai.network.identity import Identity
 from fusionai.pool.member import MemberConfig, PoolMember
 from fusionai.pool.messages import JobStatus, MemberStatus, Status, StatusQuery
-from quick_pool import start
+from quick_pool import PATIENCE_S, start
 
 ENDLESS = 1_000_000
 """Steps of a job that a test ends."""
@@ -75,7 +75,7 @@ def started(*arguments: str | Path, prefix: Sequence[str] = ()) -> Iterator[Comm
     finally:
         if process.poll() is None:
             process.kill()
-            process.communicate(timeout=10)
+            process.communicate(timeout=PATIENCE_S)
         for pipe in (process.stdout, process.stderr):
             if pipe is not None:
                 pipe.close()
@@ -84,11 +84,9 @@ def started(*arguments: str | Path, prefix: Sequence[str] = ()) -> Iterator[Comm
 class Ended:
     """How a command ended."""
 
-    def __init__(self, process: Command, *, within_s: float = 60.0) -> None:
+    def __init__(self, process: Command) -> None:
         """Wait for it. Fails when it takes longer."""
-        start_s = time.monotonic()
-        self.stdout, self.stderr = process.communicate(timeout=within_s)
-        self.seconds = time.monotonic() - start_s
+        self.stdout, self.stderr = process.communicate(timeout=PATIENCE_S)
         self.status = process.returncode
 
     @property
@@ -116,30 +114,29 @@ class Ended:
         return errors[0]
 
 
-def run(*arguments: str | Path, within_s: float = 60.0, prefix: Sequence[str] = ()) -> Ended:
+def run(*arguments: str | Path, prefix: Sequence[str] = ()) -> Ended:
     """Run a command to its end."""
     with started(*arguments, prefix=prefix) as process:
-        return Ended(process, within_s=within_s)
+        return Ended(process)
 
 
-def ready(process: Command, *, within_s: float = 60.0) -> dict[str, Any]:
+def ready(process: Command) -> dict[str, Any]:
     """Return what a serving command says once it serves."""
-    watch = threading.Timer(within_s, process.kill)
+    watch = threading.Timer(PATIENCE_S, process.kill)
     watch.start()
     assert process.stdout is not None
     line = process.stdout.readline()
     watch.cancel()
-    assert line, process.communicate(timeout=10)
+    assert line, process.communicate(timeout=PATIENCE_S)
     return dict(json.loads(line))
 
 
-def until(condition: Callable[[], bool], *, within_s: float = 20.0, what: str = "it") -> float:
-    """Wait until `condition()` holds, and return the seconds that took."""
+def until(condition: Callable[[], bool], *, what: str = "it") -> None:
+    """Wait until `condition()` holds."""
     start_s = time.monotonic()
     while not condition():
-        assert time.monotonic() - start_s < within_s, f"{what} did not come about within {within_s:g} s"
+        assert time.monotonic() - start_s < PATIENCE_S, f"{what} did not come about within {PATIENCE_S:g} s"
         time.sleep(0.05)
-    return time.monotonic() - start_s
 
 
 def steps_done(run_folder: Path) -> int:
@@ -148,14 +145,14 @@ def steps_done(run_folder: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-def until_training(run_folder: Path, process: Command, *, steps: int = 3, within_s: float = 60.0) -> None:
+def until_training(run_folder: Path, process: Command, *, steps: int = 3) -> None:
     """Wait until a run has done some steps; fails at once when its process ends before."""
 
     def far_enough() -> bool:
-        assert process.poll() is None, process.communicate(timeout=10)
+        assert process.poll() is None, process.communicate(timeout=PATIENCE_S)
         return steps_done(run_folder) >= steps
 
-    until(far_enough, within_s=within_s, what=f"step {steps}")
+    until(far_enough, what=f"step {steps}")
 
 
 def pool_status(token: str) -> Status:
@@ -165,7 +162,7 @@ def pool_status(token: str) -> Status:
         member = PoolMember(Identity.ephemeral(), token, "observer", MemberConfig(name="observer"))
         await member.start()
         try:
-            return await member.request(StatusQuery(), Status, timeout_s=10.0)
+            return await member.request(StatusQuery(), Status, timeout_s=PATIENCE_S)
         finally:
             await member.close()
 
@@ -198,15 +195,13 @@ def family(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
-def all_end(processes: Iterable[psutil.Process], *, within_s: float) -> float:
-    """Require that processes end by themselves, and return the seconds that took. What stays is killed."""
-    start_s = time.monotonic()
-    _, alive = psutil.wait_procs(list(processes), timeout=within_s)
+def all_end(processes: Iterable[psutil.Process]) -> None:
+    """Require that processes end by themselves. What stays is killed."""
+    _, alive = psutil.wait_procs(list(processes), timeout=PATIENCE_S)
     left = [f"{each.pid} {' '.join(each.cmdline())[:120]}" for each in alive if each.is_running()]
     for each in alive:
         each.kill()
-    assert not left, f"orphans after {within_s:g} s: {left}"
-    return time.monotonic() - start_s
+    assert not left, f"orphans after {PATIENCE_S:g} s: {left}"
 
 
 POSIX = os.name == "posix"

@@ -10,9 +10,17 @@ import pytest
 import torch
 
 from fusionai.owner.local_pool import LocalPool
+from quick_capture import remembered_captures
 from quick_pool import QuickPool
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def captures() -> Iterator[None]:
+    """Capture each model once."""
+    with remembered_captures():
+        yield
 
 
 @pytest.fixture(scope="session")

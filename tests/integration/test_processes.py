@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from commands import (
+    PATIENCE_S,
     POSIX,
     Command,
     Ended,
@@ -61,11 +62,11 @@ def test_a_killed_compnode_ends_its_job_and_nothing_else(small_pool: LocalPool, 
             until_training(tmp_path / "run", owner)
             assert states(token) == dict.fromkeys([*STEADY, "doomed"], "working")
             doomed.kill()
-            ended = Ended(owner, within_s=20)
+            ended = Ended(owner)
     line = ended.failed(6, "JobError", "compnode doomed (stage ", "is lost", "no checkpoint has been made yet")
     assert not any(name in line for name in STEADY)
 
-    until(lambda: all_free(token, *STEADY), within_s=10, what="an idle pool")
+    until(lambda: all_free(token, *STEADY), what="an idle pool")
     assert states(token)["doomed"] == "lost"
     job = last_job(token)
     assert (job.state, "doomed" in job.reason) == ("failed", True)
@@ -83,9 +84,9 @@ def test_a_killed_owner_leaves_its_compnodes_free(small_pool: LocalPool, tmp_pat
         until_training(tmp_path / "run", owner)
         assert {states(token)[name] for name in STEADY} == {"working"}
         owner.kill()
-        owner.wait(10)
-        until(lambda: all_free(token, *STEADY), within_s=15, what="an idle pool")
-        until(lambda: last_job(token).state == "failed", within_s=15, what="the end of the job")
+        owner.wait(PATIENCE_S)
+        until(lambda: all_free(token, *STEADY), what="an idle pool")
+        until(lambda: last_job(token).state == "failed", what="the end of the job")
     assert "owner owner is lost" in last_job(token).reason
 
 
@@ -94,11 +95,11 @@ def test_an_interrupted_owner_ends_its_job(small_pool: LocalPool, tmp_path: Path
     with started(*train(small_pool, tmp_path)) as owner:
         until_training(tmp_path / "run", owner)
         owner.send_signal(signal.SIGINT)
-        ended = Ended(owner, within_s=15)
+        ended = Ended(owner)
     ended.failed(130, "KeyboardInterrupt", "interrupted")
     job = last_job(token)
     assert (job.state, job.reason) == ("cancelled", "the owner cancelled it")
-    until(lambda: all_free(token, *STEADY), within_s=5, what="an idle pool")
+    until(lambda: all_free(token, *STEADY), what="an idle pool")
 
 
 def start_demo(folder: Path) -> list[str | Path]:
@@ -109,7 +110,7 @@ def start_demo(folder: Path) -> list[str | Path]:
 
 def children_of_demo(demo: Command) -> list[psutil.Process]:
     """Return the broker and the compnode of a demo, as soon as both are there."""
-    until(lambda: len(family(demo.pid)) == 2, within_s=60, what="the demo's broker and compnode")
+    until(lambda: len(family(demo.pid)) == 2, what="the demo's broker and compnode")
     return family(demo.pid)
 
 
@@ -117,10 +118,10 @@ def children_of_demo(demo: Command) -> list[psutil.Process]:
 def test_a_demo_that_is_stopped_leaves_nobody(tmp_path: Path, number: signal.Signals) -> None:
     with started(*start_demo(tmp_path)) as demo:
         children = children_of_demo(demo)
-        until_training(tmp_path / "run", demo, steps=1, within_s=90)
+        until_training(tmp_path / "run", demo, steps=1)
         demo.send_signal(number)
-        ended = Ended(demo, within_s=15)
-    all_end(children, within_s=15)
+        ended = Ended(demo)
+    all_end(children)
     if number == signal.SIGKILL:
         assert ended.status == -signal.SIGKILL
     else:
@@ -132,8 +133,8 @@ def test_a_demo_that_is_interrupted_while_it_starts(tmp_path: Path) -> None:
         children = children_of_demo(demo)
         assert steps_done(tmp_path / "run") == 0
         demo.send_signal(signal.SIGINT)
-        Ended(demo, within_s=15).failed(130, "KeyboardInterrupt", "interrupted")
-    all_end(children, within_s=15)
+        Ended(demo).failed(130, "KeyboardInterrupt", "interrupted")
+    all_end(children)
 
 
 def test_a_local_pool_ends_with_its_killed_parent(tmp_path: Path) -> None:
@@ -149,8 +150,8 @@ def test_a_local_pool_ends_with_its_killed_parent(tmp_path: Path) -> None:
         children = family(parent.pid)
         assert len(children) == 2
         parent.kill()
-        parent.wait(10)
-        all_end(children, within_s=15)
+        parent.wait(PATIENCE_S)
+        all_end(children)
 
 
 def test_an_exception_inside_a_local_pool_leaves_nobody(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from commands import POSIX, run, started, tiny_job, until_training
+from commands import PATIENCE_S, POSIX, run, started, tiny_job, until_training
 from models import ConvolutionalNet, image_batch, language_model, token_batch
 from torch import nn
 
@@ -105,7 +105,7 @@ def test_a_run_whose_owner_was_killed_goes_on_from_its_last_checkpoint(
     with started("train", job, "--broker", pool.token, "--run", ours, "--json") as owner:
         until_training(ours, owner, steps=2 * EVERY + 5)
         owner.kill()
-        owner.wait(10)
+        owner.wait(PATIENCE_S)
     before = losses(ours)
     kept = latest(ours)
     assert kept is not None

@@ -389,7 +389,7 @@ def test_a_70b_graph_over_eight_machines_takes_seconds() -> None:
     members = [member(f"gpu{k}", gflops=1e4 * (1 + k % 4), memory_bytes=400 * GB, device="cuda:0") for k in range(8)]
     begin_s = time.process_time()  # on a busy machine the clock on the wall says little
     made = plan(graph, pool(*members, rtt_s=0.02, bytes_per_s=1e8))
-    assert time.process_time() - begin_s < 10
+    assert time.process_time() - begin_s < 30
     assert len(made.stages) >= 2
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -51,11 +50,9 @@ def test_training_on_a_large_corpus_reads_only_what_it_needs() -> None:
             taken += 1
             yield f"sentence number {taken} of an endless text.\n" * 2000
 
-    start_s = time.perf_counter()
     tokenizer = train_tokenizer(endless(), 500)  # type: ignore[arg-type]
     assert len(tokenizer) <= 500
     assert taken < 100
-    assert time.perf_counter() - start_s < 20
 
 
 def test_trained_tokenizer_is_kept_in_a_folder(tmp_path: Path) -> None:
