@@ -10,7 +10,7 @@ from fusionai.execution.program import RoundProgram
 from fusionai.graph.model import WeightKey
 from fusionai.network.identity import PeerId
 from fusionai.tensor import TensorData
-from fusionai.training.compute import ComputeThread
+from fusionai.training.compute import Compute
 from fusionai.training.messages import Assignment, TiedGradient
 from fusionai.training.wire import JobWire
 
@@ -22,7 +22,7 @@ class GradientExchange:
         self,
         assignment: Assignment,
         wire: JobWire,
-        compute: ComputeThread,
+        compute: Compute,
         program: RoundProgram,
         count_sent: Callable[[str, int], None],
     ) -> None:

@@ -16,7 +16,7 @@ from fusionai.execution.program import RoundProgram
 from fusionai.graph.model import Weight, WeightKey
 from fusionai.network.identity import PeerId
 from fusionai.tensor import TensorData
-from fusionai.training.compute import ComputeThread
+from fusionai.training.compute import Compute
 from fusionai.training.messages import (
     Assignment,
     FinishLoading,
@@ -39,7 +39,7 @@ class WeightTraffic:
         self,
         assignment: Assignment,
         wire: JobWire,
-        compute: ComputeThread,
+        compute: Compute,
         program: RoundProgram,
         count_sent: Callable[[str, int], None],
     ) -> None:
