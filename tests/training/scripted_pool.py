@@ -204,8 +204,10 @@ class ScriptedPool:
         self._limits = limits or Limits()
         self.machines: dict[str, ScriptedMachine] = {}
         self._drivers: list[Driver] = []
+        self._callers: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> ScriptedPool:
+        self._callers = asyncio.all_tasks()
         for name in self._names:
             machine = self.machines[name] = ScriptedMachine(self, name, self._limits)
             machine.address = await machine.endpoint.listen()
@@ -218,11 +220,18 @@ class ScriptedPool:
     async def __aexit__(self, *details: object) -> None:
         self.network.on_send = self.network.on_arrival = None
         for driver in self._drivers:
-            await asyncio.wait({asyncio.ensure_future(driver.close("the test is over"))}, timeout=5)
+            closing = asyncio.ensure_future(driver.close("the test is over"))
+            await asyncio.wait({closing}, timeout=5)
+            closing.cancel()  # on a dead machine it waits for ever
+        if self.owner.alive:
+            await self.until(lambda: not self.holding(), within_s=5)
         for machine in self.machines.values():
             for host in machine.hosts.values():
                 await host.close("the test is over")
             await machine.endpoint.close()
+        await asyncio.sleep(0)
+        left = asyncio.all_tasks() - {asyncio.current_task()} - self._callers
+        assert not left, f"tasks are left: {left}"
         broken = {name: machine.plane.broken for name, machine in self.machines.items() if machine.plane.broken}
         assert not broken, f"programs were called against their contract: {broken}"
 

@@ -17,6 +17,7 @@ from fusionai.graph.cuts import cut
 from fusionai.graph.model import Input, Node, OpDag, Ref, SubDag, TensorType, ValueName, Weight, WeightKey
 from fusionai.graph.vocabulary import VOCABULARY_VERSION
 from fusionai.tensor import TensorData
+from fusionai.training.data.batches import Batch
 
 ROWS, WIDTH = 2, 3
 OWNER = "owner"
@@ -132,7 +133,7 @@ class Reference:
                 program.load(key, noise(key))
         self.steps = 0
 
-    def _passes(self, step: int, microbatches: Sequence[Mapping[str, TensorData]], weights: Sequence[float], *, train: bool) -> float:
+    def _passes(self, step: int, microbatches: Sequence[Batch], weights: Sequence[float], *, train: bool) -> float:
         stages, holders = self.pipeline.subdags, self.pipeline.holders
         sizes = {"s0": microbatches[0]["x"].shape[0]}
         loss = 0.0
@@ -154,7 +155,7 @@ class Reference:
                 gradients |= {(name, stage.index): tensor for name, tensor in found.items()}
         return loss
 
-    def train_step(self, microbatches: Sequence[Mapping[str, TensorData]], weights: Sequence[float], rate: float) -> float:
+    def train_step(self, microbatches: Sequence[Batch], weights: Sequence[float], rate: float) -> float:
         """Run a step; return its loss."""
         loss = self._passes(self.steps, microbatches, weights, train=True)
         for key, holders in self.pipeline.tied().items():
@@ -171,7 +172,7 @@ class Reference:
         self.steps += 1
         return loss
 
-    def evaluate(self, microbatches: Sequence[Mapping[str, TensorData]], weights: Sequence[float]) -> float:
+    def evaluate(self, microbatches: Sequence[Batch], weights: Sequence[float]) -> float:
         """Return a loss; changes nothing."""
         return self._passes(0, microbatches, weights, train=False)
 

@@ -179,6 +179,8 @@ class Compute(ABC):
             return
         try:
             result = yield ProgramCall("other", work)
+        except GeneratorExit:  # whoever makes the calls has gone: nobody will know
+            raise
         except BaseException as error:
             future.set_exception(error)
         else:

@@ -111,12 +111,13 @@ class ScriptedCompute(Compute):
             self._idle.set()
             self._drop()
         else:
-            self._loop.call_later(self._slowdown * self._duration_s(call), self._run, calls, call)
+            seconds = self._slowdown * self._duration_s(call)
+            self._loop.call_later(seconds, self._run, calls, call, seconds)
 
-    def _run(self, calls: ProgramCalls, call: ProgramCall) -> None:
+    def _run(self, calls: ProgramCalls, call: ProgramCall, seconds: float) -> None:
         if not self._alive():
             return
-        self.busy_s += self._slowdown * self._duration_s(call)
+        self.busy_s += seconds
         try:
             result: Any = call.run()
         except BaseException as error:
