@@ -17,7 +17,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import msgspec
@@ -47,6 +47,7 @@ LAN = LabConfig(default=EmulatedLink(rate_mbit=800, one_way_ms=1.0))
 PREFIX = "train."
 
 
+@cache
 def identity_of(name: str) -> Identity:
     """The same key for the same name in every run, so that whatever sorts by it does so alike."""
     return Identity(Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from fake_plane import FakePlane, FakeProgram, array, data
 
@@ -71,7 +72,7 @@ class Pipeline:
     in_flight: Mapping[int, int] = field(default_factory=dict)
     """By stage; 2 where nothing is said."""
 
-    @property
+    @cached_property
     def subdags(self) -> tuple[SubDag, ...]:
         return cut(self.graph, self.cuts)
 
