@@ -7,18 +7,26 @@ in which backwards came, so equal jobs give equal bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fusionai.errors import ConfigError, GraphError
-from fusionai.execution.plane import Calibration, MicrobatchKey, Plane, Program, ProgramOptions
+from fusionai.execution.plane import Calibration, Plane, ProgramOptions
+from fusionai.execution.program import MicrobatchKey, RoundProgram
+from fusionai.graph.abilities import PlaneAbilities
 from fusionai.graph.model import Ref, Sizes, SubDag, ValueName, Weight, WeightKey
 from fusionai.graph.sizes import concrete
 from fusionai.tensor import TensorData
 
-OPERATORS = {"aten.mul.Tensor", "aten.add.Tensor", "aten.mse_loss.default"}
+ABILITIES = PlaneAbilities(
+    plane="fake",
+    operators=("aten.add.Tensor", "aten.mse_loss.default", "aten.mul.Tensor"),
+    dtypes=("float32", "float64"),
+    training=True,
+    decoding=False,
+)
 MOMENTUM = "momentum_buffer"
 Array = Any
 
@@ -42,7 +50,7 @@ class FakePlane(Plane):
     def __init__(self) -> None:
         self.programs: list[FakeProgram] = []
         self.broken: list[str] = []
-        """Every breach of `Program`'s contract."""
+        """Every breach of `RoundProgram`'s contract."""
         self.on_call: Callable[[str], None] = lambda call: None
         """Called with each call, such as "forward 1 of 0/2" (stage 1, step 0, microbatch 2); may raise."""
 
@@ -55,8 +63,8 @@ class FakePlane(Plane):
     def device_memory_bytes(self, device: str) -> int:
         return 1 << 30
 
-    def unsupported(self, subdag: SubDag) -> Iterator[str]:
-        yield from sorted({node.op for node in subdag.nodes} - OPERATORS)
+    def abilities(self, device: str) -> PlaneAbilities:
+        return ABILITIES
 
     def calibrate(self, device: str, *, seconds: float = 2.0) -> Calibration:
         return Calibration({"matmul": 1e9}, 1e9, 1e-6)
@@ -67,8 +75,8 @@ class FakePlane(Plane):
     def load(self, subdags: Sequence[SubDag], options: ProgramOptions) -> FakeProgram:
         self.on_call("load program")
         for subdag in subdags:
-            for operator in self.unsupported(subdag):
-                raise GraphError(f"the fake plane has no {operator}")
+            if obstacle := ABILITIES.obstacle(subdag, "training"):
+                raise GraphError(obstacle)
         if options.optimizer.kind != "sgd":
             raise ConfigError("the fake plane has SGD only")
         program = FakeProgram(self, subdags, options)
@@ -76,7 +84,7 @@ class FakePlane(Plane):
         return program
 
 
-class FakeProgram(Program):
+class FakeProgram(RoundProgram):
     """Some stages of a graph of multiplications and additions."""
 
     def __init__(self, plane: FakePlane, subdags: Sequence[SubDag], options: ProgramOptions) -> None:

@@ -13,7 +13,8 @@ from functools import cached_property
 
 from fake_plane import FakePlane, FakeProgram, array, data
 
-from fusionai.execution.plane import MicrobatchKey, OptimizerConfig, ProgramOptions
+from fusionai.execution.plane import OptimizerConfig, ProgramOptions
+from fusionai.execution.program import MicrobatchKey
 from fusionai.graph.cuts import cut
 from fusionai.graph.model import Input, Node, OpDag, Ref, SubDag, TensorType, ValueName, Weight, WeightKey
 from fusionai.graph.vocabulary import VOCABULARY_VERSION
