@@ -7,6 +7,7 @@ what it does not know.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -18,6 +19,7 @@ PROTOCOL_MAJOR = 1
 PROTOCOL_MINOR = 0
 
 
+@cache
 def _package_version() -> str:
     from importlib.metadata import PackageNotFoundError, version
 

@@ -1,7 +1,8 @@
 """The compute thread: the only thread that calls a program, one call at a time.
 
 The event loop never computes and the compute thread never does I/O. Passes are taken straight from the round's
-ledger under one lock, so between two passes there is no trip through the event loop.
+ledger under one lock, so between two passes there is no trip through the event loop. `Compute` decides what is called
+next; `ComputeThread` calls it. Its twin for scripted clocks is in `scripted_compute`.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import asyncio
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 from fusionai.errors import PeerLost
 from fusionai.execution.program import MicrobatchKey, RoundProgram
 from fusionai.graph.model import Sizes, ValueName
+from fusionai.network.clock import now_s
 from fusionai.tensor import TensorData
 from fusionai.training.ledger import RoundLedger, Slot, Task
 from fusionai.training.slowdown import Slowdown
@@ -43,160 +46,179 @@ class Round:
     sizes: Sizes
     loss_weights: tuple[float, ...]
     ledger: RoundLedger
-    started_s: float = field(default_factory=time.perf_counter)
+    started_s: float = field(default_factory=now_s)
     busy_s: float = 0.0
     forward_s: dict[int, float] = field(default_factory=dict)
     backward_s: dict[int, float] = field(default_factory=dict)
 
 
-class ComputeThread:
+@dataclass(frozen=True, slots=True)
+class ProgramCall:
+    """One call to a program, made but not yet run."""
+
+    kind: Literal["forward", "backward", "finish_backward", "other"]
+    run: Callable[[], Any]
+    stage: int = -1
+    """Of a pass; -1 otherwise."""
+    step: int = -1
+    index: int = -1
+    """Microbatch of a pass; -1 otherwise."""
+
+
+ProgramCalls = Generator[ProgramCall, Any, None]
+"""Calls that belong together; each is sent the result of the one before."""
+
+OnPass = Callable[[Round, Task, dict[ValueName, TensorData]], None]
+
+
+class Compute(ABC):
     """Runs the passes of the current round, and other calls to the program between them.
 
-    `slowdown` stretches every call (lab mode): of the thread's own time `on_cpu`, else of the clock's.
     `on_pass(round, task, outputs)` and `on_complete(round)` are called on the event loop; `on_error(error)` too,
-    after which the thread runs nothing more.
+    after which nothing more is run.
     """
 
     def __init__(
         self,
         *,
-        name: str,
         slowdown: Slowdown,
-        on_cpu: bool,
-        on_pass: Callable[[Round, Task, dict[ValueName, TensorData]], None],
+        on_pass: OnPass,
         on_complete: Callable[[Round], None],
         on_error: Callable[[BaseException], None],
     ) -> None:
         self._slowdowns = slowdown
         self._slowdown = slowdown.factor
-        precise = time.get_clock_info("thread_time").resolution < _PRECISE_S
-        self._late_s = 0.0
-        self._own_clock = time.thread_time if on_cpu and precise else time.perf_counter
         self._on_pass = on_pass
         self._on_complete = on_complete
         self._on_error = on_error
         self._loop = asyncio.get_running_loop()
-        self._wake = threading.Condition()
-        self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._program: RoundProgram | None = None
         self._round: Round | None = None
         self._stopping = False
         self.busy_s = 0.0
         """Total compute seconds, the emulated slowdown included."""
-        self._thread = threading.Thread(target=self._run, name=f"compute-{name}", daemon=True)
-        self._thread.start()
 
     def use(self, program: RoundProgram) -> None:
         """Set the program whose passes are run."""
         self._program = program
 
     def submit(self, work: Callable[[], _Result]) -> Future[_Result]:
-        """Queue `work` to run in the compute thread before any further pass."""
+        """Queue `work` to run before any further pass. Raises PeerLost when this machine's part has ended."""
         future: Future[_Result] = Future()
-        with self._wake:
+        with self._changed:
             if self._stopping:
                 raise PeerLost("this machine's part of the job has ended")
-            self._calls.append((work, cast("Future[object]", future)))
-            self._wake.notify()
+            self._waiting.append((work, cast("Future[object]", future)))
+            self._wake()
         return future
 
     async def call(self, work: Callable[[], _Result]) -> _Result:
-        """Run `work` in the compute thread before any further pass and return its result."""
+        """Run `work` before any further pass and return its result."""
         return await asyncio.wrap_future(self.submit(work))
 
     def begin(self, work: Round) -> None:
         """Start a round; tensors come through `deliver`."""
-        with self._wake:
+        with self._changed:
             self._round = work
             if work.train:  # an evaluation has no step of its own
                 self._slowdown = self._slowdowns.at(work.step)
-            self._wake.notify()
+            self._wake()
 
     def deliver(self, slot: Slot, tensor: TensorData, *, limit_bytes: int | None = None) -> None:
         """Give a tensor to the current round's ledger; raises ProtocolError as `RoundLedger.deliver` does."""
-        with self._wake:
+        with self._changed:
             if self._round is None:
                 return  # every pass is done: a repetition
             if self._round.ledger.deliver(slot, tensor, limit_bytes=limit_bytes):
-                self._wake.notify()
+                self._wake()
 
+    @abstractmethod
     async def stop(self) -> None:
-        """End the thread after the pass in progress; queued calls are cancelled."""
-        with self._wake:
+        """End after the call in progress; queued calls are cancelled."""
+
+    # --- for whoever makes the calls --------------------------------------------------------------------------
+
+    @abstractmethod
+    def _wake(self) -> None:
+        """Look for work again; the lock is held."""
+
+    def _next(self) -> ProgramCalls | None:
+        """Return what is to be called next, None when there is nothing; the lock is held."""
+        if self._waiting:
+            return self._other(*self._waiting.popleft())
+        if self._round is not None and (task := self._take(self._round)) is not None:
+            return self._pass(self._round, task)
+        return None
+
+    def _take(self, current: Round) -> Task | None:
+        return current.ledger.take()
+
+    def _finish(self, current: Round, task: Task) -> bool:
+        """Count a pass as done; return whether the round is complete. The lock is held."""
+        current.ledger.finish(task)
+        return current.ledger.complete
+
+    def _fail(self, error: BaseException) -> None:
+        """Stop for this reason, which is told on the event loop."""
+        with self._changed:
             self._stopping = True
-            self._wake.notify()
-        await asyncio.to_thread(self._thread.join)
+        self._post(self._on_error, error)
 
-    # --- in the thread -------------------------------------------------------------------------------------
+    def _drop(self) -> None:
+        """Cancel what waits."""
+        with self._changed:
+            for _, future in self._waiting:
+                future.cancel()
+            self._waiting.clear()
+            self._round = None
 
-    def _run(self) -> None:
+    def _other(self, work: Callable[[], object], future: Future[object]) -> ProgramCalls:
+        if not future.set_running_or_notify_cancel():
+            return
         try:
-            while self._run_next():
-                pass
+            result = yield ProgramCall("other", work)
+        except GeneratorExit:  # whoever makes the calls has gone: nobody will know
+            raise
         except BaseException as error:
-            log.debug("compute thread failed", exc_info=True)
-            with self._wake:
-                self._stopping = True
-            self._post(self._on_error, error)
-        finally:
-            with self._wake:
-                for _, future in self._calls:
-                    future.cancel()
-                self._calls.clear()
-                self._round = None
+            future.set_exception(error)
+        else:
+            future.set_result(result)
 
-    def _run_next(self) -> bool:
-        """Run one call or one pass, waiting for it; False when the thread is to end."""
-        task: Task | None = None
-        with self._wake:
-            while True:
-                if self._stopping:
-                    return False
-                if self._calls:
-                    work, future = self._calls.popleft()
-                    break
-                if self._round is not None and (task := self._round.ledger.take()) is not None:
-                    break
-                self._wake.wait()
-            current = self._round
-        if task is None:
-            if not future.set_running_or_notify_cancel():
-                return True
-            try:
-                result = self._timed(work)
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-            return True
-        assert current is not None
-        self._run_pass(current, task)
-        return True
-
-    def _run_pass(self, current: Round, task: Task) -> None:
+    def _pass(self, current: Round, task: Task) -> ProgramCalls:
         assert self._program is not None
         program, turn = self._program, task.turn
         key = MicrobatchKey(current.step, turn.index)
         before, posted = self.busy_s, False
         if turn.direction == "forward":
-            outputs = self._timed(
-                lambda: program.forward(task.stage, key, current.sizes, task.values, train=current.train)
+            outputs = yield ProgramCall(
+                "forward",
+                lambda: program.forward(task.stage, key, current.sizes, task.values, train=current.train),
+                task.stage,
+                current.step,
+                turn.index,
             )
         else:
             weight = current.loss_weights[turn.index]
-            outputs = self._timed(lambda: program.backward(task.stage, key, task.gradients, weight))
+            outputs = yield ProgramCall(
+                "backward",
+                lambda: program.backward(task.stage, key, task.gradients, weight),
+                task.stage,
+                current.step,
+                turn.index,
+            )
             # The boundary gradients travel while the plane computes what it left for later.
             task.gradients.clear()
             self._post(self._on_pass, current, task, outputs)
             posted = True
-            self._timed(program.finish_backward)
+            yield ProgramCall("finish_backward", program.finish_backward, task.stage, current.step, turn.index)
         spent = self.busy_s - before
         current.busy_s += spent
         seconds = current.forward_s if turn.direction == "forward" else current.backward_s
         seconds[task.stage] = seconds.get(task.stage, 0.0) + spent
-        with self._wake:
-            current.ledger.finish(task)
-            complete = current.ledger.complete
+        with self._changed:
+            complete = self._finish(current, task)
             if complete:
                 self._round = None
         # The values were the pass's inputs: let go of them now, so that their memory is free before the next.
@@ -206,6 +228,96 @@ class ComputeThread:
             self._post(self._on_pass, current, task, outputs)
         if complete:
             self._post(self._on_complete, current)
+
+    def _post(self, callback: Callable[..., None], *args: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:  # the loop has closed: nobody is left to be told
+            log.debug("event loop closed before %s", callback)
+
+
+class ComputeFactory(Protocol):
+    """Makes what runs a program's calls; see `ComputeThread` for the arguments."""
+
+    def __call__(
+        self,
+        *,
+        name: str,
+        slowdown: Slowdown,
+        on_cpu: bool,
+        on_pass: OnPass,
+        on_complete: Callable[[Round], None],
+        on_error: Callable[[BaseException], None],
+    ) -> Compute: ...
+
+
+class ComputeThread(Compute):
+    """Makes the calls in a thread of its own.
+
+    `slowdown` stretches every call (lab mode): of the thread's own time `on_cpu`, else of the clock's.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        slowdown: Slowdown,
+        on_cpu: bool,
+        on_pass: OnPass,
+        on_complete: Callable[[Round], None],
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        super().__init__(slowdown=slowdown, on_pass=on_pass, on_complete=on_complete, on_error=on_error)
+        precise = time.get_clock_info("thread_time").resolution < _PRECISE_S
+        self._late_s = 0.0
+        self._own_clock = time.thread_time if on_cpu and precise else time.perf_counter
+        self._thread = threading.Thread(target=self._run, name=f"compute-{name}", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the thread after the call in progress; queued calls are cancelled."""
+        with self._changed:
+            self._stopping = True
+            self._wake()
+        await asyncio.to_thread(self._thread.join)
+
+    def _wake(self) -> None:
+        self._changed.notify()
+
+    # --- in the thread -------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while (calls := self._wait_for_next()) is not None:
+                self._run_all(calls)
+        except BaseException as error:
+            log.debug("compute thread failed", exc_info=True)
+            self._fail(error)
+        finally:
+            self._drop()
+
+    def _wait_for_next(self) -> ProgramCalls | None:
+        """Return what is to be called, once there is something; None when the thread is to end."""
+        with self._changed:
+            while not self._stopping:
+                if (calls := self._next()) is not None:
+                    return calls
+                self._changed.wait()
+        return None
+
+    def _run_all(self, calls: ProgramCalls) -> None:
+        try:
+            call = next(calls)
+            while True:
+                try:
+                    result = self._timed(call.run)
+                except BaseException as error:
+                    call = calls.throw(error)
+                else:
+                    call = calls.send(result)
+                    del result
+        except StopIteration:
+            pass
 
     def _timed(self, work: Callable[[], _Result]) -> _Result:
         start_s = time.perf_counter()
@@ -219,9 +331,3 @@ class ComputeThread:
             self._late_s = min(max(0.0, time.perf_counter() - until_s), _MOST_LATE_S)
         self.busy_s += time.perf_counter() - start_s
         return result
-
-    def _post(self, callback: Callable[..., None], *args: object) -> None:
-        try:
-            self._loop.call_soon_threadsafe(callback, *args)
-        except RuntimeError:  # the loop has closed: nobody is left to be told
-            log.debug("event loop closed before %s", callback)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ import msgspec
 from fusionai.errors import DataError, JobError, NetworkError, PeerLost, ProtocolError
 from fusionai.execution.plane import Clipping
 from fusionai.graph.model import OpDag, Sizes, WeightKey
+from fusionai.network.clock import now_s
 from fusionai.network.identity import PeerId
 from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
 from fusionai.tensor import TensorData
@@ -291,7 +291,7 @@ class Driver:
     async def _run_round(
         self, step: int, batch: Sequence[Batch], weights: Sequence[float], *, train: bool
     ) -> RoundResult:
-        start_s = time.perf_counter()
+        start_s = now_s()
         self._reports.clear()
         self._microbatches = len(batch)
         self._fed_bytes.clear()
@@ -304,7 +304,7 @@ class Driver:
         finally:
             feeding.cancel()
         self._round += 1
-        seconds = time.perf_counter() - start_s
+        seconds = now_s() - start_s
         self._longest_s = max(self._longest_s, seconds)
         losses = {index: loss for report in self._reports.values() for index, loss in report.losses.items()}
         if losses.keys() != set(range(len(batch))):
@@ -334,11 +334,11 @@ class Driver:
 
     async def _all_reported(self) -> None:
         limit_s = max(_LEAST_STALL_S, 20 * self._longest_s)
-        deadline_s = time.monotonic() + limit_s
+        deadline_s = now_s() + limit_s
         while len(self._reports) < len(self.machines):
             self._reported.clear()
             try:
-                await asyncio.wait_for(self._reported.wait(), deadline_s - time.monotonic())
+                await asyncio.wait_for(self._reported.wait(), deadline_s - now_s())
             except TimeoutError:
                 silent = [each.name for each in self.machines if each.peer not in self._reports]
                 raise JobError(

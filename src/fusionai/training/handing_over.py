@@ -7,11 +7,11 @@ leaves them as they were, and training goes on there.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fusionai.graph.model import WeightKey
+from fusionai.network.clock import now_s
 from fusionai.training.driver import Driver
 from fusionai.training.weight_routes import routes
 
@@ -33,7 +33,7 @@ async def hand_over(running: Driver, new: Driver, states: Sequence[str], *, opti
     the new plan, and the running one may be ended. On any error the running plan is as it was; whether it still lives,
     `running.failed` tells.
     """
-    start_s = time.perf_counter()
+    start_s = now_s()
     ways = routes({each.peer: each.keys for each in running.machines}, {each.peer: each.keys for each in new.machines})
     trainable = {
         weight.key
@@ -50,7 +50,7 @@ async def hand_over(running: Driver, new: Driver, states: Sequence[str], *, opti
         moved.cancel()
         await asyncio.wait({moved})
     await new.settle(_counts(ways.sources, trainable, len(states)), optimizer_step=optimizer_step)
-    return HandOverResult(moved.result(), time.perf_counter() - start_s)
+    return HandOverResult(moved.result(), now_s() - start_s)
 
 
 def _counts(sources: Mapping[str, Mapping[WeightKey, str]], trainable: set[WeightKey], states: int) -> dict[str, int]:

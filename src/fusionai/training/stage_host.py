@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
@@ -22,11 +21,12 @@ from fusionai.errors import FusionError, JobError, NetworkError, ProtocolError
 from fusionai.execution.plane import Plane
 from fusionai.execution.program import RoundProgram
 from fusionai.graph.model import Transfer, ValueName, WeightKey
+from fusionai.network.clock import now_s
 from fusionai.network.identity import PeerId
 from fusionai.tensor import TensorData
 from fusionai.training.admission import check_round, check_weights
 from fusionai.training.boundaries import Outgoing, check_source, check_type
-from fusionai.training.compute import ComputeThread, Round
+from fusionai.training.compute import Compute, ComputeFactory, ComputeThread, Round
 from fusionai.training.describe import stage_line
 from fusionai.training.ledger import RoundLedger, Slot, Task
 from fusionai.training.messages import (
@@ -80,6 +80,7 @@ class StageHost:
         on_end: Callable[[str], Awaitable[None]],
         slowdown: Slowdown,
         limit_bytes: int,
+        compute: ComputeFactory,
     ) -> None:
         self.share = share
         self.roster = roster
@@ -91,7 +92,7 @@ class StageHost:
         self._on_end = on_end
         self._limit_bytes = limit_bytes
         self._program: RoundProgram
-        self._compute = ComputeThread(
+        self._compute: Compute = compute(
             name=share.job,
             slowdown=slowdown,
             on_cpu=share.options.device == "cpu",
@@ -124,16 +125,18 @@ class StageHost:
         limit_bytes: int,
         slowdown: Slowdown = FULL_SPEED,
         on_end: Callable[[str], Awaitable[None]],
+        compute: ComputeFactory = ComputeThread,
     ) -> StageHost:
         """Make the program of a share and take part in its job by a roster.
 
         `limit_bytes` is what this machine offers: for the program, and as much again for tensors that wait.
         `slowdown` stretches every pass (lab mode). `on_end(reason)` is awaited once when the driver
-        ends the job, its machine is lost, or this part failed. Raises GraphError for operators that the plane
-        cannot run, JobError for weights that exceed the limit.
+        ends the job, its machine is lost, or this part failed. `compute` makes what calls the program.
+
+        Raises GraphError for operators that the plane cannot run, JobError for weights that exceed the limit.
         """
         check_weights(share, limit_bytes)
-        host = cls(share, roster, wire, on_end, slowdown, limit_bytes)
+        host = cls(share, roster, wire, on_end, slowdown, limit_bytes, compute)
         try:
             host._program = await host._compute.call(lambda: plane.load(share.subdags, share.options))
         except BaseException:
@@ -371,7 +374,7 @@ class StageHost:
             dict(self._losses),
             norms,
             current.busy_s,
-            time.perf_counter() - current.started_s,
+            now_s() - current.started_s,
             dict(self._round_bytes),
             self.memory_bytes,
             dict(current.forward_s),

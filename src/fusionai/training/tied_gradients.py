@@ -10,7 +10,7 @@ from fusionai.execution.program import RoundProgram
 from fusionai.graph.model import WeightKey
 from fusionai.network.identity import PeerId
 from fusionai.tensor import TensorData
-from fusionai.training.compute import ComputeThread
+from fusionai.training.compute import Compute
 from fusionai.training.messages import TiedGradient
 from fusionai.training.roster import Roster
 from fusionai.training.share import Share
@@ -24,7 +24,7 @@ class GradientExchange:
         self,
         share: Share,
         wire: JobWire,
-        compute: ComputeThread,
+        compute: Compute,
         program: RoundProgram,
         count_sent: Callable[[str, int], None],
     ) -> None:

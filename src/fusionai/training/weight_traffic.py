@@ -16,7 +16,7 @@ from fusionai.execution.program import RoundProgram
 from fusionai.graph.model import WeightKey
 from fusionai.network.identity import PeerId
 from fusionai.tensor import TensorData
-from fusionai.training.compute import ComputeThread
+from fusionai.training.compute import Compute
 from fusionai.training.messages import (
     FinishLoading,
     HandOverWeights,
@@ -40,7 +40,7 @@ class WeightTraffic:
         self,
         share: Share,
         wire: JobWire,
-        compute: ComputeThread,
+        compute: Compute,
         program: RoundProgram,
         count_sent: Callable[[str, int], None],
     ) -> None:
