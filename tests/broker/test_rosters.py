@@ -20,7 +20,7 @@ LATER = Epoch(5)
 
 
 def hosts(party: Party) -> list[StageHost]:
-    found = [party.members[name].host(first_plan(party.launched)) for name in "ab"]
+    found = [party.members[name].hosting.host(first_plan(party.launched)) for name in "ab"]
     assert None not in found
     return [each for each in found if each is not None]
 
