@@ -22,6 +22,7 @@ from fusionai.pool.identifiers import FIRST_EPOCH, JobEpoch
 from fusionai.pool.member import MemberConfig, PoolMember
 from fusionai.pool.messages import JobLaunched, Status, StatusQuery, SubmitJob
 from fusionai.scheduling.profile import DeviceProfile
+from fusionai.training.training_work import TrainingWork
 
 QUICK = BrokerTimes(heartbeat_s=0.1, grace_s=1.0, recovery_s=3.0, probe_s=0.05)
 LAYERS, WIDTH = 4, 8
@@ -107,7 +108,7 @@ def member_of(
             token,
             MemberConfig(name=name, **config),
             profile=profile(memory_bytes),
-            plane=with_plane,
+            work=[TrainingWork(with_plane)],
             disk=disk,
         )
     )

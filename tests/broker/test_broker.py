@@ -225,7 +225,7 @@ def test_a_member_comes_back_with_a_token_that_has_expired(tmp_path: Path) -> No
         identity = Identity.ephemeral()
         async with broker_at(tmp_path) as broker:
             token = JoinToken.decode(broker.token(lifetime_s=1.5))
-            member = CompnodeMember(identity, token, MemberConfig(name="a"), profile=profile(), plane=None)
+            member = CompnodeMember(identity, token, MemberConfig(name="a"), profile=profile(), work=[])
             await member.start()
             await asyncio.sleep(1.6)
             link = member.endpoint.link(token.broker)
@@ -234,7 +234,7 @@ def test_a_member_comes_back_with_a_token_that_has_expired(tmp_path: Path) -> No
             await until(lambda: broker.status().compnodes[0].state == "lost")
             await until(lambda: broker.status().compnodes[0].state == "idle")
             await member.close()
-            back = CompnodeMember(identity, token, MemberConfig(name="a"), profile=profile(), plane=None)
+            back = CompnodeMember(identity, token, MemberConfig(name="a"), profile=profile(), work=[])
             with pytest.raises(TokenError, match="expired"):
                 await back.start()  # it left, so it needs a new one
 

@@ -64,7 +64,7 @@ def test_a_job_from_launch_to_end(tmp_path: Path) -> None:
             assert not launched.lab
             assert await party.states() == WORKING
             assert all(held(each) == [first_plan(launched)] for each in (party.a, party.b))
-            assert party.owner.host(first_plan(launched)) is None, "nothing is pinned to the owner"
+            assert party.owner.hosting.host(first_plan(launched)) is None, "nothing is pinned to the owner"
             for peer in (party.a.identity.peer_id, party.b.identity.peer_id):
                 assert party.owner.endpoint.link(peer) is not None
             assert party.a.endpoint.link(party.b.identity.peer_id) is not None
@@ -105,7 +105,7 @@ def test_owners_share(tmp_path: Path) -> None:
             launched = await submit(party.owner, privacy="private", front=1, back=3)
             peers = [stage.peer for stage in launched.plan.stages]
             assert peers[0] == peers[-1] == party.owner.identity.peer_id
-            host = party.owner.host(first_plan(launched))
+            host = party.owner.hosting.host(first_plan(launched))
             assert host is not None
             assert host.description.startswith("stage 0")
 

@@ -22,7 +22,7 @@ PROFILE = DeviceProfile("test CPU", "cpu", "torch", "2.13", 1 << 30, 1, {"matmul
 
 
 def compnode(token: str | JoinToken, name: str = "a") -> CompnodeMember:
-    return CompnodeMember(Identity.ephemeral(), token, MemberConfig(name=name), profile=PROFILE, plane=None)
+    return CompnodeMember(Identity.ephemeral(), token, MemberConfig(name=name), profile=PROFILE, work=[])
 
 
 def test_a_listening_member_admits_only_whom_the_broker_names(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.cuts import cut, cut_points
 from fusionai.graph.model import ValueName, WeightKey
 from fusionai.network.identity import PeerId
+from fusionai.pool.contacts import Contact
 from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
 from fusionai.training.boundaries import check_source
 from fusionai.training.messages import Boundary
-from fusionai.training.roster import DRIVER, Contact, Roster
+from fusionai.training.roster import DRIVER, Roster
 from fusionai.training.share import Share
 
 OWNER, DRIVING, A, B, C = (PeerId(letter * 64) for letter in "0dabc")

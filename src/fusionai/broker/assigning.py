@@ -13,10 +13,11 @@ from fusionai.errors import PlacementError
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.model import SubDag, WeightKey
 from fusionai.network.identity import PeerId
+from fusionai.pool.contacts import Contact
 from fusionai.pool.identifiers import JobEpoch
 from fusionai.scheduling.plan import Plan
 from fusionai.training.assignment_parcels import Assignment
-from fusionai.training.roster import Contact, Roster
+from fusionai.training.roster import Roster
 from fusionai.training.share import Share
 
 _NOBODY: frozenset[PeerId] = frozenset()

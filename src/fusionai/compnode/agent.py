@@ -22,6 +22,7 @@ from fusionai.pool.member import MemberConfig
 from fusionai.pool.messages import HeldShare
 from fusionai.scheduling.profile import DeviceProfile, DiskProfile
 from fusionai.training.slowdown import Slowdown, Throttle
+from fusionai.training.training_work import TrainingWork
 
 log = logging.getLogger(__name__)
 
@@ -122,13 +123,19 @@ class Agent:
         disk = await asyncio.to_thread(measure_disk, config.state_folder, remeasure=config.remeasure)
         if stop.is_set():
             return
+        slowdown = Slowdown(config.slowdown, config.throttle)
         member = CompnodeMember(
             identity,
             self._token,
-            MemberConfig(name=config.name, listen=config.listen, advertise=config.advertise, lab=config.lab),
+            MemberConfig(
+                name=config.name,
+                listen=config.listen,
+                advertise=config.advertise,
+                lab=config.lab,
+                emulates_speed=slowdown.emulated,
+            ),
             profile=profile,
-            plane=plane,
-            slowdown=Slowdown(config.slowdown, config.throttle),
+            work=[TrainingWork(plane, slowdown)],
             disk=DiskReport(disk, config.state_folder),
         )
         await member.start()

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from fusionai.compnode.disk_report import DiskReport
 from fusionai.compnode.relief import ASK_TIMEOUT_S, Relief
-from fusionai.execution.plane import Plane
 from fusionai.network.identity import Identity
 from fusionai.network.limits import Limits
 from fusionai.network.token import JoinToken
+from fusionai.pool.hosting import Hosting
+from fusionai.pool.job_wire import JobWire
 from fusionai.pool.member import MemberConfig, PoolMember
 from fusionai.pool.messages import HeldShare, WishToLeave
 from fusionai.pool.parcels import MOST_BYTES as PARCEL_BYTES
 from fusionai.pool.probe_service import ProbeService
+from fusionai.pool.work import WorkKind
 from fusionai.scheduling.profile import DeviceProfile
-from fusionai.training.hosting import Hosting
-from fusionai.training.slowdown import FULL_SPEED, Slowdown
-from fusionai.training.wire import JobWire
 
 
 class CompnodeMember(PoolMember):
@@ -30,16 +31,14 @@ class CompnodeMember(PoolMember):
         config: MemberConfig,
         *,
         profile: DeviceProfile,
-        plane: Plane | None,
-        slowdown: Slowdown = FULL_SPEED,
+        work: Sequence[WorkKind[Any]],
         disk: DiskReport | None = None,
     ) -> None:
         """Prepare, as `PoolMember` does.
 
         Args:
             profile: measured device (`fusionai.pool.device_measurement.measure`).
-            plane: runs this machine's stages; a machine without one takes none.
-            slowdown: emulated speed: every pass is stretched by it.
+            work: kinds of work that this machine does.
             disk: tells of the disk; None when it is not offered.
         """
         if config.limits is None:
@@ -47,15 +46,12 @@ class CompnodeMember(PoolMember):
             most = max(PARCEL_BYTES, min(profile.memory_bytes, Limits().bulk_body_bytes))
             config = replace(config, limits=Limits(bulk_body_bytes=most))
         super().__init__(identity, token, "compnode", config)
-        self.wire = JobWire(self.endpoint)
+        self.wire = JobWire(self.endpoint, [each.messages for each in work])
         """Carries the messages of jobs."""
-        # A compnode gives itself to one job at a time.
-        self.hosting = Hosting(
-            self.wire, plane, profile, most_jobs=1, slowdown=slowdown, changed=self._on_hosting_changed
-        )
+        self.hosting = Hosting(self.wire, profile, work, changed=self._on_hosting_changed)
         self.probes = ProbeService(self.endpoint, needed=self.hosting.admits)
         self._relief = Relief(lambda: self.holds)
-        self.add(self.hosting, self.probes, self._relief, *([disk] if disk is not None else []))
+        self.add(self.wire, self.hosting, self.probes, self._relief, *([disk] if disk is not None else []))
 
     @property
     def holds(self) -> tuple[HeldShare, ...]:

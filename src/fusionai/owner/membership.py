@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import platformdirs
@@ -18,18 +18,15 @@ from fusionai.network.token import JoinToken
 from fusionai.owner.job_news import JobNews
 from fusionai.pool.codec import GRAPH
 from fusionai.pool.device_measurement import measure
+from fusionai.pool.hosting import Hosting
 from fusionai.pool.identifiers import JobEpoch, JobId
+from fusionai.pool.job_wire import JobWire
 from fusionai.pool.member import MemberConfig, PoolMember
 from fusionai.pool.messages import PoolChanged
 from fusionai.pool.probe_service import ProbeService
 from fusionai.scheduling.profile import DeviceProfile
-from fusionai.training.hosting import Hosting
 from fusionai.training.slowdown import FULL_SPEED, Slowdown
-from fusionai.training.stage_host import StageHost
-from fusionai.training.wire import JobWire
-
-MOST_JOBS = 8
-"""Jobs of one owner's machine that may have stages on it at once."""
+from fusionai.training.training_work import TrainingWork
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +75,16 @@ class OwnerMember(PoolMember):
             plane: runs this machine's stages.
             slowdown: emulated speed: every pass is stretched by it.
         """
-        super().__init__(identity, token, "owner", config)
+        super().__init__(identity, token, "owner", replace(config, emulates_speed=slowdown.emulated))
         self.plane = plane
         self.device = profile.device
         """The plane's device on which this machine's stages run."""
-        self.wire = JobWire(self.endpoint)
+        training = TrainingWork(plane, slowdown)
+        self.wire = JobWire(self.endpoint, [training.messages])
         """Carries the messages of jobs."""
-        self.hosting = Hosting(self.wire, plane, profile, most_jobs=MOST_JOBS, slowdown=slowdown, changed=self.beat_now)
+        self.hosting = Hosting(self.wire, profile, [training], changed=self.beat_now)
         self._news = JobNews()
-        self.add(self.hosting, ProbeService(self.endpoint, needed=self.hosting.admits), self._news)
+        self.add(self.wire, self.hosting, ProbeService(self.endpoint, needed=self.hosting.admits), self._news)
 
     async def send_graph(self, graph_hash: str, encoded: bytes) -> None:
         """Send the broker an encoded OP-DAG ahead of the `SubmitJob` that names its content hash."""
@@ -104,10 +102,6 @@ class OwnerMember(PoolMember):
         """Have `callback(reason)` called once when the broker gives up a plan that is prepared for an own job; at once
         if it did already."""
         self._news.on_lost(plan, callback)
-
-    def host(self, plan: JobEpoch) -> StageHost | None:
-        """Return this machine's own stages of a plan, if it has any."""
-        return self.hosting.host(plan)
 
     async def release(self, plan: JobEpoch, reason: str) -> None:
         """Drop this machine's own share of a plan."""

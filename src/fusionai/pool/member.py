@@ -44,6 +44,8 @@ class MemberConfig:
     """Addresses to tell others of, where they differ from `listen`."""
     lab: LabConfig | None = None
     """Emulated links."""
+    emulates_speed: bool = False
+    """Whether this machine is slowed down on purpose."""
     limits: Limits | None = None
     """Of the network; None: the usual ones."""
 
@@ -100,7 +102,7 @@ class PoolMember:
     @property
     def lab(self) -> bool:
         """Whether this machine emulates its speed or its links."""
-        return self._register().lab
+        return self._config.lab is not None or self._config.emulates_speed
 
     # --- life -------------------------------------------------------------------------------------------------
 
@@ -239,7 +241,7 @@ class PoolMember:
             role=self.role,
             device=None,
             addresses=self._addresses,
-            lab=self._config.lab is not None,
+            lab=self.lab,
         )
         for part in self._parts:
             message = part.register(message)

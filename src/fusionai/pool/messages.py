@@ -271,6 +271,8 @@ class AssignShare(msgspec.Struct, frozen=True, tag="broker.assign_share"):
 
     job: JobId
     epoch: Epoch
+    kind: str = "training"
+    """The kind of work, which says what the `Assignment` is and what the machines of the job say to each other."""
 
 
 class ReleaseShare(msgspec.Struct, frozen=True, tag="broker.release_share"):

@@ -7,6 +7,7 @@ import msgspec
 from fusionai.errors import ProtocolError
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.encoding import decode_subdag, encode_subdag
+from fusionai.pool.contacts import Contact
 from fusionai.pool.identifiers import JobEpoch
 from fusionai.training.roster import Roster
 from fusionai.training.share import Share
@@ -22,6 +23,21 @@ class Assignment(msgspec.Struct, frozen=True):
     def plan(self) -> JobEpoch:
         """The job and epoch that the share is made for."""
         return self.roster.plan
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the plan reckons with on this machine."""
+        return self.share.memory_bytes
+
+    @property
+    def driver(self) -> str:
+        """The peer that drives the job."""
+        return self.roster.driver
+
+    @property
+    def contacts(self) -> tuple[Contact, ...]:
+        """All machines to hold links with."""
+        return self.roster.contacts
 
 
 class _Packed(msgspec.Struct, frozen=True):

@@ -11,10 +11,10 @@ from fusionai.errors import JobError, PeerLost, ProtocolError
 from fusionai.graph.model import Sizes, SubDag
 from fusionai.graph.sizes import concrete
 from fusionai.network.identity import PeerId
+from fusionai.pool.job_wire import JobWire
 from fusionai.tensor import FLOATING, TensorData
 from fusionai.training.messages import Boundary
 from fusionai.training.roster import DRIVER, Roster
-from fusionai.training.wire import JobWire
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Outgoing:
     def __init__(self, wire: JobWire, limit_bytes: int, start: Callable[[Coroutine[Any, Any, None]], None]) -> None:
         """`start` runs a coroutine in the background, and ends the job's part here when it fails."""
         self._wire = wire
-        self._limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes
         self._start = start
         self._queues: dict[PeerId, asyncio.Queue[tuple[Boundary, TensorData]]] = {}
         self._waiting_bytes = 0
@@ -37,7 +37,7 @@ class Outgoing:
             self._start(self._send_all(peer, self._queues[peer]))
         self._queues[peer].put_nowait((header, tensor))
         self._waiting_bytes += tensor.nbytes
-        if self._waiting_bytes > self._limit_bytes:
+        if self._waiting_bytes > self.limit_bytes:
             # Training is bounded by what is in flight; an evaluation only by those who take its tensors.
             self._start(self._refuse(self._waiting_bytes))
 

@@ -22,6 +22,7 @@ from fusionai.graph.model import OpDag, Sizes, WeightKey
 from fusionai.network.clock import now_s
 from fusionai.network.identity import PeerId
 from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
+from fusionai.pool.job_wire import JobWire
 from fusionai.tensor import TensorData
 from fusionai.training.data.batches import Batch
 from fusionai.training.machine import Machine, sizes_of
@@ -44,7 +45,6 @@ from fusionai.training.messages import (
 )
 from fusionai.training.reports import flaw, printable, total
 from fusionai.training.roster import DRIVER
-from fusionai.training.wire import JobWire
 
 __all__ = ["Driver", "Machine", "RoundResult", "WeightSource", "sizes_of"]
 
@@ -126,7 +126,7 @@ class Driver:
 
     # --- Receiver ---------------------------------------------------------------------------------------------
 
-    def takes(self, message: Control | Bulk) -> bool:
+    def takes(self, message: object) -> bool:
         """What stages send to their driver."""
         return isinstance(message, (RoundReport, ShareFailed, PulledWeight))
 

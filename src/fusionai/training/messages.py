@@ -13,10 +13,13 @@ the next one only.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import msgspec
 
 from fusionai.graph.model import Sizes, ValueName, WeightKey
 from fusionai.pool.identifiers import Epoch, JobId
+from fusionai.pool.job_wire import MessageKinds
 from fusionai.tensor import DType
 
 # --- driver to stages -------------------------------------------------------------------------------------
@@ -201,3 +204,5 @@ Control = (
     | ShareFailed
 )
 Bulk = Boundary | TiedGradient | WeightTensor | PulledWeight
+
+TRAINING_MESSAGES = MessageKinds("train.", get_args(Control), get_args(Bulk))

@@ -9,20 +9,11 @@ import msgspec
 
 from fusionai.graph.model import WeightKey
 from fusionai.network.identity import PeerId
+from fusionai.pool.contacts import Contact
 from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
 
 DRIVER = -1
 """The source of graph inputs, where other tensors name the stage that they come from."""
-
-
-class Contact(msgspec.Struct, frozen=True):
-    """Another machine of the job, and how to reach it."""
-
-    peer: str
-    name: str
-    addresses: tuple[str, ...]
-    dial: bool
-    """True: this side dials; False: wait for the other side to dial."""
 
 
 class Roster(msgspec.Struct, frozen=True):

@@ -23,6 +23,8 @@ from fusionai.execution.program import RoundProgram
 from fusionai.graph.model import Transfer, ValueName, WeightKey
 from fusionai.network.clock import now_s
 from fusionai.network.identity import PeerId
+from fusionai.pool.contacts import Contact, link_all
+from fusionai.pool.job_wire import JobWire
 from fusionai.tensor import TensorData
 from fusionai.training.admission import check_round, check_weights
 from fusionai.training.boundaries import Outgoing, check_source, check_type
@@ -47,17 +49,13 @@ from fusionai.training.messages import (
     WeightsHandedOver,
     WeightTensor,
 )
-from fusionai.training.roster import Contact, Roster
+from fusionai.training.roster import Roster
 from fusionai.training.share import Share
 from fusionai.training.slowdown import FULL_SPEED, Slowdown
 from fusionai.training.tied_gradients import GradientExchange
 from fusionai.training.weight_traffic import WeightTraffic
-from fusionai.training.wire import JobWire
 
 log = logging.getLogger(__name__)
-
-LINK_TIMEOUT_S = 30.0
-"""How long a neighbour may take to be linked: dialling, and its own loading, on a busy machine."""
 
 NEIGHBOUR_GRACE_S = 5.0
 """How long the loss of a link to a neighbour is left to the driver, which knows better when a machine has died."""
@@ -153,6 +151,12 @@ class StageHost:
         """Compute seconds since the job began here."""
         return self._compute.busy_s
 
+    def limit_memory(self, limit_bytes: int) -> None:
+        """Take no more than this from now on; what no further round may exceed is checked anew."""
+        if limit_bytes != self._limit_bytes:
+            self._limit_bytes = self._outgoing.limit_bytes = limit_bytes
+            self._admitted.clear()
+
     async def close(self, reason: str) -> None:
         """Stop, free the memory, forget the job. May be called again."""
         if self._closed:
@@ -193,9 +197,9 @@ class StageHost:
 
     # --- Receiver -------------------------------------------------------------------------------------------
 
-    def takes(self, message: Control | Bulk) -> bool:
-        """Everything but what stages send to their driver."""
-        return not isinstance(message, (RoundReport, ShareFailed, PulledWeight))
+    def takes(self, message: object) -> bool:
+        """Everything of training but what stages send to their driver."""
+        return isinstance(message, Control | Bulk) and not isinstance(message, (RoundReport, ShareFailed, PulledWeight))
 
     async def on_control(self, peer: PeerId, message: Control) -> bytes:
         """Obey the driver."""
@@ -397,18 +401,7 @@ class StageHost:
 
     async def connect(self) -> None:
         """Link to every neighbour. Raises PeerTimeout or PeerLost naming the neighbour."""
-        endpoint = self._wire.endpoint
-        for neighbour in self.roster.neighbours:
-            peer = PeerId(neighbour.peer)
-            if endpoint.link(peer) is not None:
-                continue
-            try:
-                if neighbour.dial:
-                    await endpoint.connect(peer, neighbour.addresses, timeout_s=LINK_TIMEOUT_S)
-                else:
-                    await endpoint.wait_for_link(peer, LINK_TIMEOUT_S)
-            except NetworkError as error:
-                raise type(error)(f"no link to compnode {neighbour.name}: {error}") from error
+        await link_all(self._wire.endpoint, self.roster.neighbours, called="compnode ")
 
     # --- ending -------------------------------------------------------------------------------------------------
 

@@ -9,12 +9,12 @@ from fusionai.errors import ProtocolError
 from fusionai.execution.program import RoundProgram
 from fusionai.graph.model import WeightKey
 from fusionai.network.identity import PeerId
+from fusionai.pool.job_wire import JobWire
 from fusionai.tensor import TensorData
 from fusionai.training.compute import Compute
 from fusionai.training.messages import TiedGradient
 from fusionai.training.roster import Roster
 from fusionai.training.share import Share
-from fusionai.training.wire import JobWire
 
 
 class GradientExchange:

@@ -15,6 +15,7 @@ from fusionai.errors import GraphError, JobError, ProtocolError
 from fusionai.execution.program import RoundProgram
 from fusionai.graph.model import WeightKey
 from fusionai.network.identity import PeerId
+from fusionai.pool.job_wire import JobWire
 from fusionai.tensor import TensorData
 from fusionai.training.compute import Compute
 from fusionai.training.messages import (
@@ -27,7 +28,6 @@ from fusionai.training.messages import (
 )
 from fusionai.training.roster import Roster
 from fusionai.training.share import Share
-from fusionai.training.wire import JobWire
 
 LOAD_TIMEOUT_S = 100.0
 """How long the last weights may be on their way once the driver has sent them; less than the driver waits."""
