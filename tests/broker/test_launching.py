@@ -8,7 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broker_pool import broker_at, first_plan, graph, held, member_of, owner_of, plane, states, status, submit, until
+from broker_pool import (
+    QUICK,
+    broker_at,
+    first_plan,
+    graph,
+    held,
+    member_of,
+    owner_of,
+    plane,
+    states,
+    status,
+    submit,
+    until,
+)
 from msgspec.structs import replace
 
 from fusionai.broker.broker import Broker
@@ -25,8 +38,9 @@ from fusionai.training.messages import BeginRound, FinishLoading
 class Party:
     """A broker, an owner and two compnodes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **times: float) -> None:
         self._folder = folder
+        self._times = replace(QUICK, **times)
         self._stack = AsyncExitStack()
         self.broker: Broker
         self.owner: OwnerMember
@@ -35,7 +49,7 @@ class Party:
 
     async def __aenter__(self) -> Party:
         enter = self._stack.enter_async_context
-        self.broker = await enter(broker_at(self._folder))
+        self.broker = await enter(broker_at(self._folder, times=self._times))
         token, torch = self.broker.token(), plane()
         self.owner = await enter(owner_of(token, with_plane=torch))
         self.a = await enter(member_of(token, "a", with_plane=torch))
@@ -187,7 +201,7 @@ def test_a_dead_compnode_ends_the_job_by_name(tmp_path: Path) -> None:
             # Equal machines: which of them comes first is up to the links as measured just now.
             held = [stage.peer for stage in launched.plan.stages].index(party.a.identity.peer_id)
             await party.a.endpoint.close()
-            assert await until(lambda: lost) < 3
+            await until(lambda: lost)
             assert lost[0].startswith(f"compnode a (stage {held}: ")
             await until(lambda: not party.b.holds)
             assert await party.states() == {"a": "lost", "b": "idle"}
@@ -208,20 +222,28 @@ def test_a_blip_between_compnode_and_broker_does_not_end_the_job(tmp_path: Path)
                 return await party.states() == WORKING
 
             await until(back)
-            await asyncio.sleep(1.3)  # longer than the grace
+            await asyncio.sleep(2.3)  # longer than the grace
             assert (await party.job()).state == "running"
             assert held(party.a) == [first_plan(launched)]
 
     asyncio.run(main())
 
 
-def test_a_lost_owner_frees_its_compnodes(tmp_path: Path) -> None:
+def test_compnodes_see_their_owner_go_without_the_broker(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Party(tmp_path, grace_s=600.0) as party:
+            await submit(party.owner, cuts=(2,))
+            await party.owner.endpoint.close()
+            await until(lambda: not party.a.holds and not party.b.holds)
+
+    asyncio.run(main())
+
+
+def test_a_lost_owner_ends_its_job(tmp_path: Path) -> None:
     async def main() -> None:
         async with Party(tmp_path) as party:
             await submit(party.owner, cuts=(2,))
             await party.owner.endpoint.close()
-            took_s = await until(lambda: not party.a.holds and not party.b.holds)
-            assert took_s < 1, "they see the owner's link go, without the broker"
             await until(lambda: {each.state for each in party.broker.status().compnodes} == {"idle"})
             await until(lambda: party.broker.status().jobs[-1].state == "failed")
             assert "the owner owner is lost" in party.broker.status().jobs[-1].reason
@@ -244,7 +266,7 @@ def test_a_running_job_survives_the_brokers_restart(tmp_path: Path) -> None:
             await owner.wire.notify(a.identity.peer_id, begin)
             async with broker_at(tmp_path) as broker:
                 await until(lambda: {each.state for each in broker.status().compnodes} == {"working"})
-                await asyncio.sleep(3.2)  # longer than the recovery
+                await asyncio.sleep(5.2)  # longer than the recovery
                 assert broker.status().jobs[-1].state == "running"
                 assert held(a) == held(b) == [first_plan(launched)]
                 await until(lambda: owner.name and broker.status().jobs[-1].state == "running")

@@ -123,13 +123,13 @@ def test_a_newcomer_is_probed_a_bounded_number_of_times(tmp_path: Path, monkeypa
             async def settled() -> bool:
                 return not broker._prober._introducing and not broker._prober._wanted
 
-            await until(settled, within_s=30)
+            await until(settled)
             measured = among_members(broker)
             assert len(names) - 1 <= len(measured) <= 2 * len(names)
             # Becoming idle again asks for no more than that either.
             for record in broker._state.registry.idle():
                 broker._prober.consider(record.peer)
-            await until(settled, within_s=30)
+            await until(settled)
             assert len(among_members(broker)) <= 2 * len(names)
             shown = await eye.request(MeasureLinks(), Status, timeout_s=60)
             assert len(shown.links) == (len(names) + 1) * len(names), "measured or estimated, every pair is shown"
