@@ -42,7 +42,7 @@ class PlaneAbilities(msgspec.Struct, frozen=True, kw_only=True):
         """Return the operators of a sub-DAG that the plane does not have, sorted."""
         return tuple(sorted({node.op for node in subdag.nodes}.difference(self.operators)))
 
-    def obstacle(self, subdag: SubDag, work: SegmentCosts) -> str | None:
+    def obstacle(self, subdag: SubDag, work: Work) -> str | None:
         """Return why the plane cannot do this work on a sub-DAG, or None when it can."""
         if work == "training" and not self.training:
             return f"its plane {self.plane!r} does not train"
@@ -57,7 +57,7 @@ class PlaneAbilities(msgspec.Struct, frozen=True, kw_only=True):
         return None
 
 
-def check_can_run(machine: str, abilities: PlaneAbilities, subdags: Sequence[SubDag], work: SegmentCosts) -> None:
+def check_can_run(machine: str, abilities: PlaneAbilities, subdags: Sequence[SubDag], work: Work) -> None:
     """Refuse to give a machine stages that its plane cannot run.
 
     Args:
