@@ -47,9 +47,9 @@ from contenders.routers.step_estimate import step_estimate
 from fusionai.graph.capture import capture_transformers
 from fusionai.graph.model import OpDag
 from fusionai.scheduling.links import LinkModel
-from fusionai.scheduling.swarm.costing import make_work
-from fusionai.scheduling.swarm.planner import plan
-from fusionai.scheduling.swarm.task import SwarmTask
+from fusionai.scheduling.planner import plan
+from fusionai.scheduling.problem import TrainingProblem
+from fusionai.scheduling.search.segment_tables import costs_in_segments
 from fusionai.simulation.availability import Churn, Poisson, Scripted
 from fusionai.simulation.link_rates import LinkRates
 from planner_pools import MEGABIT, clustered_links, gpus
@@ -145,7 +145,7 @@ def one_pool(
 ) -> dict[str, Any]:
     """Return what every variant takes at every churn rate on one pool."""
     count, draw, model = pool_of(seed)
-    task = SwarmTask(
+    task = TrainingProblem(
         graph=graph,
         graph_hash="benchmark",
         sizes=sizes,
@@ -160,7 +160,7 @@ def one_pool(
         back=len(graph.nodes),
     )
     began_s = time.perf_counter()
-    work = make_work(task)
+    work = costs_in_segments(task)
     _, holders, job = best_stages(work)
     plan_s = time.perf_counter() - began_s
     links = links_of(job, model)

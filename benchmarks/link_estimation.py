@@ -26,14 +26,13 @@ import numpy as np
 from fusionai.broker.link_estimation import EstimatedLinks, LinkProbes, estimate_links
 from fusionai.broker.probe_choice import FIRST, first_partners, next_partner
 from fusionai.scheduling.links import LinkModel
+from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.planner import plan
+from fusionai.scheduling.problem import TrainingProblem
 from fusionai.scheduling.profile import UNMEASURED
-from fusionai.scheduling.swarm.chain import Chain
-from fusionai.scheduling.swarm.costing import make_work
-from fusionai.scheduling.swarm.outcome import outcome
-from fusionai.scheduling.swarm.planner import plan
-from fusionai.scheduling.swarm.running import run
-from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm_plan import SwarmPlan
+from fusionai.scheduling.search.chain import Chain
+from fusionai.scheduling.search.segment_tables import costs_in_segments
+from fusionai.scheduling.search.worked_chains import evaluated_chains, worked_chain
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "scheduling"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "broker"))
@@ -157,8 +156,8 @@ def plan_rows(count: int, machines: int = 64) -> list[dict[str, Any]]:
             for k in range(machines)
         )
 
-        def task(links: LinkModel, members: Any = members) -> SwarmTask:
-            return SwarmTask(
+        def task(links: LinkModel, members: Any = members) -> TrainingProblem:
+            return TrainingProblem(
                 graph=graph,
                 graph_hash="benchmark",
                 sizes=SIZES,
@@ -190,16 +189,16 @@ def plan_rows(count: int, machines: int = 64) -> list[dict[str, Any]]:
     return rows
 
 
-def used_pairs(made: SwarmPlan, members: Any) -> np.ndarray:
+def used_pairs(made: Plan, members: Any) -> np.ndarray:
     """Return the pairs of machines that follow each other in a plan."""
     place = {each.peer: index for index, each in enumerate(members)}
     chains = [[place[stage.peer] for stage in pipeline.stages] for pipeline in made.pipelines]
     return np.asarray([pair for chain in chains for pair in itertools.pairwise(chain)]).reshape(-1, 2)
 
 
-def worked_through(truth: SwarmTask, made: SwarmPlan) -> float:
+def worked_through(truth: TrainingProblem, made: Plan) -> float:
     """Return the seconds of a plan's step on the true links."""
-    work = make_work(truth)
+    work = costs_in_segments(truth)
     place = {each.peer: index for index, each in enumerate(truth.members)}
     index = {position: number for number, position in enumerate(work.positions)}
     runs = []
@@ -207,8 +206,8 @@ def worked_through(truth: SwarmTask, made: SwarmPlan) -> float:
         bounds = (*(index[stage.start] for stage in pipeline.stages), work.count)
         machines = tuple(place[stage.peer] for stage in pipeline.stages)
         most = pipeline.stages[0].in_flight
-        runs.append(run(work, Chain(machines, bounds, 0.0, 0.0, max(most, 1)), pipeline.microbatches))
-    return outcome(work, runs).step_s
+        runs.append(worked_chain(work, Chain(machines, bounds, 0.0, 0.0, max(most, 1)), pipeline.microbatches))
+    return evaluated_chains(work, runs).step_s
 
 
 def at_scale(machines: int = 10_000, probes: int = 8) -> dict[str, Any]:

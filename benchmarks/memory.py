@@ -66,7 +66,9 @@ def rows(width: int, batch_size: int, length: int) -> list[dict[str, Any]]:
         plan = json.loads((Path(result.run) / "plan.json").read_text())
     graph = capture_transformers(model(**changes)).graph
     found = []
-    for name, stage, subdag in zip(result.compnodes, plan["stages"], cut(graph, [middle_cut(graph)]), strict=True):
+    for name, stage, subdag in zip(
+        result.compnodes, plan["pipelines"][0]["stages"], cut(graph, [middle_cut(graph)]), strict=True
+    ):
         cost = stage_cost(subdag, {"s0": batch_size, "s1": length})
         living, used = cost.training_bytes(stage["in_flight"], 2), memory.peak[name] - memory.bare[name]
         said = stage["predicted"]["memory_bytes"]

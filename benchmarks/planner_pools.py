@@ -16,9 +16,9 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 from fusionai.graph.capture import capture_transformers
 from fusionai.graph.model import OpDag
 from fusionai.scheduling.links import LinkModel
+from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.problem import TrainingProblem
 from fusionai.scheduling.profile import LinkProfile, Member
-from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm_plan import SwarmPlan
 from fusionai.simulation.hardware.catalogue import lookup
 from fusionai.simulation.hardware.efficiency import profile_of
 from fusionai.simulation.link_rates import LinkRates
@@ -39,9 +39,9 @@ class Workload:
     sizes: dict[str, int]
     precision: Precision
 
-    def task(self, members: tuple[Member, ...], links: LinkModel, rounds: int) -> SwarmTask:
+    def task(self, members: tuple[Member, ...], links: LinkModel, rounds: int) -> TrainingProblem:
         """Return an open job with Adam, `rounds` microbatches a step."""
-        return SwarmTask(
+        return TrainingProblem(
             graph=self.graph,
             graph_hash="benchmark",
             sizes=self.sizes,
@@ -141,7 +141,7 @@ def equal_links(count: int, megabits: float) -> ClusteredLinks:
     return ClusteredLinks(np.zeros(count, dtype=np.int64), np.full((1, 1), megabits * MEGABIT), np.full((1, 1), 5e-4))
 
 
-def simulated_step_s(workload: Workload, made: SwarmPlan, members: tuple[Member, ...], links: LinkModel) -> float:
+def simulated_step_s(workload: Workload, made: Plan, members: tuple[Member, ...], links: LinkModel) -> float:
     """Return a step of a plan as the discrete-event simulator executes it, each transfer alone on its link."""
     place = {each.peer: np.asarray(number) for number, each in enumerate(members)}
 

@@ -40,14 +40,14 @@ from contenders.planners.one_chain import chain_outcome
 from contenders.planners.proportional_splits import RULES, cheapest_prefix, cut_again
 from contenders.planners.whole_pool import everyone_in_one_chain
 from fusionai.errors import PlacementError
+from fusionai.scheduling.evaluation import Evaluated
 from fusionai.scheduling.links import Indices, PoolLinks
+from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.planner import plan
+from fusionai.scheduling.problem import TrainingProblem
 from fusionai.scheduling.profile import LinkProfile, Pool
-from fusionai.scheduling.swarm.costing import make_work
-from fusionai.scheduling.swarm.outcome import Outcome
-from fusionai.scheduling.swarm.planner import plan
-from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm.work import Work
-from fusionai.scheduling.swarm_plan import SwarmPlan
+from fusionai.scheduling.search.segment_costs import SegmentCosts
+from fusionai.scheduling.search.segment_tables import costs_in_segments
 from planner_pools import WORKLOADS, Workload, clustered_links, equal_links, gpus, pool_of, simulated_step_s
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "scheduling"))
@@ -69,14 +69,14 @@ def timed(make: Callable[[], Any]) -> tuple[Any, float, float]:
     return made, time.perf_counter() - start_s, time.process_time() - cpu_start_s
 
 
-def step_of(found: Outcome | None) -> float | None:
+def step_of(found: Evaluated | None) -> float | None:
     """Return the seconds of a step, if there is a plan."""
     return None if found is None else found.step_s
 
 
-def orders_of(work: Work, seed: int) -> dict[str, Indices]:
+def orders_of(work: SegmentCosts, seed: int) -> dict[str, Indices]:
     """Return the orders in which baselines take machines."""
-    machines = work.task.candidates
+    machines = work.problem.candidates
     return {
         "by cluster": machines,
         "random": np.random.default_rng(seed).permutation(machines),
@@ -84,7 +84,7 @@ def orders_of(work: Work, seed: int) -> dict[str, Indices]:
     }
 
 
-def baselines(work: Work, made: SwarmPlan, seed: int) -> Iterator[tuple[str, str, float | None]]:
+def baselines(work: SegmentCosts, made: Plan, seed: int) -> Iterator[tuple[str, str, float | None]]:
     """Yield each baseline's setting, its name and its step in seconds."""
     for name, rule in RULES.items():
         for order, machines in orders_of(work, seed).items():
@@ -95,7 +95,7 @@ def baselines(work: Work, made: SwarmPlan, seed: int) -> Iterator[tuple[str, str
         yield "same_machines", name, step_of(cut_again(work, made, rule))
         yield "best_number", name, step_of(cheapest_prefix(work, rule))
     try:
-        step_s = genetic_order(work.task).predicted_step_s
+        step_s = genetic_order(work.problem).predicted_step_s
     except PlacementError:
         step_s = None
     yield OVER, "genetic_order", step_s
@@ -109,7 +109,7 @@ def against_baselines(workload: Workload, pools: int) -> list[dict[str, Any]]:
         members, links = pool_of(seed)
         task = workload.task(members, links, ROUNDS)
         made, _, cpu_s = timed(partial(plan, task))
-        work = make_work(task)
+        work = costs_in_segments(task)
         everyone = everyone_in_one_chain(work)
         ratios: dict[str, dict[str, float | None]] = defaultdict(dict)
         for setting, name, step_s in baselines(work, made, seed):
@@ -161,7 +161,7 @@ def by_setting(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def small_pool(seed: int) -> SwarmTask:
+def small_pool(seed: int) -> TrainingProblem:
     """Return a task on 2 to 4 machines with uneven links, by its number."""
     draw = random.Random(seed)
     machines = draw.randint(2, 4)
@@ -182,7 +182,7 @@ def small_pools(count: int) -> dict[str, Any]:
     for seed in range(count):
         task = small_pool(seed)
         made_s = plan(task).predicted_step_s * (1 - 1e-9)
-        work = make_work(task)
+        work = costs_in_segments(task)
         single_s = best_single_step_s(work)
         least_s = min(single_s, best_step_of_several_s(work, min(single_s, made_s)))
         single += made_s <= single_s
@@ -197,7 +197,7 @@ def small_pools(count: int) -> dict[str, Any]:
     }
 
 
-def of_bound(made: SwarmPlan) -> dict[str, Any]:
+def of_bound(made: Plan) -> dict[str, Any]:
     """Return how far a plan is from its bound, and what takes the rest: shares of the step."""
     step_s = made.predicted_step_s
     slowest_s = max(each.predicted_s for each in made.pipelines)
@@ -211,7 +211,7 @@ def of_bound(made: SwarmPlan) -> dict[str, Any]:
         "step_s": step_s,
         "bound_s": made.bound_step_s,
         "of_bound": made.bound_step_s / step_s,
-        "end_of_step": made.sync_s / step_s,
+        "end_of_step": made.end_of_step_s / step_s,
         "machines_at_work": sum(busy_s) / step_s / machines,
         "machines_left_out": len(made.left_out) / machines,
         "waiting_in_pipelines": (slowest_s * len(busy_s) - sum(busy_s)) / step_s / machines,

@@ -121,7 +121,7 @@ def measure(setting: Setting, calibration: Path, steps: int, **placement: Any) -
     return {
         "step_s": statistics.median(took),
         "predicted_s": plan["predicted_step_s"],
-        "stages": len(plan["stages"]),
+        "stages": len(plan["pipelines"][0]["stages"]),
         "plan": plan["explanation"],
     }
 

@@ -130,7 +130,7 @@ def measure(scenario: Scenario, calibration: Path, steps: int) -> dict[str, Any]
     return {
         **asdict(scenario),
         "name": scenario.name,
-        "stages": len(plan["stages"]),
+        "stages": len(plan["pipelines"][0]["stages"]),
         "used": len(result.compnodes),
         "predicted_s": predicted,
         "measured_s": measured,

@@ -28,12 +28,13 @@ from fusionai.graph.capture import capture_transformers
 from fusionai.graph.cuts import cut
 from fusionai.graph.model import OpDag, WeightKey
 from fusionai.scheduling.corrections import corrected
-from fusionai.scheduling.evaluation import Task, evaluate_again
+from fusionai.scheduling.evaluation import evaluated_again
 from fusionai.scheduling.plan import Plan
-from fusionai.scheduling.planner import plan_training
+from fusionai.scheduling.planner import plan
+from fusionai.scheduling.problem import Limits, TrainingProblem
 from fusionai.scheduling.profile import LinkProfile, Member, Pool
 from fusionai.scheduling.replanning import replanned
-from fusionai.scheduling.sticky.moves import Haulage, holders_of, loads_of, state_bytes
+from fusionai.scheduling.transfers import TransferSchedule, holders_of, loads_of, state_bytes
 from fusionai.simulation.hardware.catalogue import lookup
 from fusionai.simulation.hardware.efficiency import profile_of
 
@@ -68,10 +69,10 @@ def throttled(pool: Pool, peer: str, factor: float) -> Pool:
     return msgspec.structs.replace(pool, members=members)
 
 
-def weights_of(graph: OpDag, plan: Plan) -> dict[str, set[WeightKey]]:
+def weights_of(graph: OpDag, made: Plan) -> dict[str, set[WeightKey]]:
     """Return the weights that each machine holds."""
     held: dict[str, set[WeightKey]] = {}
-    for subdag, stage in zip(cut(graph, plan.cuts), plan.stages, strict=True):
+    for subdag, stage in zip(cut(graph, made.cuts), made.stages, strict=True):
         held.setdefault(stage.peer, set()).update(weight.key for weight in subdag.weights)
     return held
 
@@ -80,42 +81,34 @@ def one_pool(graph: OpDag, sizes: dict[str, int], seed: int) -> list[dict[str, A
     """Return a row for each number of steps left."""
     draw = random.Random(seed)
     healthy, owner = random_pool(draw)
-    shape: dict[str, Any] = {
-        "graph_hash": "benchmark",
-        "sizes": sizes,
-        "microbatches": MICROBATCHES,
-        "optimizer_states": OPTIMIZER_STATES,
-        "precision": "fp32",
-        "owner": owner,
-        "privacy": "open",
-        "front": 0,
-        "back": len(graph.nodes),
-    }
-    running = plan_training(graph, pool=healthy, **shape)
+    job = TrainingProblem(
+        graph=graph,
+        graph_hash="benchmark",
+        sizes=sizes,
+        microbatches=MICROBATCHES,
+        optimizer_states=OPTIMIZER_STATES,
+        precision="fp32",
+        privacy="open",
+        front=0,
+        back=len(graph.nodes),
+        limits=Limits(most_pipelines=1),
+    )
+    running = plan(job.on_pool(healthy, owner))
     victim, factor = draw.choice(running.stages).peer, draw.uniform(1.5, 4)
     pool = throttled(healthy, victim, factor)
-    keep_s = evaluate_again(Task(graph=graph, pool=pool, **shape), running).plan.predicted_step_s
+    problem = job.on_pool(pool, owner)
+    keep_s = evaluated_again(problem, running).step_s
     start_s = time.perf_counter()
-    fresh = plan_training(graph, pool=pool, **shape)
+    fresh = plan(problem)
     fresh_plan_s = time.perf_counter() - start_s
-    haulage = Haulage(pool, owner)
+    transfers = TransferSchedule(problem)
     nbytes = state_bytes(graph, sizes, OPTIMIZER_STATES)
-    fresh_moves = haulage.moves(holders_of(weights_of(graph, running)), weights_of(graph, fresh), nbytes)
-    fresh_move_s = haulage.moves_s(loads_of(fresh_moves))
+    fresh_moves = transfers.moves(holders_of(weights_of(graph, running)), weights_of(graph, fresh), nbytes)
+    fresh_move_s = transfers.moves_s(loads_of(fresh_moves))
     rows = []
     for steps_left in HORIZONS:
         start_s = time.perf_counter()
-        made = replanned(
-            graph,
-            running=running,
-            optimizer_states=OPTIMIZER_STATES,
-            precision="fp32",
-            pool=pool,
-            owner=owner,
-            front=0,
-            back=len(graph.nodes),
-            steps_left=steps_left,
-        )
+        made = replanned(problem, running, steps_left)
         sticky_plan_s = time.perf_counter() - start_s
         sticky_s, sticky_bytes, sticky_move_s = keep_s, 0, 0.0
         if made is not None:

@@ -23,8 +23,9 @@ from fusionai.owner.replanning import ReplanEvent, Replanning, ReplanTerms
 from fusionai.pool.identifiers import FIRST_EPOCH, Epoch, JobEpoch
 from fusionai.pool.messages import JobLaunched, PlanPrepared
 from fusionai.scheduling.corrections import Corrections, Drift
-from fusionai.scheduling.evaluation import Task, evaluate
+from fusionai.scheduling.evaluation import evaluated_one
 from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.problem import TrainingProblem
 from fusionai.scheduling.replanning import Replanned
 from fusionai.tensor import TensorData
 from fusionai.training.driver import Driver, Machine
@@ -145,22 +146,10 @@ class Party:
     async def prepare(self, cuts: Sequence[int], names: Sequence[str]) -> PlanPrepared:
         """Have the broker prepare the plan that cuts there and runs on these."""
 
-        def choose(dag: OpDag, *, running: Plan, pool: Any, owner: Any, **other: Any) -> Replanned:
-            self.offered = {each.name for each in pool.members}
-            task = Task(
-                graph=dag,
-                graph_hash=running.graph_hash,
-                sizes=running.sizes,
-                microbatches=running.microbatches,
-                optimizer_states=other["optimizer_states"],
-                precision=other["precision"],
-                pool=pool,
-                owner=owner,
-                privacy=running.privacy,
-                front=other["front"],
-                back=other["back"],
-            )
-            plan = evaluate(task, cuts, [self.peer(name) for name in names], running.microbatches).plan
+        def choose(problem: TrainingProblem, running: Plan, steps_left: int) -> Replanned:
+            self.offered = {each.name for each in problem.members}
+            machines = [problem.number_of[self.peer(name)] for name in names]
+            plan = evaluated_one(problem, cuts, machines, running.microbatches).plan()
             return Replanned(plan, (), 0.0, 1.0, "the test wants it")
 
         self._monkeypatch.setattr("fusionai.broker.replanning.replanned", choose)

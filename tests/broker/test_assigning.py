@@ -15,7 +15,7 @@ from fusionai.graph.cuts import cut
 from fusionai.graph.model import OpDag, WeightKey
 from fusionai.network.identity import PeerId
 from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
-from fusionai.scheduling.plan import Plan, StagePlan, StagePrediction
+from fusionai.scheduling.plan import PipelinePlan, Plan, StagePlan, StagePrediction
 from fusionai.training.assignment_parcels import Assignment, pack, unpack
 
 OWNER, A, B = (PeerId(letter * 64) for letter in "0ab")
@@ -36,7 +36,7 @@ def shares(
     stages = tuple(
         StagePlan(number, peer, bounds[number], bounds[number + 1], 2, predicted) for number, peer in enumerate(peers)
     )
-    plan = Plan("", {"s0": 2}, 2, "open", OWNER, stages, 0.0, "")
+    plan = Plan("", {"s0": 2}, 2, "open", OWNER, (PipelinePlan(stages, 2, 0.0),), 0.0, 0.0, "")
     by_peer = {each.peer: each for each in members}
     return assignments(
         JobEpoch(JobId("j"), Epoch(3)),

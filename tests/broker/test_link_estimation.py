@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from decoder_graph import SIZES, decoder, member
+from decoder_graph import decoder, member
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_internet import Internet
+from training_problems import problem_of
 
 from fusionai.broker.link_estimation import EstimatedLinks, LinkProbes, estimate_links
 from fusionai.broker.network_coordinates import fit_coordinates
 from fusionai.scheduling.links import PoolLinks
+from fusionai.scheduling.planner import plan
 from fusionai.scheduling.profile import UNMEASURED, AccessProfile, LinkProfile, Pool
-from fusionai.scheduling.swarm.planner import plan_swarm
 
 
 def link(rtt_s: float, bandwidth: float) -> LinkProfile:
@@ -179,20 +180,7 @@ def test_a_swarm_is_planned_on_estimates() -> None:
     links = estimate_links(LinkProbes.of(probes), 8, anchor=6)
     members = [member(f"m{each}", memory_bytes=3_000_000) for each in range(6)]
     graph = decoder(4)
-    made = plan_swarm(
-        graph,
-        graph_hash="",
-        sizes=SIZES,
-        microbatches=4,
-        optimizer_states=2,
-        precision="fp32",
-        members=members,
-        owner=None,
-        links=links,
-        privacy="open",
-        front=0,
-        back=len(graph.nodes),
-    )
+    made = plan(problem_of(graph, microbatches=4, members=tuple(members), links=links))
     sites = [{int(stage.peer[-1]) // 3 for stage in pipeline.stages} for pipeline in made.pipelines]
     assert any(len(pipeline.stages) > 1 for pipeline in made.pipelines)
     assert all(len(each) == 1 for each in sites)

@@ -20,7 +20,7 @@ from fusionai.broker.records import LinkRecord
 from fusionai.network.identity import PeerId
 from fusionai.network.lab import EmulatedLink, LabConfig
 from fusionai.pool.messages import MeasureLinks, Status
-from fusionai.scheduling.plan import Plan, StagePlan, StagePrediction
+from fusionai.scheduling.plan import PipelinePlan, Plan, StagePlan, StagePrediction
 from fusionai.scheduling.profile import Member, Pool
 
 SLOW = EmulatedLink(rate_mbit=8, one_way_ms=15)
@@ -29,7 +29,7 @@ SLOW = EmulatedLink(rate_mbit=8, one_way_ms=15)
 def plan_of(peers: tuple[str, ...]) -> Plan:
     nothing = StagePrediction(0.0, 0.0, 0.0, 0, 0.0)
     stages = tuple(StagePlan(stage, peer, stage, stage + 1, 1, nothing) for stage, peer in enumerate(peers))
-    return Plan("", {}, 1, "open", "", stages, 1.0, "")
+    return Plan("", {}, 1, "open", "", (PipelinePlan(stages, 1, 1.0),), 0.0, 1.0, "")
 
 
 def among_members(broker: Broker) -> list[LinkRecord]:

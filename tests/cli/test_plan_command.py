@@ -12,7 +12,8 @@ from what_if_files import LLAMA, OWNER, job_file, machine, pool_file
 
 from fusionai.cli.main import main
 from fusionai.owner.what_if import request_of
-from fusionai.scheduling.planner import plan_training
+from fusionai.scheduling.planner import plan
+from fusionai.scheduling.problem import Limits
 from fusionai.simulation.forecast.request import with_owner
 from fusionai.simulation.hardware.pool_file import read_pool
 from fusionai.training.config import read_job
@@ -52,21 +53,9 @@ def test_three_machines(tmp_path: Path) -> None:
 
     request, what_if = request_of(read_job(job)), with_owner(read_pool(pool), "open")
     assert what_if.owner is not None
-    direct = plan_training(
-        request.graph,
-        graph_hash=request.graph_hash,
-        sizes={"s0": 4, "s1": 32},
-        microbatches=8,
-        optimizer_states=2,
-        precision="fp32",
-        pool=what_if.pool(),
-        owner=what_if.owner,
-        privacy="open",
-        front=0,
-        back=len(request.graph.nodes),
-        compnodes=3,
-    )
-    assert [each["start"] for each in found["plan"]["stages"]] == [each.start for each in direct.stages]
+    limits = Limits(compnodes=3, most_pipelines=1)
+    direct = plan(request.problem.within(limits).on_pool(what_if.pool(), what_if.owner))
+    assert [each["start"] for each in found["plan"]["pipelines"][0]["stages"]] == [each.start for each in direct.stages]
     assert found["predicted_step_s"] == pytest.approx(direct.predicted_step_s, rel=1e-9)
     assert found["tokens_per_s"] == pytest.approx(4 * 32 * 8 / found["predicted_step_s"])
     assert found["bound_share"] == pytest.approx(found["bound_step_s"] / found["predicted_step_s"])

@@ -9,8 +9,8 @@ from decoder_graph import SIZES, member
 from fusionai.graph.model import OpDag
 from fusionai.graph.privacy import arrange_private
 from fusionai.scheduling.links import PoolLinks
+from fusionai.scheduling.problem import TrainingProblem
 from fusionai.scheduling.profile import LinkProfile, Member, Pool
-from fusionai.scheduling.swarm.task import SwarmTask
 
 
 def task(
@@ -21,7 +21,7 @@ def task(
     bytes_per_s: float = 1e9,
     links: dict[str, LinkProfile] | None = None,
     private: bool = False,
-) -> SwarmTask:
+) -> TrainingProblem:
     owner = member("owner") if private else None
     everyone = [*members, *([owner] if owner else [])]
     alike = {
@@ -30,7 +30,7 @@ def task(
     front, back = 0, len(graph.nodes)
     if private:
         graph, front, back = arrange_private(graph)
-    return SwarmTask(
+    return TrainingProblem(
         graph=graph,
         graph_hash="hash",
         sizes=SIZES,

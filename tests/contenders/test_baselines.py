@@ -22,14 +22,14 @@ from contenders.planners.proportional_splits import (
     memory_proportional,
 )
 from fusionai.errors import PlacementError
-from fusionai.scheduling.swarm.costing import make_work
-from fusionai.scheduling.swarm.planner import plan
+from fusionai.scheduling.planner import plan
+from fusionai.scheduling.search.segment_tables import costs_in_segments
 
 
 def test_cutting_again_changes_cuts_alone() -> None:
     members = [member(f"m{k}", gflops=40 + 80 * (k % 2)) for k in range(6)]
     task = task_of(decoder(8, hidden=128), members, bytes_per_s=1e7)
-    made, work = plan(task), make_work(task)
+    made, work = plan(task), costs_in_segments(task)
     number = {each.peer: index for index, each in enumerate(task.members)}
     for rule in RULES.values():
         again = cut_again(work, made, rule)
@@ -45,7 +45,7 @@ def test_cutting_again_changes_cuts_alone() -> None:
 def test_the_best_number_of_machines_is_no_worse_than_any(rule: str) -> None:
     members = [member(f"m{k}", gflops=20.0 * (k + 1)) for k in range(6)]
     task = task_of(decoder(8), members, links=TwoCities(6), microbatches=24)
-    work = make_work(task)
+    work = costs_in_segments(task)
     best = cheapest_prefix(work, RULES[rule])
     assert best is not None
     for scope in (np.arange(6), np.arange(3), np.arange(3, 6)):
@@ -83,7 +83,7 @@ def test_the_search_puts_groups_that_sum_much_within_a_city() -> None:
 
     members = [member(f"m{k}") for k in range(6)]
     task = task_of(decoder(8, hidden=256), members, links=Turns(6, far_bytes_per_s=1e6), microbatches=3)
-    rows = _Search(make_work(task), 2).best_rows()
+    rows = _Search(costs_in_segments(task), 2).best_rows()
     groups = [{row[stage] % 2 for row in rows} for stage in (0, 1)]
     assert sorted(map(len, groups)) == [1, 1]
 
@@ -91,7 +91,7 @@ def test_the_search_puts_groups_that_sum_much_within_a_city() -> None:
 def test_a_grid_that_fits_nowhere_says_so() -> None:
     members = [member(name, memory_bytes=3 * 10**6) for name in "ab"]
     task = task_of(decoder(8, hidden=256), members)
-    assert best_grid(make_work(task)) is None
+    assert best_grid(costs_in_segments(task)) is None
     with pytest.raises(PlacementError, match="no grid of equal stages"):
         grid_search(task)
 

@@ -16,9 +16,9 @@ from contenders.replicated.job_of_cuts import job_of_cuts
 from contenders.replicated.replicated_planner import best_stages
 from contenders.routers.step_estimate import step_estimate
 from fusionai.errors import PlacementError
+from fusionai.scheduling.planner import plan
 from fusionai.scheduling.profile import LinkProfile
-from fusionai.scheduling.swarm.costing import make_work
-from fusionai.scheduling.swarm.planner import plan
+from fusionai.scheduling.search.segment_tables import costs_in_segments
 
 
 @pytest.mark.parametrize("private", [False, True])
@@ -26,7 +26,7 @@ from fusionai.scheduling.swarm.planner import plan
 def test_stages_are_valid(private: bool, tied: bool) -> None:
     members = [member(f"m{each}", gflops=20.0 + 30.0 * (each % 3), memory_bytes=GB) for each in range(7)]
     asked = task(members, decoder(6, tied=tied), private=private)
-    work = make_work(asked)
+    work = costs_in_segments(asked)
     bounds, holders, job = best_stages(work)
     assert (bounds[0], bounds[-1]) == (0, work.count)
     assert all(one < other for one, other in itertools.pairwise(bounds))
@@ -43,7 +43,7 @@ def test_stages_are_valid(private: bool, tied: bool) -> None:
 def test_a_bottleneck_gets_more_holders() -> None:
     """With fast links and many microbatches, everybody works; the sum of gradients is nearly free."""
     members = [member(f"m{each}", gflops=1.0) for each in range(6)]
-    _, holders, _ = best_stages(make_work(task(members, decoder(3), microbatches=64, bytes_per_s=1e11)))
+    _, holders, _ = best_stages(costs_in_segments(task(members, decoder(3), microbatches=64, bytes_per_s=1e11)))
     assert sorted(machine for group in holders for machine in group) == list(range(6))
     assert max(len(group) for group in holders) > 1
 
@@ -55,7 +55,7 @@ def test_holders_of_a_stage_are_near_each_other() -> None:
         f"{one.peer}>{other.peer}": LinkProfile(1e-3, 1e10 if (place < 4) == (behind < 4) else 2e5)
         for (place, one), (behind, other) in itertools.permutations(enumerate(members), 2)
     }
-    _, holders, _ = best_stages(make_work(task(members, decoder(4), microbatches=64, links=links)))
+    _, holders, _ = best_stages(costs_in_segments(task(members, decoder(4), microbatches=64, links=links)))
     for group in holders:
         assert len({machine < 4 for machine in group}) == 1
 
@@ -66,7 +66,7 @@ def test_no_worse_than_the_best_single_pipeline_as_estimated() -> None:
         draw = random.Random(seed)
         members = [member(f"m{each}", gflops=draw.uniform(5, 100), memory_bytes=GB) for each in range(6)]
         asked = task(members, decoder(5), bytes_per_s=10 ** draw.uniform(6, 9))
-        work = make_work(asked)
+        work = costs_in_segments(asked)
         whole = plan(asked)
         _, holders, job = best_stages(work)
         place = {position: index for index, position in enumerate(work.positions)}
@@ -89,7 +89,7 @@ def test_near_the_best_of_all_in_small_pools() -> None:
             for one, other in itertools.permutations(members, 2)
         }
         asked = task(members, decoder(draw.choice((1, 2)), hidden=draw.choice((32, 64))), links=links)
-        work = make_work(asked)
+        work = costs_in_segments(asked)
         best = math.inf
         for stages in (1, 2, 3):
             for inner in itertools.combinations(range(1, work.count), stages - 1):
@@ -107,7 +107,7 @@ def test_near_the_best_of_all_in_small_pools() -> None:
 
 def test_the_tables_of_a_cut() -> None:
     asked = task([member("a"), member("b", gflops=50.0)], decoder(4, tied=True))
-    work = make_work(asked)
+    work = costs_in_segments(asked)
     middle = work.count // 2
     job = job_of_cuts(work, (0, middle, work.count))
     assert job.forward_bytes == (0.0, work.segments.forward_bytes_P[middle])
@@ -119,7 +119,7 @@ def test_the_tables_of_a_cut() -> None:
 
 def test_equal_stages_use_everybody() -> None:
     members = [member(f"m{each}", gflops=10.0 + each) for each in range(7)]
-    work = make_work(task(members, decoder(4)))
+    work = costs_in_segments(task(members, decoder(4)))
     holders, job = equal_stages(work, 3)
     assert job.stages == 3
     assert sorted(len(each) for each in holders) == [2, 2, 3]
@@ -127,6 +127,8 @@ def test_equal_stages_use_everybody() -> None:
 
 def test_too_little_memory_is_said() -> None:
     with pytest.raises(PlacementError, match="memory"):
-        best_stages(make_work(task([member("a", memory_bytes=1000), member("b", memory_bytes=1000)], decoder(4))))
+        best_stages(
+            costs_in_segments(task([member("a", memory_bytes=1000), member("b", memory_bytes=1000)], decoder(4)))
+        )
     with pytest.raises(PlacementError, match="memory"):
-        equal_stages(make_work(task([member("a", memory_bytes=1000)], decoder(2))), 2)
+        equal_stages(costs_in_segments(task([member("a", memory_bytes=1000)], decoder(2))), 2)

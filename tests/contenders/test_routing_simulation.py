@@ -27,7 +27,7 @@ from contenders.routers.routed_job import RoutedJob, SharedWeights, StageMemory
 from contenders.routers.step_estimate import step_estimate
 from fusionai.errors import ConfigError
 from fusionai.scheduling.pipeline import Edge, StageTimes, pipeline_times
-from fusionai.scheduling.swarm.costing import make_work
+from fusionai.scheduling.search.segment_tables import costs_in_segments
 from fusionai.simulation.availability import Churn, Outage, Poisson, Scripted
 from fusionai.simulation.link_rates import LinkRates
 from fusionai.simulation.scenario import Scenario
@@ -401,7 +401,7 @@ def test_a_planned_step_takes_about_what_was_estimated() -> None:
     for seed in range(5):
         draw = random.Random(seed)
         members = [member(f"m{each}", gflops=draw.uniform(5, 30), memory_bytes=GB) for each in range(8)]
-        work = make_work(task(members, decoder(5), microbatches=48, bytes_per_s=10 ** draw.uniform(7.5, 9.5)))
+        work = costs_in_segments(task(members, decoder(5), microbatches=48, bytes_per_s=10 ** draw.uniform(7.5, 9.5)))
         _, holders, job = best_stages(work)
         report = run(job, [list(each) for each in holders], steps=2)
         assert 0.7 < step_estimate(job, holders).step_s / report.step_s[0] < 1.1
@@ -410,7 +410,7 @@ def test_a_planned_step_takes_about_what_was_estimated() -> None:
 @pytest.mark.parametrize("swarm", [False, True])
 def test_the_owners_stages_stay_with_the_owner(swarm: bool) -> None:
     members = [member(f"m{each}", gflops=5.0) for each in range(6)]
-    work = make_work(task(members, decoder(4), microbatches=32, private=True))
+    work = costs_in_segments(task(members, decoder(4), microbatches=32, private=True))
     _, holders, job = best_stages(work)
     churn = Poisson(seed=3, mean_up_s=40.0, mean_down_s=2.0, steady=frozenset({"p-owner"}))
     report = run(

@@ -13,9 +13,8 @@ from swarm_tasks import scarce, task_of
 from contenders.planners.one_chain import chain_outcome
 from contenders.planners.proportional_splits import RULES
 from contenders.planners.whole_pool import everyone_in_one_chain
-from fusionai.scheduling.swarm.costing import make_work
-from fusionai.scheduling.swarm.outcome import outcome
-from fusionai.scheduling.swarm.running import run
+from fusionai.scheduling.search.segment_tables import costs_in_segments
+from fusionai.scheduling.search.worked_chains import evaluated_chains, worked_chain
 
 
 class TestEveryoneInOneChain:
@@ -23,9 +22,13 @@ class TestEveryoneInOneChain:
         ratios = []
         for seed in range(8):
             work = scarce(seed, 3, 2, tied=bool(seed % 2))
-            rounds = work.task.microbatches
+            rounds = work.problem.microbatches
             everyone = (each for each in chains_of(work, 3) if len(each.machines) == 3)
-            steps = [outcome(work, [made]).step_s for each in everyone if (made := run(work, each, rounds)).possible]
+            steps = [
+                evaluated_chains(work, [made]).step_s
+                for each in everyone
+                if (made := worked_chain(work, each, rounds)).possible
+            ]
             found = everyone_in_one_chain(work)
             assert found is not None
             ratios.append(found.step_s / min(steps))
@@ -45,5 +48,5 @@ class TestEveryoneInOneChain:
             assert simple is None or found.step_s <= simple.step_s
 
     def test_more_machines_than_segments_have_no_chain(self) -> None:
-        work = make_work(task_of(decoder(1), [member(f"m{k}") for k in range(60)]))
+        work = costs_in_segments(task_of(decoder(1), [member(f"m{k}") for k in range(60)]))
         assert everyone_in_one_chain(work) is None

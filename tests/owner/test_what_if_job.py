@@ -43,10 +43,10 @@ def job(text: Path, **config: Any) -> JobConfig:
 def test_the_graph_is_the_one_that_is_trained(config: dict[str, Any], tmp_path: Path) -> None:
     asked = job(tmp_path / "text.txt", **config)
     request, prepared = request_of(asked), prepare_language_model(asked, RunFolder(tmp_path / "run"))
-    assert request.graph_hash == content_hash(prepared.graph)
+    assert request.problem.graph_hash == content_hash(prepared.graph)
     assert request.tokens_per_step == prepared.tokens_per_step == 3 * 5 * 16
-    assert sorted(request.sizes.values()) == [3, 16]
-    assert (request.front, request.back) == (0, len(prepared.graph.nodes))
+    assert sorted(request.problem.sizes.values()) == [3, 16]
+    assert (request.problem.front, request.problem.back) == (0, len(prepared.graph.nodes))
 
 
 def test_a_pretrained_folder_needs_no_more_than_its_configuration(tmp_path: Path) -> None:
@@ -55,8 +55,10 @@ def test_a_pretrained_folder_needs_no_more_than_its_configuration(tmp_path: Path
     transformers.LlamaConfig(**LLAMA, vocab_size=500).save_pretrained(tmp_path)
     table = {"name": "t", "model": {"path": str(tmp_path)}, "data": {"sequence_length": 16}}
     request = request_of(job_from(table, source="job.toml"))
-    assert 0 < request.front < request.back < len(request.graph.nodes)
-    assert {tuple(weight.type.shape) for weight in request.graph.weights if "embed" in weight.key} == {(500, 32)}
+    assert 0 < request.problem.front < request.problem.back < len(request.problem.graph.nodes)
+    assert {tuple(weight.type.shape) for weight in request.problem.graph.weights if "embed" in weight.key} == {
+        (500, 32)
+    }
     empty = tmp_path / "empty"
     empty.mkdir()
     table["model"] = {"path": str(empty)}

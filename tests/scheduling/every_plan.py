@@ -9,16 +9,19 @@ from dataclasses import dataclass
 
 import msgspec
 from decoder_graph import SIZES, decoder, member
+from training_problems import one_pipeline
 
 from fusionai.graph.cost import stage_cost
 from fusionai.graph.cuts import cut, cut_points
 from fusionai.graph.model import OpDag
 from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.corrections import corrected
-from fusionai.scheduling.evaluation import Task, evaluate, evaluate_again
+from fusionai.scheduling.evaluation import Evaluated, evaluated_again, evaluated_one
 from fusionai.scheduling.plan import Plan
-from fusionai.scheduling.planner import in_flight_limits, plan_training
+from fusionai.scheduling.planner import plan
+from fusionai.scheduling.problem import TrainingProblem
 from fusionai.scheduling.profile import LinkProfile, Pool
+from fusionai.scheduling.search.one_pipeline import in_flight_limits
 from fusionai.scheduling.segments import MEMORY_MARGIN
 
 OWNER = member("owner", gflops=50.0)
@@ -35,53 +38,24 @@ class Case:
     steps_left: int
 
     @property
-    def task(self) -> Task:
-        return task_of(self.graph, self.pool, self.microbatches)
-
-
-def task_of(graph: OpDag, offered: Pool, microbatches: int) -> Task:
-    return Task(
-        graph=graph,
-        graph_hash="hash",
-        sizes=SIZES,
-        microbatches=microbatches,
-        optimizer_states=2,
-        precision="fp32",
-        pool=offered,
-        owner=OWNER,
-        privacy="open",
-        front=0,
-        back=len(graph.nodes),
-    )
+    def problem(self) -> TrainingProblem:
+        return one_pipeline(self.graph, self.pool, OWNER, microbatches=self.microbatches)
 
 
 def planned(graph: OpDag, offered: Pool, microbatches: int, compnodes: int = 0) -> Plan:
-    return plan_training(
-        graph,
-        graph_hash="hash",
-        sizes=SIZES,
-        microbatches=microbatches,
-        optimizer_states=2,
-        precision="fp32",
-        pool=offered,
-        owner=OWNER,
-        privacy="open",
-        front=0,
-        back=len(graph.nodes),
-        compnodes=compnodes,
-    )
+    return plan(one_pipeline(graph, offered, OWNER, microbatches=microbatches, compnodes=compnodes))
 
 
-def every_plan(task: Task, positions: Sequence[int]) -> Iterator[Plan]:
+def every_plan(problem: TrainingProblem, positions: Sequence[int]) -> Iterator[Evaluated]:
     """Yield the plan of each set of machines, their order and cuts at `positions`, with as much in flight as fits."""
-    peers = [each.peer for each in task.pool.members]
-    for count in range(1, len(peers) + 1):
-        for order in itertools.permutations(peers, count):
+    for count in range(1, len(problem.members) + 1):
+        for order in itertools.permutations(range(len(problem.members)), count):
             for inner in itertools.combinations(positions, count - 1):
-                tries = (evaluate(task, inner, order, limit) for limit in in_flight_limits(task.microbatches, count))
-                fitting = next((tried for tried in tries if not tried.overloaded(task)), None)
+                limits = in_flight_limits(problem.microbatches, count)
+                tries = (evaluated_one(problem, inner, order, limit) for limit in limits)
+                fitting = next((tried for tried in tries if tried.possible), None)
                 if fitting is not None:
-                    yield fitting.plan
+                    yield fitting
 
 
 def links_between(peers: list[str], draw: random.Random) -> dict[str, LinkProfile]:
@@ -158,12 +132,12 @@ def kept_s(each: Case) -> float | None:
     """Return the seconds of the steps left with the running plan, None if it cannot run."""
     if {stage.peer for stage in each.running.stages} - {one.peer for one in each.pool.members}:
         return None
-    return each.steps_left * evaluate_again(each.task, each.running).plan.predicted_step_s
+    return each.steps_left * evaluated_again(each.problem, each.running).step_s
 
 
 def least_s(each: Case) -> float:
     """Return the least seconds of moves and steps over every placement and every cut at the planner's positions."""
     positions = sorted({*cut_points(each.graph, SIZES), *each.running.cuts})
     return min(
-        each.steps_left * made.predicted_step_s + hauling_s(each, made) for made in every_plan(each.task, positions)
+        each.steps_left * made.step_s + hauling_s(each, made.plan()) for made in every_plan(each.problem, positions)
     )

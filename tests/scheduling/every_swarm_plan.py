@@ -7,38 +7,40 @@ from itertools import combinations, permutations
 
 import numpy as np
 
-from fusionai.scheduling.swarm.chain import Chain, measured
-from fusionai.scheduling.swarm.end_of_step import end_s
-from fusionai.scheduling.swarm.outcome import outcome
-from fusionai.scheduling.swarm.running import run
-from fusionai.scheduling.swarm.work import Work
+from fusionai.scheduling.search.chain import Chain, measured
+from fusionai.scheduling.search.end_estimate import end_s
+from fusionai.scheduling.search.segment_costs import SegmentCosts
+from fusionai.scheduling.search.worked_chains import evaluated_chains, worked_chain
 
 _SAFE = 0.97
 """Of lower bounds: sums over segments count what stages would compute again once for each segment."""
 
 
-def chains_of(work: Work, most_machines: int) -> Iterator[Chain]:
+def chains_of(work: SegmentCosts, most_machines: int) -> Iterator[Chain]:
     """Yield every pipeline of up to so many of the machines: all sets, orders and cuts."""
-    machines = [int(each) for each in work.task.candidates]
+    machines = [int(each) for each in work.problem.candidates]
     for stages in range(1, min(most_machines, work.count) + 1):
         for order in permutations(machines, stages):
             for inner in combinations(range(1, work.count), stages - 1):
-                yield Chain(order, (0, *inner, work.count), 0.0, 0.0, work.task.microbatches)
+                yield Chain(order, (0, *inner, work.count), 0.0, 0.0, work.problem.microbatches)
 
 
-def best_single_step_s(work: Work) -> float:
+def best_single_step_s(work: SegmentCosts) -> float:
     """Return the step of the fastest single pipeline."""
-    rounds = work.task.microbatches
-    return min(outcome(work, [run(work, chain, rounds)]).step_s for chain in chains_of(work, len(work.task.candidates)))
+    rounds = work.problem.microbatches
+    return min(
+        evaluated_chains(work, [worked_chain(work, chain, rounds)]).step_s
+        for chain in chains_of(work, len(work.problem.candidates))
+    )
 
 
-def best_step_of_several_s(work: Work, known_s: float) -> float:
+def best_step_of_several_s(work: SegmentCosts, known_s: float) -> float:
     """Return the step of the fastest plan of two or more pipelines, all shares included; infinite if over `known_s`.
 
     A pipeline counts only while it is done before `known_s`: which cuts down what is worked through, and loses nothing.
     """
-    rounds = work.task.microbatches
-    machines = len(work.task.candidates)
+    rounds = work.problem.microbatches
+    machines = len(work.problem.candidates)
     usable: list[tuple[Chain, list[float]]] = []
     for chain in chains_of(work, machines - 1):
         made = _seconds(work, chain, known_s, rounds - 1)
@@ -57,14 +59,14 @@ def best_step_of_several_s(work: Work, known_s: float) -> float:
     return best if best < known_s else float("inf")
 
 
-def _seconds(work: Work, chain: Chain, known_s: float, most: int) -> list[float]:
+def _seconds(work: SegmentCosts, chain: Chain, known_s: float, most: int) -> list[float]:
     """Return the seconds of 1, 2, ... microbatches, as long as they are below `known_s`."""
     ideal = measured(work, np.asarray(chain.machines), np.asarray(chain.bounds), 1.0, most)
     found: list[float] = []
     for count in range(1, most + 1):
         if _SAFE * count * ideal.period_s >= known_s:
             break
-        if (seconds := run(work, chain, count).times.makespan_s) >= known_s:
+        if (seconds := worked_chain(work, chain, count).times.makespan_s) >= known_s:
             break
         found.append(seconds)
     return found

@@ -16,12 +16,12 @@ from fusionai.graph.cuts import cut
 from fusionai.graph.model import OpDag
 from fusionai.graph.privacy import arrange_private
 from fusionai.scheduling.links import LinkModel, PoolLinks
+from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.problem import TrainingProblem
 from fusionai.scheduling.profile import LinkProfile, Member, Pool
+from fusionai.scheduling.search.segment_costs import SegmentCosts
+from fusionai.scheduling.search.segment_tables import costs_in_segments
 from fusionai.scheduling.segments import MEMORY_MARGIN, reachable
-from fusionai.scheduling.swarm.costing import make_work
-from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm.work import Work
-from fusionai.scheduling.swarm_plan import SwarmPlan
 
 OWNER = member("owner", gflops=400.0)
 
@@ -54,7 +54,7 @@ def task_of(
     owner: Member | None = None,
     rtt_s: float = 1e-4,
     bytes_per_s: float = 1e9,
-) -> SwarmTask:
+) -> TrainingProblem:
     front, back = 0, len(graph.nodes)
     if private:
         owner = owner or OWNER
@@ -63,7 +63,7 @@ def task_of(
     alike = PoolLinks(
         pool(*members, owner=owner, rtt_s=rtt_s, bytes_per_s=bytes_per_s), [each.peer for each in everyone]
     )
-    return SwarmTask(
+    return TrainingProblem(
         graph=graph,
         graph_hash="hash",
         sizes=SIZES,
@@ -79,7 +79,7 @@ def task_of(
     )
 
 
-def scarce(seed: int, machines: int, layers: int, *, tied: bool = False) -> Work:
+def scarce(seed: int, machines: int, layers: int, *, tied: bool = False) -> SegmentCosts:
     """Return the costs of segments on machines of mixed speed whose memory holds a few microbatches, in two cities."""
     draw = random.Random(seed)
     members = [
@@ -87,10 +87,10 @@ def scarce(seed: int, machines: int, layers: int, *, tied: bool = False) -> Work
         for k in range(machines)
     ]
     links = TwoCities(machines, far_bytes_per_s=10 ** draw.uniform(6, 8))
-    return make_work(task_of(decoder(layers, tied=tied), members, links=links, microbatches=24))
+    return costs_in_segments(task_of(decoder(layers, tied=tied), members, links=links, microbatches=24))
 
 
-def check(task: SwarmTask, made: SwarmPlan) -> None:
+def check(task: TrainingProblem, made: Plan) -> None:
     """What holds of every plan."""
     known = {each.peer: each for each in task.machines}
     owner = task.owner.peer if task.pinned and task.owner else ""
@@ -116,11 +116,11 @@ def check(task: SwarmTask, made: SwarmPlan) -> None:
             assert pipeline.cuts[0] == task.front
             assert pipeline.cuts[-1] == task.back
     slowest_s = max(pipeline.predicted_s for pipeline in made.pipelines)
-    assert made.predicted_step_s == pytest.approx(slowest_s + made.sync_s)
+    assert made.predicted_step_s == pytest.approx(slowest_s + made.end_of_step_s)
     assert made.bound_step_s <= made.predicted_step_s * (1 + 1e-9)
 
 
-def small_task(seed: int) -> SwarmTask:
+def small_task(seed: int) -> TrainingProblem:
     draw = random.Random(seed)
     members = [member(f"m{k}", gflops=draw.uniform(20, 200), memory_bytes=GB) for k in range(draw.randint(2, 3))]
     links = {

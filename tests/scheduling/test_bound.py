@@ -10,17 +10,18 @@ import msgspec
 import pytest
 from decoder_graph import GB, SIZES, decoder, member, pool
 from every_swarm_plan import best_single_step_s, best_step_of_several_s
+from training_problems import one_pipeline
 
 from fusionai.graph.cost import stage_cost
 from fusionai.graph.cuts import cut, cut_points
+from fusionai.scheduling import planner
 from fusionai.scheduling.bound import least_step_of_pipelines_s, least_step_s, most_microbatches_per_s
 from fusionai.scheduling.estimator import backward_s, forward_s, update_s
 from fusionai.scheduling.links import PoolLinks
-from fusionai.scheduling.planner import plan_training
+from fusionai.scheduling.problem import TrainingProblem
 from fusionai.scheduling.profile import DeviceProfile, LinkProfile, Member, Pool
-from fusionai.scheduling.swarm.costing import make_work
-from fusionai.scheduling.swarm.least import least_s
-from fusionai.scheduling.swarm.task import SwarmTask
+from fusionai.scheduling.search.segment_tables import costs_in_segments
+from fusionai.scheduling.search.step_bound import least_s
 
 GRAPH = decoder(6)
 (WHOLE,) = cut(GRAPH, [])
@@ -91,19 +92,7 @@ def fields(member: Member) -> dict[str, object]:
 def test_no_plan_is_faster(count: int, device: str, microbatches: int) -> None:
     members = [member(f"m{k}", gflops=40.0 * (k + 1), device=device) for k in range(count)]
     links = pool(*members, rtt_s=0.0, bytes_per_s=1e15)
-    plan = plan_training(
-        GRAPH,
-        graph_hash="",
-        sizes=SIZES,
-        microbatches=microbatches,
-        optimizer_states=2,
-        precision="fp32",
-        pool=links,
-        owner=members[0],
-        privacy="open",
-        front=0,
-        back=len(GRAPH.nodes),
-    )
+    plan = planner.plan(one_pipeline(GRAPH, links, members[0], microbatches=microbatches))
     assert bound(*members, microbatches=microbatches) <= plan.predicted_step_s * (1 + 1e-9)
 
 
@@ -165,7 +154,7 @@ def test_no_plan_of_any_number_of_pipelines_is_faster(seed: int) -> None:
         for one, other in permutations(members, 2)
     }
     graph = decoder(draw.choice((1, 2, 3)), hidden=draw.choice((32, 64)), tied=draw.random() < 0.5)
-    task = SwarmTask(
+    task = TrainingProblem(
         graph=graph,
         graph_hash="",
         sizes=SIZES,
@@ -179,7 +168,7 @@ def test_no_plan_of_any_number_of_pipelines_is_faster(seed: int) -> None:
         front=0,
         back=len(graph.nodes),
     )
-    work = make_work(task)
+    work = costs_in_segments(task)
     best_s = best_single_step_s(work)
     best_s = min(best_s, best_step_of_several_s(work, best_s))
     assert 0 < least_s(work) <= best_s * (1 + 1e-9)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 
 import msgspec
 import pytest
 from decoder_graph import decoder, member, pool
-from every_plan import OWNER, planned, slowed, task_of
+from every_plan import OWNER, planned, slowed
+from training_problems import one_pipeline
 
 from fusionai.errors import ConfigError
 from fusionai.scheduling.corrections import NOTICED, Corrections, StageTimes, corrected
-from fusionai.scheduling.evaluation import evaluate_again
+from fusionai.scheduling.evaluation import evaluated_again
 from fusionai.scheduling.plan import Plan
 
 GRAPH = decoder(12)
@@ -92,7 +92,7 @@ def test_a_single_slow_step_is_no_drift() -> None:
 def test_faster_again_is_noticed_relative_to_the_plan() -> None:
     """The plan for the throttled machine reckons with it: its recovery is a drift."""
     throttled = slowed(POOL, PEERS[0], 2.0)
-    plan = evaluate_again(task_of(GRAPH, throttled, 8), RUNNING).plan
+    plan = evaluated_again(one_pipeline(GRAPH, throttled, OWNER), RUNNING).plan()
     watched, draw = Corrections(plan), random.Random(2)
     for step in range(10):
         watched.observe(step, times(plan, {}, draw, 0.05))
@@ -151,22 +151,22 @@ def test_the_step_with_factors_is_that_of_corrected_devices(peer: str, factor: f
     watched, draw = Corrections(RUNNING), random.Random(6)
     for step in range(3):
         watched.observe(step, times(RUNNING, {peer: factor}, draw, 0.0))
-    task = task_of(GRAPH, slowed(POOL, peer, factor), 8)
-    assert watched.predicted_step_s() == pytest.approx(evaluate_again(task, RUNNING).plan.predicted_step_s, rel=0.05)
+    problem = one_pipeline(GRAPH, slowed(POOL, peer, factor), OWNER)
+    assert watched.predicted_step_s() == pytest.approx(evaluated_again(problem, RUNNING).step_s, rel=0.05)
 
 
 def test_a_corrected_device_takes_that_much_longer() -> None:
-    task = task_of(GRAPH, POOL, 8)
-    device = msgspec.structs.replace(task.member(PEERS[0]).device, update_bytes_per_s=5e9)
+    problem = one_pipeline(GRAPH, POOL, OWNER)
+    device = msgspec.structs.replace(problem.member(PEERS[0]).device, update_bytes_per_s=5e9)
     slow = corrected(device, 2.0)
     assert slow.memory_bytes == device.memory_bytes
     members = [
-        msgspec.structs.replace(task.member(peer), device=slow if peer == PEERS[0] else task.member(peer).device)
+        msgspec.structs.replace(problem.member(peer), device=slow if peer == PEERS[0] else problem.member(peer).device)
         for peer in PEERS
     ]
     before = RUNNING.stages[0].predicted
-    after = evaluate_again(replace(task, pool=msgspec.structs.replace(POOL, members=tuple(members))), RUNNING)
-    got = after.plan.stages[0].predicted
+    changed = msgspec.structs.replace(POOL, members=tuple(members))
+    got = evaluated_again(problem.on_pool(changed, OWNER), RUNNING).plan().stages[0].predicted
     assert got.forward_s == pytest.approx(2 * before.forward_s)
     assert got.backward_s == pytest.approx(2 * before.backward_s)
     assert slow.update_bytes_per_s == 2.5e9

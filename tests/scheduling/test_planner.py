@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 from decoder_graph import GB, SIZES, decoder, member, pool
-from every_plan import OWNER, every_plan, task_of
+from every_plan import OWNER, every_plan
+from training_problems import one_pipeline
 
 from fusionai.errors import ConfigError, PlacementError
 from fusionai.graph.cost import stage_cost
@@ -18,29 +19,16 @@ from fusionai.graph.cuts import boundary_bytes, cut, cut_points
 from fusionai.graph.model import OpDag
 from fusionai.graph.privacy import arrange_private
 from fusionai.graph.verify import verify
+from fusionai.scheduling import planner
 from fusionai.scheduling.estimator import update_s
 from fusionai.scheduling.explain import holding, shortage_texts
 from fusionai.scheduling.plan import Plan
-from fusionai.scheduling.planner import plan_training
 from fusionai.scheduling.profile import LinkProfile, Member, Pool
 from fusionai.scheduling.segments import MEMORY_MARGIN, make_segments
 
 
-def plan(graph: OpDag, pool: Pool, *, private: bool = False, owner: Member = OWNER, **options: Any) -> Plan:
-    front, back = 0, len(graph.nodes)
-    if private:
-        graph, front, back = arrange_private(graph)
-    defaults: dict[str, Any] = {"sizes": SIZES, "microbatches": 8, "optimizer_states": 2, "precision": "fp32"}
-    return plan_training(
-        graph,
-        graph_hash="hash",
-        pool=pool,
-        owner=owner,
-        privacy="private" if private else "open",
-        front=front,
-        back=back,
-        **(defaults | options),
-    )
+def plan(graph: OpDag, pool: Pool, *, owner: Member = OWNER, **options: Any) -> Plan:
+    return planner.plan(one_pipeline(graph, pool, owner, **options))
 
 
 def peers(made: Plan) -> list[str]:
@@ -103,8 +91,8 @@ def test_nothing_is_faster_by_the_schedule_itself(rtt_s: float, bytes_per_s: flo
     graph = decoder(5)
     members = [member("a", gflops=40), member("b", gflops=100), member("c", gflops=70)]
     offered = pool(*members, rtt_s=rtt_s, bytes_per_s=bytes_per_s, owner=OWNER)
-    every = every_plan(task_of(graph, offered, microbatches), cut_points(graph, SIZES))
-    best = min(each.predicted_step_s for each in every)
+    every = every_plan(one_pipeline(graph, offered, OWNER, microbatches=microbatches), cut_points(graph, SIZES))
+    best = min(each.step_s for each in every)
     assert plan(graph, offered, microbatches=microbatches).predicted_step_s <= 1.02 * best
 
 
@@ -398,20 +386,7 @@ def test_machines_take_given_parts_in_their_order() -> None:
     points = cut_points(graph, SIZES, within=(0, len(graph.nodes)))
     cuts = (points[2], points[7])
     machines = [member("slow", gflops=10), member("fast", gflops=90), member("middle", gflops=40)]
-    planned = plan_training(
-        graph,
-        graph_hash="x",
-        sizes=SIZES,
-        microbatches=4,
-        optimizer_states=2,
-        precision="fp32",
-        pool=pool(*machines, owner=member("owner")),
-        owner=member("owner"),
-        privacy="open",
-        front=0,
-        back=len(graph.nodes),
-        cuts=cuts,
-        in_order=True,
-    )
+    offered = pool(*machines, owner=member("owner"))
+    planned = plan(graph, offered, owner=member("owner"), microbatches=4, cuts=cuts, in_order=True)
     assert [stage.peer for stage in planned.stages] == [each.peer for each in machines]
     assert planned.cuts == cuts

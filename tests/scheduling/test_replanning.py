@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -19,37 +18,33 @@ from every_plan import (
     least_s,
     planned,
     slowed,
-    task_of,
     weights_by_peer,
     without,
 )
+from training_problems import one_pipeline
 
 from fusionai.errors import PlacementError
 from fusionai.graph.model import OpDag, Weight, WeightKey
 from fusionai.graph.privacy import arrange_private
 from fusionai.graph.sizes import type_bytes
-from fusionai.scheduling.evaluation import evaluate_again
+from fusionai.scheduling.evaluation import evaluated_again
 from fusionai.scheduling.plan import Plan
-from fusionai.scheduling.planner import plan_training
-from fusionai.scheduling.profile import LinkProfile, Pool
+from fusionai.scheduling.planner import plan
+from fusionai.scheduling.profile import LinkProfile, Member, Pool
 from fusionai.scheduling.replanning import LEAST_GAIN, Move, Replanned, replanned
-from fusionai.scheduling.sticky import candidates
-from fusionai.scheduling.sticky.moves import LOST, Haulage, loads_of, state_bytes
+from fusionai.scheduling.search import sticky_splits
+from fusionai.scheduling.transfers import LOST, TransferSchedule, loads_of, state_bytes
 
 CASES = 55
 GAP = 0.02
 """Most that a plan's time to the end may be above the best of all plans; seen: 1.3 % in 206 cases, 0 in all but 3."""
 
 
-def again(graph: OpDag, running: Plan, offered: Pool, steps_left: int, **options: Any) -> Replanned | None:
-    defaults: dict[str, Any] = {
-        "optimizer_states": 2,
-        "precision": "fp32",
-        "owner": OWNER,
-        "front": 0,
-        "back": len(graph.nodes),
-    }
-    return replanned(graph, running=running, pool=offered, steps_left=steps_left, **(defaults | options))
+def again(
+    graph: OpDag, running: Plan, offered: Pool, steps_left: int, *, owner: Member = OWNER, **changes: Any
+) -> Replanned | None:
+    problem = one_pipeline(graph, offered, owner, **({"microbatches": running.microbatches} | changes))
+    return replanned(problem, running, steps_left)
 
 
 def again_of(each: Case) -> Replanned | None:
@@ -90,7 +85,7 @@ def test_no_cut_and_placement_is_better(results: list[tuple[Case, Replanned | No
 
 def test_orders_that_are_only_sampled_are_good_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Above a size, only orders near the running one and the fresh one are searched."""
-    monkeypatch.setattr(candidates, "_EXACT_WORK", 0)
+    monkeypatch.setattr(sticky_splits, "_EXACT_WORK", 0)
     for each in map(case, range(100, 120)):
         made, kept = again_of(each), kept_s(each)
         total_s = kept if made is None else made.move_s + each.steps_left * made.plan.predicted_step_s
@@ -117,9 +112,9 @@ def test_made_plans_are_plans(results: list[tuple[Case, Replanned | None]]) -> N
     for each, made in results:
         if made is None:
             continue
-        checked = evaluate_again(each.task, made.plan)
-        assert not checked.overloaded(each.task)
-        assert checked.plan.predicted_step_s == pytest.approx(made.plan.predicted_step_s)
+        checked = evaluated_again(each.problem, made.plan)
+        assert checked.possible
+        assert checked.step_s == pytest.approx(made.plan.predicted_step_s)
         assert made.plan.stages[0].start == 0
         assert made.plan.stages[-1].stop == len(each.graph.nodes)
         assert msgspec.json.decode(msgspec.json.encode(made), type=Replanned) == made
@@ -258,23 +253,10 @@ def test_nobody_can_take_over() -> None:
 def test_the_owners_share_stays_with_the_owner() -> None:
     graph, front, back = arrange_private(decoder(8))
     offered = pool(*(member(name) for name in "abc"), owner=OWNER)
-    running = plan_training(
-        graph,
-        graph_hash="hash",
-        sizes=SIZES,
-        microbatches=8,
-        optimizer_states=2,
-        precision="fp32",
-        pool=offered,
-        owner=OWNER,
-        privacy="private",
-        front=front,
-        back=back,
-        compnodes=2,
-    )
+    running = plan(one_pipeline(graph, offered, OWNER, front=front, back=back, privacy="private", compnodes=2))
     victim = running.stages[1].peer
     for pool_now in (slowed(offered, victim, 5.0), without(offered, victim)):
-        made = again(graph, running, pool_now, 10_000, front=front, back=back)
+        made = again(graph, running, pool_now, 10_000, front=front, back=back, privacy="private")
         assert made is not None
         assert peers(made.plan)[0] == peers(made.plan)[-1] == "owner"
         assert "owner" not in peers(made.plan)[1:-1]
@@ -294,7 +276,8 @@ def test_machines_that_are_alike_keep_what_they_hold() -> None:
             msgspec.structs.replace(each, peer=f"p-{next(names)}") if each.peer[-1] in "abc" else each
             for each in fresh.stages
         )
-        assert again(graph, msgspec.structs.replace(fresh, stages=stages), offered, 10**6) is None
+        renamed = msgspec.structs.replace(fresh.only_pipeline(), stages=stages)
+        assert again(graph, msgspec.structs.replace(fresh, pipelines=(renamed,)), offered, 10**6) is None
 
 
 @pytest.mark.slow
@@ -312,16 +295,15 @@ def test_among_a_dozen_machines_it_beats_a_fresh_plan() -> None:
     throttled = slowed(offered, busiest.peer, 4.0)
     made = again(graph, running, throttled, 200)
     assert made is not None
-    task = task_of(graph, throttled, 16)
+    problem = one_pipeline(graph, throttled, OWNER, microbatches=16)
+    transfers = TransferSchedule(problem)
     fresh = planned(graph, throttled, 16)
-    moves = Haulage(throttled, OWNER).moves(
+    moves = transfers.moves(
         {WeightKey(key): frozenset({peer}) for peer, keys in weights_by_peer(graph, running).items() for key in keys},
         {peer: {WeightKey(key) for key in keys} for peer, keys in weights_by_peer(graph, fresh).items()},
         state_bytes(graph, SIZES, 2),
     )
-    fresh_s = 200 * evaluate_again(task, fresh).plan.predicted_step_s + Haulage(throttled, OWNER).moves_s(
-        loads_of(moves)
-    )
+    fresh_s = 200 * evaluated_again(problem, fresh).step_s + transfers.moves_s(loads_of(moves))
     assert made.move_s + 200 * made.plan.predicted_step_s <= fresh_s * (1 + 1e-9)
 
 
@@ -348,21 +330,21 @@ def test_transfers_of_one_machine_share_its_access() -> None:
         "p-d>p-b": LinkProfile(0.1, 1e6),
         "p-d>p-c": LinkProfile(0.1, 1e6),
     }
-    haulage = Haulage(Pool(tuple(member(name) for name in "abcd"), links), OWNER)
-    assert haulage.moves_s({}) == 0
-    assert haulage.moves_s({("p-a", "p-b"): 10**6}) == pytest.approx(1 + 0.1)
-    assert haulage.moves_s({("p-a", "p-b"): 10**6, ("p-a", "p-c"): 10**6}) == pytest.approx(1.5 + 0.1)
-    assert haulage.moves_s({("p-a", "p-b"): 10**6, ("p-d", "p-c"): 10**6}) == pytest.approx(1 + 0.1), "at once"
-    assert haulage.moves_s({("p-a", "p-b"): 10**6, ("p-d", "p-b"): 10**6}) == pytest.approx(2 + 0.1)
-    assert haulage.moves_s({(LOST, "p-c"): 10**6}) == pytest.approx(0.08 + 0.025), "as the best link in"
+    transfers = TransferSchedule(one_pipeline(GRAPH, Pool(tuple(member(name) for name in "abcd"), links), OWNER))
+    assert transfers.moves_s({}) == 0
+    assert transfers.moves_s({("p-a", "p-b"): 10**6}) == pytest.approx(1 + 0.1)
+    assert transfers.moves_s({("p-a", "p-b"): 10**6, ("p-a", "p-c"): 10**6}) == pytest.approx(1.5 + 0.1)
+    assert transfers.moves_s({("p-a", "p-b"): 10**6, ("p-d", "p-c"): 10**6}) == pytest.approx(1 + 0.1), "at once"
+    assert transfers.moves_s({("p-a", "p-b"): 10**6, ("p-d", "p-b"): 10**6}) == pytest.approx(2 + 0.1)
+    assert transfers.moves_s({(LOST, "p-c"): 10**6}) == pytest.approx(0.08 + 0.025), "as the best link in"
 
 
 def test_of_several_holders_the_nearest_gives() -> None:
     links = {"p-a>p-c": LinkProfile(0.0, 1e6), "p-b>p-c": LinkProfile(0.0, 3e6)}
-    haulage = Haulage(Pool(tuple(member(name) for name in "abc"), links), OWNER)
+    transfers = TransferSchedule(one_pipeline(GRAPH, Pool(tuple(member(name) for name in "abc"), links), OWNER))
     held = {WeightKey("w"): frozenset({"p-a", "p-b", "p-gone"}), WeightKey("v"): frozenset({"p-gone"})}
     wanted = {"p-c": {WeightKey("w"), WeightKey("v")}, "p-a": {WeightKey("w")}}
-    assert haulage.moves(held, wanted, {WeightKey("w"): 5, WeightKey("v"): 7}) == (
+    assert transfers.moves(held, wanted, {WeightKey("w"): 5, WeightKey("v"): 7}) == (
         Move(WeightKey("v"), LOST, "p-c", 7),
         Move(WeightKey("w"), "p-b", "p-c", 5),
     )
@@ -371,12 +353,14 @@ def test_of_several_holders_the_nearest_gives() -> None:
 def test_between_machines_that_nobody_can_dial_the_owner_relays() -> None:
     links = {"p-a>p-owner": LinkProfile(0.0, 1e6), "p-owner>p-b": LinkProfile(0.0, 2e6)}
     members = tuple(member(name, dialable=False) for name in "ab")
-    assert Haulage(Pool(members, links), OWNER).moves_s({("p-a", "p-b"): 10**6}) == pytest.approx(1.0)
+    assert TransferSchedule(one_pipeline(GRAPH, Pool(members, links), OWNER)).moves_s(
+        {("p-a", "p-b"): 10**6}
+    ) == pytest.approx(1.0)
 
 
-def test_seconds_of_a_task_do_not_depend_on_what_was_counted_before() -> None:
-    """`Task.costs` remembers stages; a fresh task must give the same plan."""
-    task = task_of(GRAPH, FOUR, 16)
-    once = evaluate_again(task, RUNNING)
-    assert evaluate_again(task, RUNNING) == once
-    assert evaluate_again(replace(task, costs=type(task.costs)()), RUNNING) == once
+def test_seconds_do_not_depend_on_what_was_counted_before() -> None:
+    """A problem remembers the costs of stages; a fresh one must give the same plan."""
+    problem = one_pipeline(GRAPH, FOUR, OWNER, microbatches=16)
+    once = evaluated_again(problem, RUNNING).plan()
+    assert evaluated_again(problem, RUNNING).plan() == once
+    assert evaluated_again(one_pipeline(GRAPH, FOUR, OWNER, microbatches=16), RUNNING).plan() == once

@@ -13,15 +13,15 @@ from decoder_graph import GB, decoder, member
 from swarm_tasks import TwoCities, check, task_of
 
 from fusionai.scheduling.links import Floats
+from fusionai.scheduling.planner import plan
 from fusionai.scheduling.profile import Member
-from fusionai.scheduling.swarm.candidates import ChainSolver
-from fusionai.scheduling.swarm.chain import measured
-from fusionai.scheduling.swarm.costing import make_work
-from fusionai.scheduling.swarm.end_of_step import holders, in_turn_s, sum_s
-from fusionai.scheduling.swarm.planner import plan
-from fusionai.scheduling.swarm.rings import best_round_trips, rings, round_trip
-from fusionai.scheduling.swarm.selection import selected, weighed
-from fusionai.scheduling.swarm.work import Work
+from fusionai.scheduling.search.chain import measured
+from fusionai.scheduling.search.chain_solver import ChainSolver
+from fusionai.scheduling.search.end_estimate import end_s
+from fusionai.scheduling.search.rings import best_round_trips, rings, round_trip
+from fusionai.scheduling.search.segment_costs import SegmentCosts
+from fusionai.scheduling.search.segment_tables import costs_in_segments
+from fusionai.scheduling.search.selection import selected, weighed
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ def sites(seed: int, count: int, size: int) -> tuple[list[Member], Sites]:
     return machines, Sites(size, between)
 
 
-def work_of(seed: int, count: int, size: int) -> Work:
+def work_of(seed: int, count: int, size: int) -> SegmentCosts:
     machines, links = sites(seed, count, size)
-    return make_work(task_of(decoder(2), machines, links=links, microbatches=64))
+    return costs_in_segments(task_of(decoder(2), machines, links=links, microbatches=64))
 
 
 def longest_hop(order: tuple[int, ...], byte_s: Floats) -> float:
@@ -88,7 +88,7 @@ def test_no_set_and_order_of_sites_is_faster(seed: int) -> None:
 
 
 def test_rings_are_for_several_sites() -> None:
-    work = make_work(task_of(decoder(2), [member(f"m{k}") for k in range(4)], microbatches=64))
+    work = costs_in_segments(task_of(decoder(2), [member(f"m{k}") for k in range(4)], microbatches=64))
     chains = [measured(work, np.asarray([k]), np.asarray([0, work.count]), 1.0, 64) for k in range(4)]
     assert rings(work, chains) == []
 
@@ -108,9 +108,9 @@ def test_many_sites_are_put_in_one_by_one() -> None:
 def test_sites_that_a_good_link_joins_are_told_apart() -> None:
     # Louvain's communities join two of three sites; what is near within each is another question.
     between = np.asarray([[1.2e9, 9e8, 1e6], [9e8, 1.3e9, 1e6], [1e6, 1e6, 8e9]])
-    work = make_work(task_of(decoder(2), [member(f"m{k}") for k in range(12)], links=Sites(4, between)))
+    work = costs_in_segments(task_of(decoder(2), [member(f"m{k}") for k in range(12)], links=Sites(4, between)))
     assert sorted(each.tolist() for each in work.near_clusters) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    cities = make_work(task_of(decoder(2), [member(f"m{k}") for k in range(300)], links=TwoCities(300)))
+    cities = costs_in_segments(task_of(decoder(2), [member(f"m{k}") for k in range(300)], links=TwoCities(300)))
     assert [len(each) for each in cities.near_clusters] == [150, 150]
 
 
@@ -118,7 +118,7 @@ def test_sites_that_a_good_link_joins_are_told_apart() -> None:
 def test_plans_are_as_fast_as_the_best_ring_of_sites(seed: int) -> None:
     machines, links = sites(seed, 6, 2)
     task = task_of(decoder(4), machines, links=links, microbatches=256)
-    work = make_work(task)
+    work = costs_in_segments(task)
     solver = ChainSolver(work)
     chains = [solver.solve(np.asarray([2 * k, 2 * k + 1]), 64, 1.0, 1e-3) for k in range(6)]
     best_s = np.inf
@@ -126,10 +126,7 @@ def test_plans_are_as_fast_as_the_best_ring_of_sites(seed: int) -> None:
         for order in itertools.permutations(inside[1:]):
             found = weighed(work, [chain for k in (inside[0], *order) if (chain := chains[k])])
             if found is not None:
-                several = len(found.chains) > 1
-                table = holders(work, found.chains)
-                waiting_s = max(0.0, in_turn_s(work, table) - sum_s(work, table)) if several else 0.0
-                best_s = min(best_s, found.step_s + waiting_s)
+                best_s = min(best_s, max(found.step_s, found.pipelines_s + end_s(work, found.chains)))
     made = plan(task)
     check(task, made)
     assert made.predicted_step_s <= best_s * 1.02

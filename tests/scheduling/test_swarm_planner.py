@@ -17,20 +17,20 @@ from swarm_tasks import TwoCities, check, small_task, task_of
 from fusionai.errors import PlacementError
 from fusionai.graph.cost import stage_cost
 from fusionai.graph.cuts import cut
+from fusionai.scheduling.planner import plan
+from fusionai.scheduling.search.chain import Chain
+from fusionai.scheduling.search.clusters import clustered
+from fusionai.scheduling.search.end_estimate import estimated_sum_s, holders
+from fusionai.scheduling.search.segment_tables import costs_in_segments
+from fusionai.scheduling.search.shares import shared_out
+from fusionai.scheduling.search.small_pools import best_small_chains
 from fusionai.scheduling.segments import MEMORY_MARGIN
-from fusionai.scheduling.swarm.chain import Chain
-from fusionai.scheduling.swarm.clusters import clustered
-from fusionai.scheduling.swarm.costing import make_work
-from fusionai.scheduling.swarm.end_of_step import holders, sum_s
-from fusionai.scheduling.swarm.exact import best_small_chains
-from fusionai.scheduling.swarm.planner import plan
-from fusionai.scheduling.swarm.shares import shared_out
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_no_single_pipeline_is_faster_in_small_pools(seed: int) -> None:
     task = small_task(seed)
-    work = make_work(task)
+    work = costs_in_segments(task)
     best = best_single_step_s(work)
     made = plan(task)
     check(task, made)
@@ -41,13 +41,13 @@ def test_no_single_pipeline_is_faster_in_small_pools(seed: int) -> None:
 def test_no_plan_of_several_pipelines_is_faster_in_small_pools(seed: int) -> None:
     task = small_task(seed)
     made = plan(task)
-    assert best_step_of_several_s(make_work(task), made.predicted_step_s * (1 - 1e-9)) == np.inf
+    assert best_step_of_several_s(costs_in_segments(task), made.predicted_step_s * (1 - 1e-9)) == np.inf
 
 
 def test_several_pipelines_are_gone_through() -> None:
     # Fast links and many microbatches: two machines by themselves are the fastest plan of a small model.
     task = task_of(decoder(1), [member("a"), member("b")], bytes_per_s=1e10, microbatches=8)
-    work, made = make_work(task), plan(task)
+    work, made = costs_in_segments(task), plan(task)
     assert len(made.pipelines) == 2
     assert best_step_of_several_s(work, np.inf) == pytest.approx(made.predicted_step_s)
     assert best_single_step_s(work) > made.predicted_step_s
@@ -84,7 +84,7 @@ def test_a_machine_alone_is_chosen_with_its_report_to_the_owner() -> None:
 
 def test_large_pools_are_not_enumerated() -> None:
     task = task_of(decoder(1), [member(f"m{k}") for k in range(1100)], links=TwoCities(1100))
-    assert best_small_chains(make_work(task), 1.0) == []
+    assert best_small_chains(costs_in_segments(task), 1.0) == []
 
 
 @pytest.mark.parametrize("private", [False, True])
@@ -138,11 +138,11 @@ def test_links_decide_between_one_pipeline_and_several() -> None:
 
 def test_a_ring_takes_what_the_formula_says() -> None:
     task = task_of(decoder(3), [member(name) for name in "abc"], rtt_s=0.02, bytes_per_s=1e6)
-    work = make_work(task)
+    work = costs_in_segments(task)
     alone = [Chain((machine,), (0, work.count), 0.0, 0.0, 1) for machine in range(3)]
-    weights = sum(size for size, _ in work.weights)
-    assert sum_s(work, holders(work, alone)) == pytest.approx(4 / 3 * weights / 1e6 + 4 * 0.01)
-    assert sum_s(work, holders(work, alone[:1])) == 0
+    weights = work.counted_bytes.sum()
+    assert estimated_sum_s(work, holders(work, alone)) == pytest.approx(4 / 3 * weights / 1e6 + 4 * 0.01)
+    assert estimated_sum_s(work, holders(work, alone[:1])) == 0
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -169,7 +169,7 @@ def test_clusters_are_the_cities(count: int) -> None:
 class TestErrors:
     def test_no_machines(self) -> None:
         with pytest.raises(PlacementError, match="fusionai join"):
-            task_of(decoder(2), [])
+            plan(task_of(decoder(2), []))
 
     def test_too_little_memory(self) -> None:
         says = r"2 compnodes .* offer 24 MB: .* are missing; add compnodes \(\d+ like a could hold it\), raise"

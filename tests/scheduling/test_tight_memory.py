@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from decoder_graph import SIZES, decoder, member, pool
+from training_problems import problem_of
 
 from fusionai.graph.cuts import Cutter, cut_points
 from fusionai.graph.model import OpDag, Sizes
 from fusionai.scheduling.links import PoolLinks
-from fusionai.scheduling.planner import plan_training
+from fusionai.scheduling.planner import plan
+from fusionai.scheduling.problem import Limits
 from fusionai.scheduling.segments import MEMORY_MARGIN
-from fusionai.scheduling.swarm.planner import plan_swarm
 
 
 class Needs:
@@ -44,18 +46,9 @@ def test_a_plan_is_found_where_there_is_hardly_room(seed: int) -> None:
     # Sums over segments may count more than a stage of them needs, seldom over a tenth.
     offer = int(1.15 * budget * MEMORY_MARGIN)
     machines = pool(*(member(f"m{k}", memory_bytes=offer) for k in range(filled)))
-    job = {
-        "graph_hash": "hash",
-        "sizes": sizes,
-        "microbatches": draw.choice((1, 4, 16)),
-        "optimizer_states": 2,
-        "precision": "fp32",
-        "privacy": "open",
-        "front": 0,
-        "back": len(graph.nodes),
-    }
-    one = plan_training(graph, pool=machines, owner=member("owner"), **job)  # type: ignore[arg-type]
+    problem = problem_of(graph, sizes=sizes, microbatches=draw.choice((1, 4, 16)))
+    one = plan(problem.within(Limits(most_pipelines=1)).on_pool(machines, member("owner")))
     links = PoolLinks(machines, [each.peer for each in machines.members])
-    several = plan_swarm(graph, members=machines.members, owner=None, links=links, **job)  # type: ignore[arg-type]
+    several = plan(replace(problem, members=machines.members, links=links))
     assert len(one.stages) <= filled
     assert [len(each.stages) for each in several.pipelines]

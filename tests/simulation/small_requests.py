@@ -6,6 +6,7 @@ from typing import Any
 
 from decoder_graph import SIZES, decoder
 
+from fusionai.scheduling.problem import Limits, TrainingProblem
 from fusionai.simulation.forecast.request import Request
 from fusionai.simulation.hardware.pool_file import pool_from
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
@@ -24,9 +25,12 @@ def request(**changes: Any) -> Request:
         "optimizer_states": 2,
         "precision": "fp32",
         "privacy": "open",
-        "tokens_per_step": 8 * 128,
     }
-    return Request(**{**fields, **changes})
+    own = {name: changes.pop(name) for name in ("tokens_per_step", "machines") if name in changes}
+    limits = Limits(**{name: changes.pop(name) for name in ("compnodes", "cuts") if name in changes})
+    return Request(
+        **{"problem": TrainingProblem(**{**fields, **changes}, limits=limits), "tokens_per_step": 8 * 128, **own}
+    )
 
 
 def private(**changes: Any) -> Request:

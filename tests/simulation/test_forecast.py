@@ -13,13 +13,13 @@ from fusionai.errors import ConfigError, PlacementError
 from fusionai.simulation.forecast.changes import link_doubled, links_busy_s, one_more, uplinks_doubled
 from fusionai.simulation.forecast.forecast import forecast
 from fusionai.simulation.forecast.request import (
+    best_on,
     part_of,
     plan_at_home,
     plan_on,
     plan_with,
     searched,
     setting_of,
-    swarm_on,
     with_owner,
 )
 
@@ -113,7 +113,7 @@ def test_a_job_that_counts_its_machines_takes_the_new_one() -> None:
 def test_pipelines_are_those_of_the_swarm_planner() -> None:
     what_if = load({"count": 12, "name": "a"}, {"name": "slow", "matmul_tflops": 0.2}, links={"rtt_ms": 0.1})
     found = forecast(request(microbatches=64), what_if, what_ifs=False)
-    swarm = swarm_on(request(microbatches=64), with_owner(what_if, "open"))
+    swarm = best_on(request(microbatches=64), with_owner(what_if, "open"))
     assert found.pipelines_step_s == swarm.predicted_step_s < found.predicted_step_s
     assert [each.microbatches for each in found.pipelines] == [each.microbatches for each in swarm.pipelines]
     assert sum(each.microbatches for each in found.pipelines) == 64

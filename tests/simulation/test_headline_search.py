@@ -10,8 +10,9 @@ import pytest
 
 from fusionai.owner.headline_models import captured
 from fusionai.scheduling.links import PoolLinks
+from fusionai.scheduling.planner import plan
+from fusionai.scheduling.problem import TrainingProblem
 from fusionai.scheduling.profile import LinkProfile, Member, Pool
-from fusionai.scheduling.swarm.planner import plan_swarm
 from fusionai.simulation.codecs import Dense, TopK
 from fusionai.simulation.headline.card_clusters import Cluster, consumer, datacentre
 from fusionai.simulation.headline.costs import ADAM_COPIES, Costs, costs_of, ranges_of
@@ -59,27 +60,28 @@ def test_not_slower_than_the_swarm_planner(training: Costs, mbps: float, gigabyt
     found, _ = best_worked(searcher, searcher.ranked(cluster, Dense(), 64, batches=(1,)), cluster, Dense())
     members, pool, links = on_equal_links(cluster)
     model = training.model
-    plan = plan_swarm(
-        model.graph,
-        graph_hash="",
-        sizes=model.sizes(1),
-        microbatches=64,
-        optimizer_states=ADAM_COPIES,
-        precision="bf16",
-        members=members,
-        owner=None,
-        links=PoolLinks(pool, [each.peer for each in members]),
-        privacy="open",
-        front=0,
-        back=len(model.graph.nodes),
+    made = plan(
+        TrainingProblem(
+            graph=model.graph,
+            graph_hash="",
+            sizes=model.sizes(1),
+            microbatches=64,
+            optimizer_states=ADAM_COPIES,
+            precision="bf16",
+            privacy="open",
+            front=0,
+            back=len(model.graph.nodes),
+            members=tuple(members),
+            links=PoolLinks(pool, [each.peer for each in members]),
+        )
     )
     devices = {each.peer: each.device for each in members}
     theirs = simulate(
-        plan, model.graph, links, devices, Scenario(steps=1), precision="bf16", optimizer_states=ADAM_COPIES
+        made, model.graph, links, devices, Scenario(steps=1), precision="bf16", optimizer_states=ADAM_COPIES
     )
     assert found.stages > 1, "the memory was chosen so that no card holds it alone"
     # Its passes with uplinks shared, its own end of the step. It may use cards that are left over here.
-    assert found.step_s <= 1.05 * (theirs.elapsed_s * theirs.passes_share + plan.sync_s)
+    assert found.step_s <= 1.05 * (theirs.elapsed_s * theirs.passes_share + made.end_of_step_s)
 
 
 def test_the_simulator_agrees(training: Costs) -> None:

@@ -25,7 +25,7 @@ from fusionai.simulation.hardware.efficiency import profile_of
 from fusionai.units.byte_counts import bytes_text
 
 COST = request().whole_cost
-LARGEST = max(type_bytes(weight.type, {}) for weight in request().graph.weights)
+LARGEST = max(type_bytes(weight.type, {}) for weight in request().problem.graph.weights)
 KEPT = 8 * sum(part.receive_bytes for part in request().part_costs)
 """What crosses between parts, of eight microbatches."""
 LEAST = COST.transient_bytes + 2 * LARGEST

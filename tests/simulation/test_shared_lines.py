@@ -80,7 +80,7 @@ def test_machines_that_the_job_names_are_the_only_ones() -> None:
     found = forecast(request(machines=("c",)), pool)
     assert [each.machine for each in found.stages] == ["c"]
     assert {each.machine for each in found.alone} <= {"c", "owner"}
-    half = len(request().graph.nodes) // 2
+    half = len(request().problem.graph.nodes) // 2
     ordered = forecast(request(machines=("c", "a"), cuts=(half,)), pool, what_ifs=False)
     assert [each.machine for each in ordered.stages] == ["c", "a"]
     given = Circumstances(steps=1)

@@ -12,17 +12,15 @@ from functools import partial
 import msgspec
 import pytest
 from decoder_graph import SIZES, decoder, member, pool
+from training_problems import one_pipeline, problem_of
 from workloads import chain, replicas, uniform
 
 from fusionai.errors import ConfigError
 from fusionai.graph.model import OpDag
-from fusionai.graph.privacy import arrange_private
 from fusionai.scheduling.links import PoolLinks
-from fusionai.scheduling.plan import Plan
-from fusionai.scheduling.planner import plan_training
+from fusionai.scheduling.plan import PipelinePlan, Plan
+from fusionai.scheduling.planner import plan
 from fusionai.scheduling.profile import LinkProfile, Pool
-from fusionai.scheduling.swarm.planner import plan_swarm
-from fusionai.scheduling.swarm_plan import PipelinePlan, SwarmPlan
 from fusionai.simulation.codecs import Dense, TopK
 from fusionai.simulation.hardware.catalogue import lookup
 from fusionai.simulation.hardware.pool_file import parse_pool
@@ -40,27 +38,11 @@ MOST_SECONDS = 20.0
 
 
 def planned(graph: OpDag, machines: Pool, *, private: bool) -> tuple[OpDag, Plan]:
-    front, back = 0, len(graph.nodes)
-    if private:
-        graph, front, back = arrange_private(graph)
-    plan = plan_training(
-        graph,
-        graph_hash="hash",
-        sizes=SIZES,
-        microbatches=8,
-        optimizer_states=2,
-        precision="fp32",
-        pool=machines,
-        owner=OWNER,
-        privacy="private" if private else "open",
-        front=front,
-        back=back,
-        compnodes=2,
-    )
-    return graph, plan
+    problem = one_pipeline(graph, machines, OWNER, private=private, compnodes=2)
+    return problem.graph, plan(problem)
 
 
-def run(plan: Plan | SwarmPlan, graph: OpDag, machines: Pool, **options: object) -> SimulationReport:
+def run(plan: Plan, graph: OpDag, machines: Pool, **options: object) -> SimulationReport:
     devices = {each.peer: each.device for each in (*machines.members, OWNER)}
     scenario = Scenario(**options)  # type: ignore[arg-type]
     return simulate(plan, graph, LinkRates(machines.link), devices, scenario, precision="fp32", optimizer_states=2)
@@ -83,14 +65,14 @@ def test_two_pipelines_of_a_plan_share_a_step() -> None:
     peers = [stage.peer for stage in plan.stages]
     others = [each.peer for each in machines.members if each.peer not in peers][: len(peers)]
     again = tuple(msgspec.structs.replace(stage, peer=peer) for stage, peer in zip(plan.stages, others, strict=True))
-    swarm = SwarmPlan(
+    swarm = Plan(
         graph_hash="hash",
         sizes=SIZES,
         microbatches=8,
         privacy="open",
         owner=plan.owner,
         pipelines=(PipelinePlan(plan.stages, 4, 0.0), PipelinePlan(again, 4, 0.0)),
-        sync_s=0.0,
+        end_of_step_s=0.0,
         predicted_step_s=0.0,
         bound_step_s=0.0,
         bottleneck="",
@@ -115,25 +97,14 @@ def test_the_end_of_a_step_of_many_pipelines_is_as_predicted() -> None:
             bytes_per_s=10 ** draw.uniform(6.5, 8),
         )
         graph = decoder(12, tied=seed % 2 == 0, hidden=64)
-        plan = plan_swarm(
-            graph,
-            graph_hash="hash",
-            sizes=SIZES,
-            microbatches=128,
-            optimizer_states=2,
-            precision="fp32",
-            members=machines.members,
-            owner=None,
-            links=PoolLinks(machines, [each.peer for each in machines.members]),
-            privacy="open",
-            front=0,
-            back=len(graph.nodes),
-        )
-        assert len(plan.pipelines) > 1
+        links_alone = PoolLinks(machines, [each.peer for each in machines.members])
+        problem = problem_of(graph, microbatches=128, members=machines.members, links=links_alone)
+        made = plan(problem)
+        assert len(made.pipelines) > 1
         devices = {each.peer: each.device for each in machines.members}
         links = LinkRates(partial(_with_driver, machines))
-        report = simulate(plan, graph, links, devices, Scenario(), precision="fp32", optimizer_states=2)
-        off.append(abs(report.step_s[0] / plan.predicted_step_s - 1))
+        report = simulate(made, graph, links, devices, Scenario(), precision="fp32", optimizer_states=2)
+        off.append(abs(report.step_s[0] / made.predicted_step_s - 1))
     assert statistics.median(off) < 0.03
     assert max(off) < 0.1
 

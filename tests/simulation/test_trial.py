@@ -10,7 +10,7 @@ from small_requests import load, private, request
 from fusionai.cli.trial_words import sentences
 from fusionai.errors import ConfigError
 from fusionai.simulation.forecast.forecast import forecast
-from fusionai.simulation.forecast.request import Request, plan_on, setting_of, swarm_on, with_owner
+from fusionai.simulation.forecast.request import Request, best_on, plan_on, setting_of, with_owner
 from fusionai.simulation.forecast.trial import Circumstances, Trial, trial
 from fusionai.simulation.hardware.catalogue import lookup
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
@@ -29,7 +29,7 @@ def tried(asked: Request, what_if: WhatIfPool = POOL, *, pipelines: bool = False
 def test_the_plan_is_that_of_a_forecast() -> None:
     for asked, what_if in ((request(compnodes=2), POOL), (private(), load({"count": 2}, owner={}))):
         found = tried(asked, what_if)
-        assert found.plan == plan_on(asked, setting_of(with_owner(what_if, asked.privacy)))
+        assert found.plan == plan_on(asked, setting_of(with_owner(what_if, asked.problem.privacy)))
         assert found.planning_s == 2.5
         assert found.pipelines == 1
         assert found.report.median_step_s == pytest.approx(found.predicted_step_s, rel=0.05)
@@ -49,7 +49,7 @@ def test_machines_are_busy_as_the_forecast_says() -> None:
 def test_many_pipelines() -> None:
     asked = request(microbatches=64)
     found = tried(asked, pipelines=True)
-    assert found.plan == swarm_on(asked, with_owner(POOL, "open"))
+    assert found.plan == best_on(asked, with_owner(POOL, "open"))
     assert found.pipelines > 1
     assert len(found.report.machines) == len(found.plan.peers)
     assert any("Training runs one today" in line for line in sentences(found))

@@ -1,5 +1,5 @@
 """Other systems' training planners.
 
-Each takes a `SwarmTask` and returns a `SwarmPlan`, whose step is predicted as the planner's own plans are. So every
+Each takes a `TrainingProblem` and returns a `Plan`, whose step is predicted as the planner's own plans are. So every
 claim of being faster is a ratio within one run.
 """

@@ -11,21 +11,21 @@ import numpy as np
 
 from contenders.planners.one_chain import chain_plan, shares_to_bounds
 from fusionai.scheduling.links import Floats, Indices
-from fusionai.scheduling.swarm.costing import make_work
-from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm_plan import SwarmPlan
+from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.problem import TrainingProblem
+from fusionai.scheduling.search.segment_tables import costs_in_segments
 
 _POPULATION = 32
 _GENERATIONS = 200
 _SEED = 0
 
 
-def genetic_order(task: SwarmTask) -> SwarmPlan:
+def genetic_order(task: TrainingProblem) -> Plan:
     """Return one pipeline of equal compute in the order of least communication that a genetic search finds.
 
     Raises PlacementError when a machine is too small for its share.
     """
-    work = make_work(task)
+    work = costs_in_segments(task)
     machines = task.candidates[: work.count]
     typical = (
         np.asarray([np.median(work.segments.forward_bytes_P)]),

@@ -21,13 +21,15 @@ import numpy as np
 from contenders.planners.one_chain import chain_run
 from contenders.planners.proportional_splits import by_compute
 from fusionai.errors import PlacementError
+from fusionai.scheduling.evaluation import Evaluated
 from fusionai.scheduling.links import Floats, Indices
-from fusionai.scheduling.swarm.chain import hops_of
-from fusionai.scheduling.swarm.costing import make_work
-from fusionai.scheduling.swarm.outcome import Outcome, outcome, swarm_plan
-from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm.work import Work
-from fusionai.scheduling.swarm_plan import SwarmPlan
+from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.problem import TrainingProblem
+from fusionai.scheduling.search.chain import hops_of
+from fusionai.scheduling.search.segment_costs import SegmentCosts
+from fusionai.scheduling.search.segment_tables import costs_in_segments
+from fusionai.scheduling.search.step_bound import least_s
+from fusionai.scheduling.search.worked_chains import evaluated_chains
 
 _POPULATION = 16
 _GENERATIONS = 120
@@ -44,31 +46,31 @@ Layout = tuple[frozenset[int], ...]
 """Groups of places in the list of machines."""
 
 
-def grid_search(task: SwarmTask) -> SwarmPlan:
+def grid_search(task: TrainingProblem) -> Plan:
     """Return the best grid over all machines. Raises PlacementError when no grid fits their memory."""
-    work = make_work(task)
+    work = costs_in_segments(task)
     if (found := best_grid(work)) is None:
         raise PlacementError(
             f"no grid of equal stages over all {len(task.candidates)} machines fits their memory; use the planner, "
             "which cuts by memory and leaves machines out"
         )
-    return swarm_plan(work, found)
+    return found.plan(bound_step_s=least_s(work))
 
 
-def best_grid(work: Work) -> Outcome | None:
+def best_grid(work: SegmentCosts) -> Evaluated | None:
     """Return the best outcome of all shapes of the grid; None when none fits. Needs no owner's stages."""
-    count = len(work.task.candidates)
+    count = len(work.problem.candidates)
     found = [
         made
         for stages in range(1, min(count, work.count) + 1)
-        if count % stages == 0 and count // stages <= work.task.microbatches
+        if count % stages == 0 and count // stages <= work.problem.microbatches
         if (made := _of_shape(work, stages)) is not None
     ]
     return min(found, key=lambda each: each.step_s, default=None)
 
 
-def _of_shape(work: Work, stages: int) -> Outcome | None:
-    machines, rounds = work.task.candidates, work.task.microbatches
+def _of_shape(work: SegmentCosts, stages: int) -> Evaluated | None:
+    machines, rounds = work.problem.candidates, work.problem.microbatches
     pipelines = len(machines) // stages
     if not _may_hold(work, stages):
         return None
@@ -79,22 +81,22 @@ def _of_shape(work: Work, stages: int) -> Outcome | None:
         if (made := chain_run(work, order, by_compute(work, order), share)) is None:
             return None
         runs.append(made)
-    return outcome(work, runs)
+    return evaluated_chains(work, runs)
 
 
-def _may_hold(work: Work, stages: int) -> bool:
+def _may_hold(work: SegmentCosts, stages: int) -> bool:
     """Whether every machine may hold the smallest stage: whatever the layout, some stage of each size is on it."""
-    bounds = by_compute(work, work.task.candidates[:stages])
+    bounds = by_compute(work, work.problem.candidates[:stages])
     segments = work.segments
     need = segments.fixed_bytes_PP[bounds[:-1], bounds[1:]] + segments.flight_bytes_PP[bounds[:-1], bounds[1:]]
-    return bool(need.min() <= work.budget_bytes[work.task.candidates].min())
+    return bool(need.min() <= work.budget_bytes[work.problem.candidates].min())
 
 
 @dataclass(slots=True)
 class _Search:
-    """The genetic search over layouts of one shape. Places count the machines of `work.task.candidates`."""
+    """The genetic search over layouts of one shape. Places count the machines of `work.problem.candidates`."""
 
-    work: Work
+    work: SegmentCosts
     stages: int
     hop_s: Floats = field(init=False)
     """(M, M): of a typical cut, there and back."""
@@ -107,9 +109,9 @@ class _Search:
     sums: dict[frozenset[int], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        task, machines = self.work.task, self.work.task.candidates
+        task, machines = self.work.problem, self.work.problem.candidates
         hop = np.minimum(hops_of(self.work, machines, 1.0)[:-1, :-1], _UNLINKED_S)
-        self.hop_s = self.work.task.microbatches * self.stages / len(machines) * np.maximum(hop, hop.T)
+        self.hop_s = self.work.problem.microbatches * self.stages / len(machines) * np.maximum(hop, hop.T)
         rate = task.bandwidths(machines[:, None], machines[None])
         with np.errstate(divide="ignore"):
             self.byte_s = np.minimum(1 / np.minimum(rate, rate.T), _UNLINKED_S)

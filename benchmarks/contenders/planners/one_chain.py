@@ -5,45 +5,44 @@ from __future__ import annotations
 import numpy as np
 
 from fusionai.errors import PlacementError
+from fusionai.scheduling.evaluation import Evaluated
 from fusionai.scheduling.links import Floats, Indices
-from fusionai.scheduling.swarm.chain import measured
-from fusionai.scheduling.swarm.outcome import Outcome, outcome, owner_need_bytes, swarm_plan
-from fusionai.scheduling.swarm.running import Running, run
-from fusionai.scheduling.swarm.work import Work
-from fusionai.scheduling.swarm_plan import SwarmPlan
+from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.search.chain import measured
+from fusionai.scheduling.search.segment_costs import SegmentCosts
+from fusionai.scheduling.search.step_bound import least_s
+from fusionai.scheduling.search.worked_chains import evaluated_chains, worked_chain
+from fusionai.scheduling.worked_pipeline import WorkedPipeline
 
 _LIMITS = (8, 3, 1)
 
 
-def chain_plan(work: Work, machines: Indices, bounds: Indices) -> SwarmPlan:
+def chain_plan(work: SegmentCosts, machines: Indices, bounds: Indices) -> Plan:
     """Return the plan of one pipeline, fewer microbatches in flight where memory asks for it.
 
     Raises PlacementError when it does not fit, or neighbours cannot be linked.
     """
     if (found := chain_outcome(work, machines, bounds)) is not None:
-        return swarm_plan(work, found)
+        return found.plan(bound_step_s=least_s(work))
     raise PlacementError(
         f"this split over {len(machines)} machines in a fixed order does not fit: a stage is larger than its machine's "
         "memory, or two neighbours cannot be linked; use the planner, which looks at both"
     )
 
 
-def chain_outcome(work: Work, machines: Indices, bounds: Indices) -> Outcome | None:
+def chain_outcome(work: SegmentCosts, machines: Indices, bounds: Indices) -> Evaluated | None:
     """Return what one pipeline makes of a step; None when it does not fit, or neighbours cannot be linked."""
-    if (found := chain_run(work, machines, bounds, work.task.microbatches)) is None:
+    if (found := chain_run(work, machines, bounds, work.problem.microbatches)) is None:
         return None
-    owner = work.task.owner
-    fits = owner is None or owner_need_bytes(work, [found]) <= owner.device.memory_bytes
-    return outcome(work, [found]) if fits else None
+    whole = evaluated_chains(work, [found])
+    return whole if whole.possible else None
 
 
-def chain_run(work: Work, machines: Indices, bounds: Indices, microbatches: int) -> Running | None:
+def chain_run(work: SegmentCosts, machines: Indices, bounds: Indices, microbatches: int) -> WorkedPipeline | None:
     """Return the schedule of a pipeline that takes some of a step's microbatches; None when it does not fit."""
-    owner = work.task.owner
     for limit in (microbatches, *_LIMITS):
-        found = run(work, measured(work, machines, bounds, 1.0, limit), microbatches)
-        fits = owner is None or owner_need_bytes(work, [found]) <= owner.device.memory_bytes
-        if found.possible and fits:
+        found = worked_chain(work, measured(work, machines, bounds, 1.0, limit), microbatches)
+        if found.possible and not evaluated_chains(work, [found]).overloaded:
             return found
     return None
 

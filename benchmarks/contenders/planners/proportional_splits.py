@@ -14,36 +14,37 @@ from types import MappingProxyType
 import numpy as np
 
 from contenders.planners.one_chain import chain_outcome, chain_plan, chain_run, shares_to_bounds
+from fusionai.scheduling.evaluation import Evaluated
 from fusionai.scheduling.links import Indices
-from fusionai.scheduling.swarm.chain import Chain, measured
-from fusionai.scheduling.swarm.clusters import clustered
-from fusionai.scheduling.swarm.costing import make_work
-from fusionai.scheduling.swarm.outcome import Outcome, outcome
-from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm.work import Work
-from fusionai.scheduling.swarm_plan import SwarmPlan
+from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.problem import TrainingProblem
+from fusionai.scheduling.search.chain import Chain, measured
+from fusionai.scheduling.search.clusters import clustered
+from fusionai.scheduling.search.segment_costs import SegmentCosts
+from fusionai.scheduling.search.segment_tables import costs_in_segments
+from fusionai.scheduling.search.worked_chains import evaluated_chains
 
-Rule = Callable[[Work, Indices], Indices]
+Rule = Callable[[SegmentCosts, Indices], Indices]
 """From machines in their order to the bounds of their stages, in segments."""
 
 _WORKED_THROUGH = 6
 """Prefixes whose schedules are worked through: those that are fastest as ideal pipelines."""
 
 
-def by_layers(work: Work, machines: Indices) -> Indices:
+def by_layers(work: SegmentCosts, machines: Indices) -> Indices:
     """Return bounds that give each machine as many segments."""
     return shares_to_bounds(np.ones(work.count), np.ones(len(machines)))
 
 
-def by_compute(work: Work, machines: Indices) -> Indices:
+def by_compute(work: SegmentCosts, machines: Indices) -> Indices:
     """Return bounds that give each machine as many FLOPs."""
     flops = [sum(cost.forward_flops.values()) + sum(cost.backward_flops.values()) for cost in work.segments.costs]
     return shares_to_bounds(np.asarray(flops, dtype=float), np.ones(len(machines)))
 
 
-def by_memory(work: Work, machines: Indices) -> Indices:
+def by_memory(work: SegmentCosts, machines: Indices) -> Indices:
     """Return bounds that give each machine state bytes in proportion to its memory."""
-    states = work.task.optimizer_states
+    states = work.problem.optimizer_states
     state = np.asarray([cost.training_bytes(1, states) for cost in work.segments.costs], dtype=float)
     return shares_to_bounds(state, work.budget_bytes[machines])
 
@@ -53,33 +54,33 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 )
 
 
-def equal_layers(task: SwarmTask) -> SwarmPlan:
+def equal_layers(task: TrainingProblem) -> Plan:
     """Return one pipeline over all machines with as many segments each. Raises PlacementError when one is too small."""
     return _over_all(task, by_layers)
 
 
-def equal_compute(task: SwarmTask) -> SwarmPlan:
+def equal_compute(task: TrainingProblem) -> Plan:
     """Return one pipeline over all machines with as many FLOPs each. Raises PlacementError when one is too small."""
     return _over_all(task, by_compute)
 
 
-def memory_proportional(task: SwarmTask) -> SwarmPlan:
+def memory_proportional(task: TrainingProblem) -> Plan:
     """Return one pipeline over all machines, state bytes in proportion to memory. Raises PlacementError likewise."""
     return _over_all(task, by_memory)
 
 
-def _over_all(task: SwarmTask, rule: Rule) -> SwarmPlan:
-    work = make_work(task)
+def _over_all(task: TrainingProblem, rule: Rule) -> Plan:
+    work = costs_in_segments(task)
     machines = task.candidates[: work.count]
     return chain_plan(work, machines, rule(work, machines))
 
 
-def cheapest_prefix(work: Work, rule: Rule) -> Outcome | None:
+def cheapest_prefix(work: SegmentCosts, rule: Rule) -> Evaluated | None:
     """Return a rule's best pipeline of the k fastest machines, of the pool or of one cluster, over all k.
 
     Machines run in the order of their speed, or in that in which they are given, whichever is better.
     """
-    scopes = [work.task.candidates, *clustered(work.task, work.task.candidates)]
+    scopes = [work.problem.candidates, *clustered(work.problem, work.problem.candidates)]
     found: dict[tuple[int, ...], Chain] = {}
     for scope in scopes:
         by_speed = scope[np.argsort(work.whole_s[scope], kind="stable")]
@@ -87,8 +88,8 @@ def cheapest_prefix(work: Work, rule: Rule) -> Outcome | None:
             for machines in (by_speed[:count], np.sort(by_speed[:count])):
                 if (key := tuple(machines.tolist())) not in found:
                     found[key] = _roughly(work, machines, rule(work, machines))
-    ranked = sorted(found.values(), key=lambda chain: chain.seconds(work.task.microbatches))
-    outcomes: list[Outcome] = []
+    ranked = sorted(found.values(), key=lambda chain: chain.seconds(work.problem.microbatches))
+    outcomes: list[Evaluated] = []
     for chain in ranked:
         if len(outcomes) == _WORKED_THROUGH:
             break
@@ -97,20 +98,20 @@ def cheapest_prefix(work: Work, rule: Rule) -> Outcome | None:
     return min(outcomes, key=lambda each: each.step_s, default=None)
 
 
-def _roughly(work: Work, machines: Indices, bounds: Indices) -> Chain:
-    return measured(work, machines, bounds, 1.0, work.task.microbatches)
+def _roughly(work: SegmentCosts, machines: Indices, bounds: Indices) -> Chain:
+    return measured(work, machines, bounds, 1.0, work.problem.microbatches)
 
 
-def cut_again(work: Work, plan: SwarmPlan, rule: Rule) -> Outcome | None:
+def cut_again(work: SegmentCosts, plan: Plan, rule: Rule) -> Evaluated | None:
     """Return a plan's pipelines, their machines, order and microbatches, with a rule's cuts; None if one is too large.
 
     For jobs without stages of the owner's.
     """
-    number = {each.peer: index for index, each in enumerate(work.task.machines)}
+    number = {each.peer: index for index, each in enumerate(work.problem.machines)}
     runs = []
     for pipeline in plan.pipelines:
         machines = np.asarray([number[stage.peer] for stage in pipeline.stages])
         if (made := chain_run(work, machines, rule(work, machines), pipeline.microbatches)) is None:
             return None
         runs.append(made)
-    return outcome(work, runs)
+    return evaluated_chains(work, runs)

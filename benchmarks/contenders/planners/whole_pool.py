@@ -12,14 +12,14 @@ from itertools import pairwise, permutations
 
 import numpy as np
 
+from fusionai.scheduling.evaluation import Evaluated
 from fusionai.scheduling.links import Indices
 from fusionai.scheduling.partition import Line, Split, best_of_order, frontier
-from fusionai.scheduling.swarm.chain import hops_of, measured, ordered, proportional
-from fusionai.scheduling.swarm.grouping import fenced
-from fusionai.scheduling.swarm.outcome import Outcome, outcome
-from fusionai.scheduling.swarm.polish import polished
-from fusionai.scheduling.swarm.running import run
-from fusionai.scheduling.swarm.work import Work
+from fusionai.scheduling.search.chain import hops_of, measured, ordered, proportional
+from fusionai.scheduling.search.chain_polish import polished
+from fusionai.scheduling.search.grouping import fenced
+from fusionai.scheduling.search.segment_costs import SegmentCosts
+from fusionai.scheduling.search.worked_chains import evaluated_chains, worked_chain
 
 _TOLERANCE = 5e-3
 
@@ -33,16 +33,16 @@ _MOST_CLUSTERS = 7
 """Clusters up to which all their orders are compared."""
 
 
-def everyone_in_one_chain(work: Work) -> Outcome | None:
+def everyone_in_one_chain(work: SegmentCosts) -> Evaluated | None:
     """Return the fastest pipeline found that all candidates take part in; None if none fits. Needs no owner's stages.
 
     A few orders along the fence are tried; cuts are the best ones for an ideal pipeline of each, and in
     proportion to speed. All are polished and their schedules worked through.
     """
-    machines, rounds = work.task.candidates, work.task.microbatches
+    machines, rounds = work.problem.candidates, work.problem.microbatches
     if len(machines) > work.count:
         return None
-    best: Outcome | None = None
+    best: Evaluated | None = None
     for order in _orders(work, machines):
         line = work.line(order, rounds)
         quick = proportional(work, [order], 1.0, rounds)[0].bounds
@@ -51,9 +51,9 @@ def everyone_in_one_chain(work: Work) -> Outcome | None:
         for start in dict.fromkeys(starts):
             chain = polished(work, measured(work, order, np.asarray(start), 1.0, rounds), rounds)
             for held in _HELD:
-                made = run(work, replace(chain, in_flight_limit=min(rounds, held)), rounds)
+                made = worked_chain(work, replace(chain, in_flight_limit=min(rounds, held)), rounds)
                 if made.possible:
-                    whole = outcome(work, [made])
+                    whole = evaluated_chains(work, [made])
                     best = whole if best is None or whole.step_s < best.step_s else best
     return best
 
@@ -64,7 +64,7 @@ def _cuts(line: Line) -> Split | None:
     return min(found, key=lambda each: each.objective_s(line.microbatches), default=None)
 
 
-def _orders(work: Work, machines: Indices) -> Iterator[Indices]:
+def _orders(work: SegmentCosts, machines: Indices) -> Iterator[Indices]:
     """Yield orders: by hops alone, along the fence, and those with machines of most memory first in each cluster."""
     fences = [_least_crossing(work, fenced(work), closed) for closed in (False, True)]
     ways = [ordered(work, machines)]
@@ -74,7 +74,7 @@ def _orders(work: Work, machines: Indices) -> Iterator[Indices]:
     yield from {order.tobytes(): order for order in ways}.values()
 
 
-def _least_crossing(work: Work, fence: list[Indices], closed: bool) -> list[Indices]:
+def _least_crossing(work: SegmentCosts, fence: list[Indices], closed: bool) -> list[Indices]:
     """Return clusters in the order whose links hold a step up least: each delays once, the slowest every microbatch.
 
     `closed`: the chain ends in the cluster where it begins, so that tied weights of both ends are summed within it.
@@ -82,7 +82,7 @@ def _least_crossing(work: Work, fence: list[Indices], closed: bool) -> list[Indi
     if not 1 < len(fence) <= _MOST_CLUSTERS:
         return fence
     hop = hops_of(work, np.asarray([each[0] for each in fence]), 1.0)
-    rounds = work.task.microbatches
+    rounds = work.problem.microbatches
 
     def held_up_s(order: tuple[int, ...]) -> float:
         path = (*order, order[0]) if closed else order

@@ -7,10 +7,10 @@ import numpy as np
 from contenders.replicated.job_of_cuts import job_of_cuts
 from contenders.routers.routed_job import RoutedJob
 from fusionai.errors import PlacementError
-from fusionai.scheduling.swarm.work import Work
+from fusionai.scheduling.search.segment_costs import SegmentCosts
 
 
-def equal_stages(work: Work, stages: int) -> tuple[tuple[tuple[int, ...], ...], RoutedJob]:
+def equal_stages(work: SegmentCosts, stages: int) -> tuple[tuple[tuple[int, ...], ...], RoutedJob]:
     """Return the holders by stage and the job, cut in at least `stages` parts of equal computing.
 
     SWARM (arXiv 2301.11913) cuts a model into equal stages and lets every peer that comes join the stage that has the
@@ -21,7 +21,7 @@ def equal_stages(work: Work, stages: int) -> tuple[tuple[tuple[int, ...], ...], 
         PlacementError: even the smallest stages fit on too few machines.
     """
     seconds = np.cumsum((work.forward_NS + work.backward_NS)[0])
-    owner = work.task.owner_index
+    owner = work.problem.owner_index
     for count in range(min(stages, work.count), work.count + 1):
         wanted = np.searchsorted(seconds, seconds[-1] * np.arange(1, count) / count * (1 - 1e-9)) + 1
         steps = np.arange(1, count)
@@ -32,7 +32,7 @@ def equal_stages(work: Work, stages: int) -> tuple[tuple[tuple[int, ...], ...], 
         for stage in job.pinned:
             if owner is not None and job.possible(stage, owner):
                 groups[stage].append(owner)
-        for machine in work.task.candidates.tolist():
+        for machine in work.problem.candidates.tolist():
             fit = [stage for stage in free if job.possible(stage, machine)]
             if fit:
                 stage = min(fit, key=lambda each: len(groups[each]))

@@ -9,25 +9,26 @@ import numpy as np
 from contenders.routers.routed_job import DRIVER, RoutedJob, SharedWeights, StageMemory
 from fusionai.graph.cost import StageCost
 from fusionai.scheduling.estimator import backward_s, deferred_s, forward_s, training_memory_bytes, update_s
+from fusionai.scheduling.problem import TrainingProblem
 from fusionai.scheduling.profile import DeviceProfile
+from fusionai.scheduling.search.segment_costs import SegmentCosts
 from fusionai.scheduling.segments import MEMORY_MARGIN
-from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm.work import Work
 
 
-def stage_costs(work: Work, bounds: Sequence[int]) -> tuple[StageCost, ...]:
+def stage_costs(work: SegmentCosts, bounds: Sequence[int]) -> tuple[StageCost, ...]:
     """Return the costs of all stages, the owner's among them; `bounds` are indices of `work.positions`."""
-    outer = work.segments.outer
-    return (*outer[: work.before], *work.chain_costs(bounds), *outer[work.before :])
+    problem, ends = work.problem, [work.positions[bound] for bound in bounds]
+    cuts = [end for end in ends if 0 < end < len(problem.graph.nodes)]
+    return problem.costs.cut(problem.graph, problem.sizes, cuts).costs
 
 
-def job_of_cuts(work: Work, bounds: Sequence[int]) -> RoutedJob:
+def job_of_cuts(work: SegmentCosts, bounds: Sequence[int]) -> RoutedJob:
     """Return what stages cut at `bounds` (indices of `work.positions`, both ends among them) take on every machine.
 
     Machines are numbered as in `task.machines`. The owner's stages come first and last, and nobody else may hold them.
     A value that several later stages read is taken to be handed on from stage to stage.
     """
-    task = work.task
+    task = work.problem
     costs = stage_costs(work, bounds)
     stages, machines = len(costs), len(task.machines)
     pinned = frozenset(range(work.before)) | frozenset(range(stages - work.segments.outer_after, stages))
@@ -36,7 +37,10 @@ def job_of_cuts(work: Work, bounds: Sequence[int]) -> RoutedJob:
     deferred, update, in_flight = np.zeros(shape), np.zeros(shape), np.zeros(shape, dtype=np.int64)
     fixed = np.zeros(shape)
     trained = [cost.trainable_bytes for cost in costs]
-    trained[-1] -= work.both_ends_bytes
+    ends_of_graph = {0, len(work.all_costs) - 1}
+    if len(work.segments.outer) > 1:
+        # What both of the owner's stages hold is updated once.
+        trained[-1] -= sum(size for size, parts in work.tied if ends_of_graph <= set(parts))
     known: dict[tuple[object, ...], tuple[float, float, float, float]] = {}
     for stage, cost in enumerate(costs):
         for machine, member in enumerate(task.machines):
@@ -81,9 +85,9 @@ def job_of_cuts(work: Work, bounds: Sequence[int]) -> RoutedJob:
     )
 
 
-def _entered(work: Work, ends: Sequence[int]) -> list[int]:
+def _entered(work: SegmentCosts, ends: Sequence[int]) -> list[int]:
     """Return the positions (indices) at which stages but the first are entered."""
-    if not work.task.pinned:
+    if not work.problem.pinned:
         return list(ends)
     first = 0 if work.before else 1
     last = len(ends) if work.segments.outer_after else len(ends) - 1
@@ -91,7 +95,7 @@ def _entered(work: Work, ends: Sequence[int]) -> list[int]:
 
 
 def _seconds(
-    cost: StageCost, trained_bytes: int, device: DeviceProfile, task: SwarmTask
+    cost: StageCost, trained_bytes: int, device: DeviceProfile, task: TrainingProblem
 ) -> tuple[float, float, float, float]:
     whole_s = backward_s(cost, device, task.precision)
     return (
@@ -102,7 +106,7 @@ def _seconds(
     )
 
 
-def _room(cost: StageCost, device: DeviceProfile, task: SwarmTask) -> int:
+def _room(cost: StageCost, device: DeviceProfile, task: TrainingProblem) -> int:
     """Return how many microbatches fit between forward and backward, the margin of estimates kept."""
     fixed = training_memory_bytes(cost, device, 0, task.optimizer_states)
     spare = device.memory_bytes / MEMORY_MARGIN - fixed
@@ -111,13 +115,14 @@ def _room(cost: StageCost, device: DeviceProfile, task: SwarmTask) -> int:
     return min(task.microbatches, int(spare / cost.saved_bytes)) if cost.saved_bytes else task.microbatches
 
 
-def _shared(work: Work, bounds: Sequence[int]) -> tuple[SharedWeights, ...]:
+def _shared(work: SegmentCosts, bounds: Sequence[int]) -> tuple[SharedWeights, ...]:
     """Return the weights by the stages that use them."""
     last = len(work.segments.costs)
     stage_of = np.searchsorted(np.asarray(bounds), np.arange(last), side="right") - 1 + work.before
     after = len(bounds) - 1 + work.before
     by_stages: dict[tuple[int, ...], int] = {}
-    for size, parts in work.weights:
+    single = [(int(size), (part,)) for part, size in enumerate(work.single_bytes) if size]
+    for size, parts in (*single, *work.tied):
         stages = {
             0 if part < work.before else after if part - work.before >= last else int(stage_of[part - work.before])
             for part in parts

@@ -18,9 +18,9 @@ from contenders.replicated.stage_cuts import Draft, drafts
 from contenders.routers.routed_job import RoutedJob
 from contenders.routers.step_estimate import step_estimate
 from fusionai.errors import PlacementError
-from fusionai.scheduling.swarm.grouping import fenced, scopes
-from fusionai.scheduling.swarm.planner import plan
-from fusionai.scheduling.swarm.work import Work
+from fusionai.scheduling.planner import plan
+from fusionai.scheduling.search.grouping import fenced, scopes
+from fusionai.scheduling.search.segment_costs import SegmentCosts
 
 _MOST_STAGES = 16
 _MOST_MACHINES = 128
@@ -37,7 +37,7 @@ _MOST_CHANGES = 60
 Holders = tuple[tuple[int, ...], ...]
 
 
-def best_stages(work: Work) -> tuple[tuple[int, ...], Holders, RoutedJob]:
+def best_stages(work: SegmentCosts) -> tuple[tuple[int, ...], Holders, RoutedJob]:
     """Return the fastest stages found: cuts (indices of `work.positions`), holders by stage, and the job so cut.
 
     The owner's stages are among them. Raises PlacementError when no cuts give every stage a machine that can hold it.
@@ -58,8 +58,8 @@ def best_stages(work: Work) -> tuple[tuple[int, ...], Holders, RoutedJob]:
     found = [each for each in found if math.isfinite(each[0])]
     if not found:
         raise PlacementError(
-            f"no cut of the model into at most {_MOST_STAGES} stages fits the pool's {len(work.task.members)} machines "
-            "and their links; add compnodes, raise their --memory, or lower training.batch_size"
+            f"no cut of the model into at most {_MOST_STAGES} stages fits the pool's {len(work.problem.members)} "
+            "machines and their links; add compnodes, raise their --memory, or lower training.batch_size"
         )
     found.sort(key=lambda each: each[0])
     best: tuple[float, Draft, Holders, RoutedJob] | None = None
@@ -72,16 +72,16 @@ def best_stages(work: Work) -> tuple[tuple[int, ...], Holders, RoutedJob]:
     return best[1].bounds, best[2], best[3]
 
 
-def _drafts(work: Work) -> Iterator[Draft]:
+def _drafts(work: SegmentCosts) -> Iterator[Draft]:
     """Yield stages to begin with: the programme's, and the pipelines of whole-pipeline planning, one holder each."""
     for scope in scopes(work, fenced(work)):
         order = np.concatenate(list(scope))[:_MOST_MACHINES]
         yield from drafts(work, order, min(_MOST_STAGES, work.count))
     try:
-        whole = plan(work.task)
+        whole = plan(work.problem)
     except PlacementError:
         return
-    number = {member.peer: machine for machine, member in enumerate(work.task.machines)}
+    number = {member.peer: machine for machine, member in enumerate(work.problem.machines)}
     index = {position: place for place, position in enumerate(work.positions)}
     for pipeline in whole.pipelines:
         inner = pipeline.stages[work.before : len(pipeline.stages) - work.segments.outer_after]
@@ -89,7 +89,7 @@ def _drafts(work: Work) -> Iterator[Draft]:
         yield Draft(bounds, tuple((number[stage.peer],) for stage in inner))
 
 
-def _fitting(work: Work, job: RoutedJob, draft: Draft) -> Holders | None:
+def _fitting(work: SegmentCosts, job: RoutedJob, draft: Draft) -> Holders | None:
     """Return the holders that really cut stages fit on, the owner's stages added; None if a stage has none."""
     groups = [
         tuple(machine for machine in group if job.possible(stage, machine))
@@ -97,14 +97,14 @@ def _fitting(work: Work, job: RoutedJob, draft: Draft) -> Holders | None:
     ]
     if not all(groups):
         return None
-    owner = work.task.owner_index
+    owner = work.problem.owner_index
     own: list[tuple[int, ...]] = [] if owner is None else [(owner,)]
     if any(not job.possible(stage, own[0][0]) for stage in job.pinned):
         return None
     return (*own * work.before, *groups, *own * work.segments.outer_after)
 
 
-def _improved(work: Work, job: RoutedJob, holders: Holders) -> Holders:
+def _improved(work: SegmentCosts, job: RoutedJob, holders: Holders) -> Holders:
     """Return the holders after the best single changes, one after the other, while one saves something."""
     now_s = step_estimate(job, holders).step_s
     for _ in range(_MOST_CHANGES):
@@ -119,11 +119,11 @@ def _improved(work: Work, job: RoutedJob, holders: Holders) -> Holders:
     return holders
 
 
-def _changes(work: Work, job: RoutedJob, holders: Holders) -> Iterator[Holders]:
+def _changes(work: SegmentCosts, job: RoutedJob, holders: Holders) -> Iterator[Holders]:
     """Yield the holders after each single change. Of machines alike in speed and links, one stands for all."""
     stages = [stage for stage in range(job.stages) if stage not in job.pinned]
     used = {machine for each in holders for machine in each}
-    spare = [machine for machine in work.task.candidates.tolist() if machine not in used]
+    spare = [machine for machine in work.problem.candidates.tolist() if machine not in used]
 
     def changed(stage: int, group: Sequence[int], other: int = -1, rest: Sequence[int] = ()) -> Holders:
         return tuple(

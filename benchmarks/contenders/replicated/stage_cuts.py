@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusionai.scheduling.links import Floats, Indices
-from fusionai.scheduling.swarm.work import Work
+from fusionai.scheduling.search.segment_costs import SegmentCosts
 
 _MOST_POSITIONS = 40
 """More positions are thinned out: the programme grows with their square."""
@@ -26,7 +26,7 @@ class Draft:
     holders: tuple[tuple[int, ...], ...]
 
 
-def drafts(work: Work, order: Indices, most_stages: int) -> Iterator[Draft]:
+def drafts(work: SegmentCosts, order: Indices, most_stages: int) -> Iterator[Draft]:
     """Yield, for each number of stages, the groups and cuts whose slowest stage is fastest.
 
     Groups are neighbours in the order. A stage's time is its holders' together for a step, and then the sum of its
@@ -40,7 +40,7 @@ def drafts(work: Work, order: Indices, most_stages: int) -> Iterator[Draft]:
             yield draft
 
 
-def _thinned(work: Work) -> Indices:
+def _thinned(work: SegmentCosts) -> Indices:
     """Return the positions considered, of each stretch the one where least crosses."""
     crossing = work.segments.forward_bytes_P + work.segments.gradient_bytes_P
     if work.count + 1 <= _MOST_POSITIONS:
@@ -52,8 +52,8 @@ def _thinned(work: Work) -> Indices:
 class _Programme:
     """From the last stage back, because how much a stage holds in flight depends on how many follow it."""
 
-    def __init__(self, work: Work, order: Indices, positions: Indices) -> None:
-        task, segments = work.task, work.segments
+    def __init__(self, work: SegmentCosts, order: Indices, positions: Indices) -> None:
+        task, segments = work.problem, work.segments
         self._positions = positions
         self._order = order[::-1]
         self._microbatches = task.microbatches

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 from fusionai.broker.assigning import assignments
 from fusionai.broker.handing_out import hand_out
@@ -23,9 +22,10 @@ from fusionai.network.identity import PeerId
 from fusionai.pool.identifiers import FIRST_EPOCH, JobEpoch, JobId
 from fusionai.pool.messages import JobLaunched, ReleaseShare, SubmitJob
 from fusionai.pool.parcels import ParcelInbox
+from fusionai.scheduling import planner
 from fusionai.scheduling.plan import Plan
-from fusionai.scheduling.planner import plan_training
-from fusionai.scheduling.profile import Member
+from fusionai.scheduling.problem import Limits, TrainingProblem
+from fusionai.scheduling.profile import Member, Pool
 
 log = logging.getLogger(__name__)
 
@@ -135,23 +135,29 @@ class Launcher:
         await self._prober.settle(peers, timeout_s=PROBES_TIMEOUT_S)
         idle = [each for each in self._state.registry.idle() if each.peer in peers]
         records = {each.peer: each for each in (owner, *idle)}
-        make = partial(
-            plan_training,
-            graph,
+        problem = TrainingProblem(
+            graph=graph,
             graph_hash=message.graph_hash,
             sizes=message.sizes,
             microbatches=message.microbatches,
             optimizer_states=len(message.options.optimizer.states),
             precision=message.options.precision,
-            owner=candidate(owner),
             privacy=message.privacy,
             front=message.front,
             back=message.back,
-            compnodes=message.compnodes,
-            cuts=message.cuts,
-            in_order=bool(message.machines) and message.cuts is not None,
             split_backward=not message.options.compile,
+            limits=Limits(
+                compnodes=message.compnodes,
+                cuts=message.cuts,
+                in_order=bool(message.machines) and message.cuts is not None,
+                most_pipelines=1,
+            ),
         )
+        driver = candidate(owner)
+
+        def make(*, pool: Pool) -> Plan:
+            return planner.plan(problem.on_pool(pool, driver))
+
         members = tuple(candidate(each) for each in _named_ones(idle, message.machines))
         plan = await plan_on_measured_links(self._state, self._prober, members, owner.peer, make)
         chosen = {PeerId(stage.peer) for stage in plan.stages} | {owner.peer}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 from msgspec.structs import replace
 
@@ -25,6 +24,7 @@ from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
 from fusionai.pool.messages import PlanPrepared, ReleaseShare, ReplanJob
 from fusionai.scheduling.corrections import corrected
 from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.problem import Limits, TrainingProblem
 from fusionai.scheduling.profile import AccessProfile, Member, Pool
 from fusionai.scheduling.replanning import Replanned, replanned
 from fusionai.training.weight_routes import keys_by_peer, routes
@@ -128,22 +128,29 @@ class Replanner:
             peer: _as_it_is(with_history(self._state, candidate(each)), message.factors)
             for peer, each in members.items()
         }
-        leaving = {peer for peer in known if self._state.registry.is_leaving(peer)}
-        make = partial(
-            replanned,
-            graph,
-            running=running,
+        pool = Pool(members=tuple(known.values()), links=self._state.links.matrix(peers), access=access)
+        problem = TrainingProblem(
+            graph=graph,
+            graph_hash=running.graph_hash,
+            sizes=running.sizes,
+            microbatches=running.microbatches,
             optimizer_states=len(message.options.optimizer.states),
             precision=message.options.precision,
-            pool=Pool(members=tuple(known.values()), links=self._state.links.matrix(peers), access=access),
-            owner=_as_it_is(candidate(owner), message.factors),
+            privacy=running.privacy,
             front=message.front,
             back=message.back,
-            steps_left=message.steps_left,
             split_backward=not message.options.compile,
-            compnodes=message.compnodes,
-            leaving=leaving,
+            limits=Limits(
+                compnodes=message.compnodes,
+                most_pipelines=1,
+                leaving=frozenset(peer for peer in known if self._state.registry.is_leaving(peer)),
+            ),
         )
+        driver = _as_it_is(candidate(owner), message.factors)
+
+        def make() -> Replanned | None:
+            return replanned(problem.on_pool(pool, driver), running, message.steps_left)
+
         return await asyncio.to_thread(make)
 
     def _problem(

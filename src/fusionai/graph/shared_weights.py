@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from fusionai.graph.model import SubDag, Weight, WeightKey
+from fusionai.graph.model import Weight, WeightKey
 from fusionai.graph.sizes import type_bytes
 
 MOST_WAITING_BYTES = 256 << 20
 """Most bytes of gradients that wait on one machine. A further gradient is added at once, and then the sum may differ
 from a single process's in its last bits. A smaller bound makes that more likely; a larger one takes more memory."""
+
+
+class WithWeights(Protocol):
+    """A stage, as far as its weights go: a `SubDag`, or what is kept of one."""
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """Return the weights that the stage reads."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +35,7 @@ class Repeated:
     other: int = 0
 
 
-def repeated(subdags: Iterable[SubDag], machines: Iterable[Hashable]) -> list[Repeated]:
+def repeated(subdags: Iterable[WithWeights], machines: Iterable[Hashable]) -> list[Repeated]:
     """Return, by stage, the bytes of its weights that its machine already holds for earlier stages.
 
     Stages are counted in the order given; stages of other pipelines may follow.
@@ -42,7 +52,7 @@ def repeated(subdags: Iterable[SubDag], machines: Iterable[Hashable]) -> list[Re
     return found
 
 
-def waiting_bytes(subdags: Sequence[SubDag], in_flight: Sequence[int]) -> int:
+def waiting_bytes(subdags: Sequence[WithWeights], in_flight: Sequence[int]) -> int:
     """Return the most bytes of gradients of shared weights that wait at one time on the machine of these stages.
 
     A gradient waits from the backward of the last stage that uses the weight until the backward of the first such
@@ -62,5 +72,5 @@ def waiting(nbytes: int) -> int:
     return min(MOST_WAITING_BYTES, nbytes)
 
 
-def _weights(subdag: SubDag) -> Iterable[Weight]:
+def _weights(subdag: WithWeights) -> Iterable[Weight]:
     return {weight.key: weight for weight in subdag.weights}.values()

@@ -20,6 +20,7 @@ from fusionai.owner.model_configuration import (
     model_folder,
     vocabulary_of,
 )
+from fusionai.scheduling.problem import Limits, TrainingProblem
 from fusionai.simulation.forecast.forecast import Forecast, forecast
 from fusionai.simulation.forecast.request import Request, with_owner
 from fusionai.simulation.forecast.trial import Circumstances, Trial, trial
@@ -71,19 +72,20 @@ def request_of(job: JobConfig) -> Request:
         graph, front, back = arrange_private(graph)
     training, tokens = job.training, (job.training.batch_size, job.data.sequence_length)
     return Request(
-        graph=graph,
-        graph_hash=content_hash(graph),
-        # Every symbol is an axis of a batch of token sequences.
-        sizes={symbol: tokens[axis] for symbol, (_, axis) in graph.symbols.items()},
-        front=front,
-        back=back,
-        microbatches=training.microbatches,
-        optimizer_states=len(job.optimizer.states),
-        precision=training.precision,
-        privacy=job.placement.privacy,
+        problem=TrainingProblem(
+            graph=graph,
+            graph_hash=content_hash(graph),
+            # Every symbol is an axis of a batch of token sequences.
+            sizes={symbol: tokens[axis] for symbol, (_, axis) in graph.symbols.items()},
+            microbatches=training.microbatches,
+            optimizer_states=len(job.optimizer.states),
+            precision=training.precision,
+            privacy=job.placement.privacy,
+            front=front,
+            back=back,
+            limits=Limits(compnodes=job.placement.compnodes, cuts=job.placement.cuts),
+        ),
         tokens_per_step=training.batch_size * training.microbatches * job.data.sequence_length,
-        compnodes=job.placement.compnodes,
-        cuts=job.placement.cuts,
         machines=job.placement.machines,
     )
 

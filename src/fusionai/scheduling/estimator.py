@@ -78,8 +78,12 @@ def update_s(trained_bytes: float, device: DeviceProfile, optimizer_states: int)
 
     It reads and writes each weight and state, reads each gradient twice (norm and update), and clears it.
     """
-    passes = 2 + 2 * optimizer_states + 3
-    return passes * trained_bytes / update_bytes_per_s(device)
+    return update_passes(optimizer_states) * trained_bytes / update_bytes_per_s(device)
+
+
+def update_passes(optimizer_states: int) -> int:
+    """Return how many times an update goes through the bytes of a weight, as `update_s` counts."""
+    return 2 + 2 * optimizer_states + 3
 
 
 def update_bytes_per_s(device: DeviceProfile) -> float:

@@ -1,345 +1,241 @@
-"""From a split to a plan: the very stages it makes are costed, and their schedule is worked through.
-
-The solver reckons with sums over small segments and an ideal pipeline; here the graph is really cut, so seconds, memory
-and transfers are those of the stages that will run.
-"""
+"""The one evaluator: what a step takes with given pipelines, what limits it, and the plan that says so."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import Literal
 
-from fusionai.graph.cost import StageCost
-from fusionai.graph.cuts import Cutter, boundary_bytes
-from fusionai.graph.model import OpDag, Sizes, SubDag, WeightKey
-from fusionai.graph.shared_weights import repeated, waiting_bytes
-from fusionai.graph.sizes import type_bytes
-from fusionai.scheduling.estimator import (
-    backward_s,
-    deferred_s,
-    delay_s,
-    forward_s,
-    send_s,
-    training_memory_bytes,
-    update_s,
-)
-from fusionai.scheduling.explain import stage_lines
-from fusionai.scheduling.in_flight import SLACKS, WORTH_MEMORY, busiest_s, least_held, round_trips_s, widened
-from fusionai.scheduling.pipeline import Edge, PipelineTimes, StageTimes, pipeline_times
-from fusionai.scheduling.plan import Plan, StagePlan, StagePrediction
-from fusionai.scheduling.profile import LinkProfile, Member, Pool
-from fusionai.scheduling.segments import MEMORY_MARGIN
-from fusionai.units.durations import seconds_text
+import numpy as np
+
+from fusionai.graph.model import WeightKey
+from fusionai.graph.shared_weights import repeated
+from fusionai.scheduling.end_of_step import EndOfStep, end_of_step
+from fusionai.scheduling.estimator import training_memory_bytes, update_s
+from fusionai.scheduling.explain import Bottleneck, explanation
+from fusionai.scheduling.links import Indices
+from fusionai.scheduling.plan import PipelinePlan, Plan, StagePlan, StagePrediction
+from fusionai.scheduling.problem import TrainingProblem
+from fusionai.scheduling.stage_costs import TrainedWeights
+from fusionai.scheduling.worked_pipeline import PipelineChoice, WorkedPipeline, as_it_is, needs_bytes, worked_through
 
 
-class StageCosts:
-    """Stages of one graph at one size, each costed once: many plans that are tried share stages."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], StageCost] = {}
-        self._cutter: Cutter | None = None
-
-    def cutter(self, graph: OpDag) -> Cutter:
-        """Return what cuts the graph, which is the same in every call."""
-        if self._cutter is None:
-            self._cutter = Cutter(graph)
-        return self._cutter
-
-    def of(self, graph: OpDag, subdag: SubDag, start: int, stop: int, sizes: Sizes) -> StageCost:
-        """Return the cost of the graph's nodes [start, stop), which are `subdag`."""
-        # What crosses its ends depends on the other cuts, where a value passes over a stage.
-        ends = tuple((each.value, each.gradient) for each in (*subdag.receives, *subdag.sends))
-        key = (start, stop, len(subdag.receives), ends)
-        if key not in self._known:
-            (self._known[key],) = self.cutter(graph).costs(sizes).stages([subdag])
-        return self._known[key]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """What is to be planned: the graph as arranged, and whom for. Nodes [0, front) and [back, N) are the owner's."""
-
-    graph: OpDag
-    graph_hash: str
-    sizes: Sizes
-    microbatches: int
-    optimizer_states: int
-    precision: Literal["fp32", "bf16"]
-    pool: Pool
-    owner: Member
-    privacy: Literal["private", "open"]
-    front: int
-    back: int
-    split_backward: bool = True
-    """Whether boundary gradients leave before those of weights are computed; a compiled backward is one piece."""
-    costs: StageCosts = field(default_factory=StageCosts, repr=False, compare=False)
-
-    def member(self, peer: str) -> Member:
-        """Return a machine by its peer."""
-        return self.owner if peer == self.owner.peer else next(m for m in self.pool.members if m.peer == peer)
-
-    def link(self, source: str, target: str) -> LinkProfile:
-        """Return the link between two machines; within one, nothing takes time."""
-        return LinkProfile(0.0, math.inf) if source == target else self.pool.link(source, target)
-
-    def lines_s(self, size_bytes: float, source: str, target: str) -> tuple[float, float]:
-        """Return the seconds that bytes take the source's uplink and the target's downlink, where they are shared."""
-        lines = self.pool.lines
-        up, down = lines.get(source), lines.get(target)
-        return size_bytes / up.up_bytes_per_s if up else 0.0, size_bytes / down.down_bytes_per_s if down else 0.0
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Evaluated:
-    """A plan and the memory that each of its machines needs, estimates with their margin."""
+    """Pipelines together, and what a step takes with them."""
 
-    plan: Plan
-    needs_bytes: dict[str, float]
-    holds: dict[str, frozenset[WeightKey]]
-    """Weights by machine."""
+    problem: TrainingProblem
+    pipelines: tuple[WorkedPipeline, ...]
+    end: EndOfStep
 
-    def overloaded(self, task: Task) -> dict[str, float]:
-        """Return the machines that offer too little, with the share of their need that they offer."""
-        shares = {peer: task.member(peer).device.memory_bytes / need for peer, need in self.needs_bytes.items() if need}
-        return {peer: share for peer, share in shares.items() if share < 1}
+    @cached_property
+    def pipelines_s(self) -> float:
+        """Return the seconds of the slowest pipeline."""
+        return max(each.times.makespan_s for each in self.pipelines)
 
+    @property
+    def step_s(self) -> float:
+        """Return the seconds of a step."""
+        return self.pipelines_s + self.end.seconds
 
-def evaluate(task: Task, cuts: Sequence[int], peers: Sequence[str], in_flight_limit: int) -> Evaluated:
-    """Return the plan that cuts at `cuts` and runs stage k on `peers[k]`, with what it needs.
+    @cached_property
+    def needs_bytes(self) -> dict[int, float]:
+        """Return the memory that each machine must offer, by its number, with the margin of estimates."""
+        return needs_bytes(self.problem, self.pipelines)
 
-    Every stage holds as many microbatches as 1F1B asks for, at most `in_flight_limit`; it holds more as far as memory
-    goes and the step becomes shorter.
-    """
-    stages = _Stages(task, cuts, peers)
-    chosen = stages.least_in_flight(in_flight_limit)
-    times = stages.times(chosen)
-    for slack in SLACKS:
-        wider = stages.wider(chosen, slack)
-        if wider != chosen and (tried := stages.times(wider)).makespan_s < WORTH_MEMORY * times.makespan_s:
-            chosen, times = wider, tried
-    return stages.evaluated(chosen, times)
+    @cached_property
+    def overloaded(self) -> dict[int, float]:
+        """Return the machines that offer too little, by number, with the share of their need that they offer."""
+        offers = {machine: self.problem.machines[machine].device.memory_bytes for machine in self.needs_bytes}
+        shares = {machine: offers[machine] / need for machine, need in self.needs_bytes.items() if need}
+        return {machine: share for machine, share in shares.items() if share < 1}
 
+    @property
+    def possible(self) -> bool:
+        """Whether every machine has room for its stages, and all that exchange tensors can be linked."""
+        return not self.overloaded and self.step_s < math.inf
 
-def evaluate_again(task: Task, plan: Plan) -> Evaluated:
-    """Return a plan as it is, in-flight limits included, on the machines and links of `task`."""
-    stages = _Stages(task, plan.cuts, [stage.peer for stage in plan.stages])
-    in_flight = [stage.in_flight for stage in plan.stages]
-    return stages.evaluated(in_flight, stages.times(in_flight))
-
-
-class _Stages:
-    """The stages of one way to cut and place a graph."""
-
-    def __init__(self, task: Task, cuts: Sequence[int], peers: Sequence[str]) -> None:
-        self._task, self._peers = task, peers
-        self._bounds = [0, *cuts, len(task.graph.nodes)]
-        self._subdags = task.costs.cutter(task.graph).cut(cuts)
-        self._costs = [
-            task.costs.of(task.graph, subdag, *ends, task.sizes)
-            for subdag, ends in zip(self._subdags, pairwise(self._bounds), strict=True)
-        ]
-        devices = [task.member(peer).device for peer in peers]
-        self._seconds = [
-            (forward_s(cost, device, task.precision), backward_s(cost, device, task.precision))
-            for cost, device in zip(self._costs, devices, strict=True)
-        ]
-        self._deferred_s = [
-            min(seconds[1], deferred_s(cost, device, task.precision)) if task.split_backward else 0.0
-            for cost, device, seconds in zip(self._costs, devices, self._seconds, strict=True)
-        ]
-        self._again = repeated(self._subdags, peers)
-        self._update_s = [
-            update_s(cost.trainable_bytes - again.trainable, device, task.optimizer_states)
-            for cost, again, device in zip(self._costs, self._again, devices, strict=True)
-        ]
-        self._edges = self._make_edges()
-
-    def _make_edges(self) -> list[Edge]:
-        edges = []
-        for (source, target), (forward, gradients) in boundary_bytes(self._subdags, self._task.sizes).items():
-            here, there = self._peers[source], self._peers[target]
-            out, home = self._task.link(here, there), self._task.link(there, here)
-            edges.append(
-                Edge(
-                    source,
-                    target,
-                    send_s(forward, out),
-                    send_s(gradients, home) if gradients else None,
-                    delay_s(out),
-                    self._task.lines_s(forward, here, there),
-                    self._task.lines_s(gradients, there, here),
-                )
-            )
-        return edges
-
-    def _stage_times(self, in_flight: Sequence[int]) -> list[StageTimes]:
-        return [
-            StageTimes(peer, forward, backward, held, deferred)
-            for peer, (forward, backward), held, deferred in zip(
-                self._peers, self._seconds, in_flight, self._deferred_s, strict=True
-            )
-        ]
-
-    def times(self, in_flight: Sequence[int]) -> PipelineTimes:
-        """Work through the schedule."""
-        return pipeline_times(self._stage_times(in_flight), self._edges, self._task.microbatches)
-
-    def least_in_flight(self, limit: int) -> tuple[int, ...]:
-        """Return what 1F1B holds: as many microbatches as there are stages to go, or fewer where there is no room."""
-        one = [1] * len(self._subdags)
-        most = [
-            self._room(stage, one) if self._peers.count(peer) == 1 else self._task.microbatches
-            for stage, peer in enumerate(self._peers)
-        ]
-        return least_held(most, min(limit, self._task.microbatches))
-
-    def wider(self, in_flight: Sequence[int], slack: float) -> tuple[int, ...]:
-        """Return how many each stage must hold to be busy while a microbatch is on its way there and back."""
-        stages = self._stage_times(in_flight)
-        most = [self._room(stage, in_flight) for stage in range(len(stages))]
-        trips_s, period_s = round_trips_s(stages, self._edges), busiest_s(stages, self._edges)
-        return widened(in_flight, most, self._task.microbatches, trips_s, period_s, slack)
-
-    def _room(self, stage: int, in_flight: Sequence[int]) -> int:
-        """Return the most microbatches that a stage can hold, its machine's other stages as they are."""
-        peer, saved = self._peers[stage], self._costs[stage].saved_bytes * MEMORY_MARGIN
-        spare = self._task.member(peer).device.memory_bytes - self.needs_bytes(in_flight)[peer]
-        # Stages that share a machine widen at the same time.
-        spare /= self._peers.count(peer)
-        return in_flight[stage] + (int(spare / saved) if saved and spare > 0 else 0)
-
-    def needs_bytes(self, in_flight: Sequence[int]) -> dict[str, float]:
-        """Return the memory that each machine must offer."""
-        task, needs = self._task, dict.fromkeys(self._peers, 0.0)
-        transient = dict.fromkeys(self._peers, 0)
-        for cost, again, peer, count in zip(self._costs, self._again, self._peers, in_flight, strict=True):
-            # One stage at a time computes, and a weight that two of them share is held once.
-            transient[peer] = max(transient[peer], cost.transient_bytes)
-            device = task.member(peer).device
-            memory_bytes = training_memory_bytes(cost, device, count, task.optimizer_states)
-            needs[peer] += memory_bytes - cost.transient_bytes
-            needs[peer] -= (2 + task.optimizer_states) * again.trainable + again.other
-        for peer in {peer for peer, again in zip(self._peers, self._again, strict=True) if again.trainable}:
-            here = [stage for stage, each in enumerate(self._peers) if each == peer]
-            needs[peer] += waiting_bytes([self._subdags[each] for each in here], [in_flight[each] for each in here])
-        return {peer: (need + transient[peer]) * MEMORY_MARGIN for peer, need in needs.items()}
-
-    def _commit_s(self) -> float:
-        """Return the time between the last backward and the next step's first forward.
-
-        Tied gradients are exchanged, every machine reports to the driver and hears from it, and applies the update.
-        """
-        task = self._task
-        holders: dict[str, list[str]] = {}
-        tied_bytes: dict[str, int] = {}
-        for subdag, peer in zip(self._subdags, self._peers, strict=True):
-            for weight in subdag.weights:
-                if weight.trainable and peer not in holders.setdefault(weight.key, []):
-                    holders[weight.key].append(peer)
-                    tied_bytes[weight.key] = type_bytes(weight.type, task.sizes)
-        exchange_s = max(
-            (
-                send_s(tied_bytes[key], link) + delay_s(link)
-                for key, peers in holders.items()
-                for one in peers
-                for other in peers
-                if one != other
-                for link in (task.link(one, other),)
-            ),
-            default=0.0,
-        )
-        updates = dict.fromkeys(self._peers, 0.0)
-        for seconds, peer in zip(self._update_s, self._peers, strict=True):
-            updates[peer] += seconds
-        slowest_s = max(task.link(task.owner.peer, peer).rtt_s + seconds for peer, seconds in updates.items())
-        return exchange_s + slowest_s
-
-    def _sending_s(self, stage: int) -> float:
-        """Return the seconds for which a stage's sends of one microbatch occupy links."""
-        outputs = sum(edge.forward_s for edge in self._edges if edge.source == stage)
-        return outputs + sum(edge.backward_s or 0.0 for edge in self._edges if edge.target == stage)
-
-    def evaluated(self, in_flight: Sequence[int], times: PipelineTimes) -> Evaluated:
-        """Return the plan, what it needs, and who holds which weights."""
-        holds: dict[str, set[WeightKey]] = {}
-        for subdag, peer in zip(self._subdags, self._peers, strict=True):
-            holds.setdefault(peer, set()).update(weight.key for weight in subdag.weights)
-        return Evaluated(
-            self.plan(in_flight, times),
-            self.needs_bytes(in_flight),
-            {peer: frozenset(keys) for peer, keys in holds.items()},
-        )
-
-    def plan(self, in_flight: Sequence[int], times: PipelineTimes) -> Plan:
-        """Return the plan."""
-        task = self._task
-        commit_s = self._commit_s()
-        step_s = times.makespan_s + commit_s
-        stages = tuple(
-            StagePlan(
-                stage=stage,
-                peer=self._peers[stage],
-                start=start,
-                stop=stop,
-                in_flight=in_flight[stage],
-                predicted=self._prediction(stage, self._costs[stage], in_flight[stage]),
-            )
-            for stage, (start, stop) in enumerate(pairwise(self._bounds))
-        )
-        bottleneck = self._bottleneck(times, commit_s, step_s)
-        names = {peer: task.member(peer).name for peer in self._peers}
-        offers = {peer: task.member(peer).device.memory_bytes for peer in self._peers}
-        busy = {peer: seconds / step_s for peer, seconds in self._computing_s(times).items()}
-        return Plan(
-            graph_hash=task.graph_hash,
-            sizes=task.sizes,
-            microbatches=task.microbatches,
-            privacy=task.privacy,
-            owner=task.owner.peer,
-            stages=stages,
-            predicted_step_s=step_s,
-            bottleneck=bottleneck,
-            explanation=(
-                *stage_lines(stages, task.graph.nodes, names, offers, busy),
-                f"a step takes about {seconds_text(step_s)}; {bottleneck} limits it",
-            ),
-        )
-
-    def _prediction(self, stage: int, cost: StageCost, in_flight: int) -> StagePrediction:
-        task, (forward, backward) = self._task, self._seconds[stage]
-        device = task.member(self._peers[stage]).device
-        return StagePrediction(
-            forward_s=forward,
-            backward_s=backward,
-            update_s=self._update_s[stage],
-            memory_bytes=training_memory_bytes(cost, device, in_flight, task.optimizer_states),
-            send_s=self._sending_s(stage),
-        )
-
-    def _computing_s(self, times: PipelineTimes) -> dict[str, float]:
-        """Return the seconds of a step in which each machine computes: its passes, and the update once."""
-        found = dict(times.busy_s)
-        for peer, seconds in zip(self._peers, self._update_s, strict=True):
-            found[peer] += seconds
+    @property
+    def holds(self) -> dict[str, frozenset[WeightKey]]:
+        """Return the weights that each machine holds, by peer."""
+        found: dict[str, frozenset[WeightKey]] = {}
+        for each in self.pipelines:
+            for peer, stage in zip(self.problem.peers(each.choice.machines), each.cut.stages, strict=True):
+                found[peer] = found.get(peer, frozenset()) | stage.keys
         return found
 
-    def _bottleneck(self, times: PipelineTimes, commit_s: float, step_s: float) -> str:
-        """Name the machine, link or line that is busy most of a step, or its end if that takes longer."""
-        task = self._task
-        machine, machine_s = max(self._computing_s(times).items(), key=lambda item: item[1])
-        words = f"computing on {task.member(machine).name}"
-        if times.link_busy_s:
-            (source, target), link_s = max(times.link_busy_s.items(), key=lambda item: item[1])
-            if link_s > machine_s:
-                words = f"the link from {task.member(source).name} to {task.member(target).name}"
-                machine_s = link_s
-        if times.line_busy_s:
-            (machine, direction), line_s = max(times.line_busy_s.items(), key=lambda item: item[1])
-            if line_s > machine_s:
-                words, machine_s = f"the {direction}link of {task.member(machine).name}", line_s
-        if commit_s > machine_s:
-            words, machine_s = f"reporting to {task.owner.name} and updating, when all passes are done", commit_s
-        return f"{words} (busy {machine_s / step_s:.0%} of it)"
+    def plan(self, *, bound_step_s: float | None = None, notes: Sequence[str] = ()) -> Plan:
+        """Return the plan, explained. `notes` are further lines of its explanation."""
+        return _plan(self, bound_step_s, notes)
+
+
+def evaluate(
+    problem: TrainingProblem, pipelines: Sequence[WorkedPipeline], trained: TrainedWeights | None = None
+) -> Evaluated:
+    """Return what a step takes with these pipelines.
+
+    `trained`: where the graph's weights are, in parts between positions that include all cuts; None: worked out here.
+    """
+    if trained is None:
+        cuts = sorted({cut for each in pipelines for cut in each.choice.cuts})
+        trained = problem.costs.cut(problem.graph, problem.sizes, cuts).trained
+    return Evaluated(problem, tuple(pipelines), end_of_step(problem, trained, _holders(trained, pipelines)))
+
+
+def evaluated_one(
+    problem: TrainingProblem, cuts: Sequence[int], machines: Sequence[int], in_flight_limit: int
+) -> Evaluated:
+    """Evaluate one pipeline that is cut at `cuts` and runs stage k on `machines[k]`.
+
+    1F1B holds at most `in_flight_limit` microbatches; where links are slow, stages hold more as far as memory goes.
+    """
+    rounds = problem.microbatches
+    return evaluate(
+        problem,
+        [worked_through(problem, PipelineChoice(tuple(machines), tuple(cuts), rounds, in_flight_limit, rounds))],
+    )
+
+
+def evaluated_again(problem: TrainingProblem, plan: Plan) -> Evaluated:
+    """Evaluate a plan as it is, microbatches in flight included, on the machines and links of `problem`."""
+    rounds = problem.microbatches
+    return evaluate(
+        problem,
+        [
+            as_it_is(
+                problem,
+                PipelineChoice(
+                    tuple(problem.number_of[stage.peer] for stage in each.stages),
+                    each.cuts,
+                    each.microbatches,
+                    rounds,
+                    rounds,
+                ),
+                [stage.in_flight for stage in each.stages],
+            )
+            for each in plan.pipelines
+        ],
+    )
+
+
+def _holders(trained: TrainedWeights, pipelines: Sequence[WorkedPipeline]) -> Indices:
+    """Return (R, A): the machine that holds each part in each pipeline."""
+    bounds = np.asarray(trained.bounds)
+    table = np.empty((len(pipelines), len(bounds) - 1), dtype=np.int64)
+    for row, each in zip(table, pipelines, strict=True):
+        stage_A = np.searchsorted(np.asarray(each.choice.cuts), bounds[:-1], side="right")
+        row[:] = np.asarray(each.choice.machines)[stage_A]
+    return table
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def _plan(found: Evaluated, bound_step_s: float | None, notes: Sequence[str]) -> Plan:
+    problem = found.problem
+    updates_s = _updates_s(found)
+    pipelines = tuple(
+        PipelinePlan(_stages(problem, each, updates), each.choice.microbatches, each.times.makespan_s)
+        for each, updates in zip(found.pipelines, updates_s, strict=True)
+    )
+    used = {stage.peer for pipeline in pipelines for stage in pipeline.stages}
+    busy_s = [_computing_s(each, updates) for each, updates in zip(found.pipelines, updates_s, strict=True)]
+    bottleneck = _bottleneck(found, busy_s)
+    return Plan(
+        graph_hash=problem.graph_hash,
+        sizes=problem.sizes,
+        microbatches=problem.microbatches,
+        privacy=problem.privacy,
+        owner=problem.owner.peer if problem.owner else "",
+        pipelines=pipelines,
+        end_of_step_s=found.end.seconds,
+        predicted_step_s=found.step_s,
+        bottleneck=bottleneck,
+        bound_step_s=bound_step_s,
+        left_out=tuple(each.peer for each in problem.members if each.peer not in used),
+        explanation=(
+            *explanation(
+                pipelines,
+                problem.graph.nodes,
+                {each.peer: each for each in problem.machines},
+                [
+                    {problem.machines[machine].peer: seconds / found.step_s for machine, seconds in each.items()}
+                    for each in busy_s
+                ],
+                found.step_s,
+                found.end.seconds,
+                bottleneck,
+            ),
+            *notes,
+        ),
+    )
+
+
+def _stages(problem: TrainingProblem, each: WorkedPipeline, updates_s: Sequence[float]) -> tuple[StagePlan, ...]:
+    return tuple(
+        StagePlan(
+            stage=stage,
+            peer=problem.machines[machine].peer,
+            start=start,
+            stop=stop,
+            in_flight=each.in_flight[stage],
+            predicted=StagePrediction(
+                forward_s=each.seconds[stage][0],
+                backward_s=each.seconds[stage][1],
+                update_s=updates_s[stage],
+                memory_bytes=training_memory_bytes(
+                    each.cut.costs[stage],
+                    problem.machines[machine].device,
+                    each.in_flight[stage],
+                    problem.optimizer_states,
+                ),
+                send_s=each.send_s[stage],
+            ),
+        )
+        for stage, (machine, (start, stop)) in enumerate(
+            zip(each.choice.machines, pairwise(each.cut.bounds), strict=True)
+        )
+    )
+
+
+def _updates_s(found: Evaluated) -> list[list[float]]:
+    """Return, by pipeline and stage, the seconds of the update; a weight is updated in its machine's first stage."""
+    problem, updates = found.problem, []
+    for each in found.pipelines:
+        machines, known = each.choice.machines, [0] * len(each.choice.machines)
+        if len(set(machines)) < len(machines):
+            known = [again.trainable for again in repeated(each.cut.stages, machines)]
+        updates.append(
+            [
+                update_s(cost.trainable_bytes - again, problem.machines[machine].device, problem.optimizer_states)
+                for cost, again, machine in zip(each.cut.costs, known, machines, strict=True)
+            ]
+        )
+    return updates
+
+
+def _computing_s(each: WorkedPipeline, updates_s: Sequence[float]) -> dict[int, float]:
+    """Return the seconds of a step in which each machine computes: its passes, and the update once."""
+    found = {int(machine): seconds for machine, seconds in each.times.busy_s.items()}
+    for machine, seconds in zip(each.choice.machines, updates_s, strict=True):
+        found[machine] += seconds
+    return found
+
+
+def _bottleneck(found: Evaluated, computing_s: Sequence[dict[int, float]]) -> str:
+    """Name what is busy most of a step: a machine, link or line of the slowest pipeline, or the end of the step."""
+    slowest = max(range(len(found.pipelines)), key=lambda place: found.pipelines[place].times.makespan_s)
+    times = found.pipelines[slowest].times
+    names = {str(number): each.name for number, each in enumerate(found.problem.machines)}
+    owner = found.problem.owner
+    return Bottleneck(
+        computing_s={names[str(machine)]: seconds for machine, seconds in computing_s[slowest].items()},
+        links_s={(names[one], names[other]): seconds for (one, other), seconds in times.link_busy_s.items()},
+        lines_s={(names[machine], way): seconds for (machine, way), seconds in times.line_busy_s.items()},
+        summed_s=found.end.summed_s,
+        committed_s=found.end.committed_s,
+        pipelines=len(found.pipelines),
+        driver=owner.name if owner else "the driver",
+    ).words(found.step_s)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from fusionai.graph.model import Node
-from fusionai.scheduling.plan import StagePlan
+from fusionai.scheduling.plan import PipelinePlan, StagePlan
+from fusionai.scheduling.profile import Member
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.units.byte_counts import bytes_text
 from fusionai.units.durations import seconds_text
 
 _MOST_LISTED = 5
 """Names that a sentence lists one by one, and then runs of names."""
+
+_MOST_EXPLAINED = 12
+"""Pipelines whose stages an explanation lists."""
 
 _NUMBERED = re.compile(r"^(?P<prefix>.*?)(?P<number>0|[1-9]\d*)$")
 
@@ -61,6 +66,86 @@ def stage_lines(
         f"{seconds_text(stage.predicted.forward_s + stage.predicted.backward_s)} a microbatch, "
         f"{stage.in_flight} in flight; machine busy {busy.get(stage.peer, 0.0):.0%} of a step"
         for stage in stages
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bottleneck:
+    """The seconds of a step for which everything that may limit it is busy."""
+
+    computing_s: Mapping[str, float]
+    """By the name of the machine."""
+    links_s: Mapping[tuple[str, str], float]
+    """By the names of source and target."""
+    lines_s: Mapping[tuple[str, str], float]
+    """Of uplinks and downlinks that links share, by the name of the machine and "up" or "down"."""
+    summed_s: float
+    """Of summing gradients, when all passes are done."""
+    committed_s: float
+    """Of reporting and updating after that."""
+    pipelines: int
+    driver: str
+    """Name of the machine that commits the step."""
+
+    def words(self, step_s: float) -> str:
+        """Name what is busy longest, and the share of the step for which it is."""
+        machine, busy_s = max(self.computing_s.items(), key=lambda item: item[1])
+        words = f"computing on {machine}"
+        if self.links_s:
+            (source, target), link_s = max(self.links_s.items(), key=lambda item: item[1])
+            if link_s > busy_s:
+                words, busy_s = f"the link from {source} to {target}", link_s
+        if self.lines_s:
+            (machine, direction), line_s = max(self.lines_s.items(), key=lambda item: item[1])
+            if line_s > busy_s:
+                words, busy_s = f"the {direction}link of {machine}", line_s
+        if (end_s := self.summed_s + self.committed_s) > busy_s:
+            words, busy_s = self._end(), end_s
+        return f"{words} (busy {busy_s / step_s:.0%} of it)"
+
+    def _end(self) -> str:
+        if self.summed_s <= self.committed_s:
+            return f"reporting to {self.driver} and updating, when all passes are done"
+        if self.pipelines > 1:
+            return f"summing gradients over {self.pipelines} pipelines"
+        return "exchanging gradients of tied weights, when all passes are done"
+
+
+def explanation(
+    pipelines: Sequence[PipelinePlan],
+    nodes: Sequence[Node],
+    machines: Mapping[str, Member],
+    busy: Sequence[Mapping[str, float]],
+    step_s: float,
+    end_s: float,
+    bottleneck: str,
+) -> tuple[str, ...]:
+    """Return a plan in lines: its stages, and what limits it.
+
+    Args:
+        pipelines: of the plan.
+        nodes: of the graph.
+        machines: all of the problem's, by peer.
+        busy: by pipeline, the fraction of a step that each machine computes, by peer.
+        step_s: seconds of a step.
+        end_s: seconds of the step after the last backward.
+        bottleneck: what limits it, in words.
+    """
+    names = {peer: each.name for peer, each in machines.items()}
+    offers = {peer: each.device.memory_bytes for peer, each in machines.items()}
+    if len(pipelines) == 1:
+        lines = stage_lines(pipelines[0].stages, nodes, names, offers, busy[0])
+        return (*lines, f"a step takes about {seconds_text(step_s)}; {bottleneck} limits it")
+    found: list[str] = []
+    for index, (pipeline, shares) in enumerate(zip(pipelines[:_MOST_EXPLAINED], busy, strict=False)):
+        found.append(f"pipeline {index}: {pipeline.microbatches} microbatches in {seconds_text(pipeline.predicted_s)}")
+        found += stage_lines(pipeline.stages, nodes, names, offers, shares)
+    if len(pipelines) > _MOST_EXPLAINED:
+        found.append(f"and {len(pipelines) - _MOST_EXPLAINED} pipelines more")
+    return (
+        *found,
+        f"a step takes about {seconds_text(step_s)}, {seconds_text(end_s)} of it after the last backward; "
+        f"{bottleneck} limits it",
     )
 
 

@@ -31,6 +31,18 @@ class LinkModel(Protocol):
         ...
 
 
+class AssumedLinks:
+    """Every link is as `profile.UNMEASURED` says: nothing is known yet."""
+
+    def bandwidths_bytes_per_s(self, sources: Indices, targets: Indices) -> Floats:
+        """Return the bandwidth that is assumed."""
+        return np.full(np.broadcast(sources, targets).shape, UNMEASURED.bandwidth_bytes_per_s)
+
+    def rtts_s(self, sources: Indices, targets: Indices) -> Floats:
+        """Return the round-trip time that is assumed."""
+        return np.full(np.broadcast(sources, targets).shape, UNMEASURED.rtt_s)
+
+
 class PoolLinks:
     """The links of a `Pool`, as a `LinkModel`: two tables over all pairs of machines."""
 

@@ -30,6 +30,10 @@ EXACT_WORK = 5e7
 """Element operations of one threshold above which orders are searched instead of enumerated (~0.3 s)."""
 
 
+NO_LIMIT = 1 << 30
+"""Stands for any number of microbatches in flight."""
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """The work and the devices. P positions, D devices; index D of `hop` axes is what lies before and after the line.
@@ -56,7 +60,7 @@ class Line:
     outer_s: float = 0.0
     """Seconds of the stages before and after the line, on a machine of their own."""
     outer_stages_after: int = 0
-    in_flight_limit: int = 1 << 30
+    in_flight_limit: int = NO_LIMIT
     in_flight_per_stage: float = 1.0
     """Microbatches in flight for each stage to go after a stage: 1 where links take no time, more where they do."""
 

@@ -16,9 +16,7 @@ from fusionai.graph.cost import StageCost
 from fusionai.graph.cuts import Cutter
 from fusionai.graph.model import OpDag, Sizes, SubDag
 from fusionai.graph.sizes import type_bytes
-from fusionai.scheduling.estimator import backward_s, deferred_s, delay_s, forward_s, heap_microbatches
-from fusionai.scheduling.partition import Line
-from fusionai.scheduling.profile import DeviceProfile, Member, Pool
+from fusionai.scheduling.profile import Member
 
 Floats = NDArray[np.float64]
 
@@ -130,68 +128,3 @@ def _crossing(subdags: Sequence[SubDag], before: int, count: int, sizes: Sizes) 
 def reachable(one: Member, other: Member) -> bool:
     """Whether two machines can be linked: one of them must be dialable."""
     return one.peer == other.peer or one.dialable or other.dialable
-
-
-def make_line(
-    segments: Segments,
-    members: Sequence[Member],
-    owner: Member,
-    pool: Pool,
-    *,
-    microbatches: int,
-    precision: str,
-    budgets_bytes: Sequence[float],
-    in_flight_limit: int,
-    hide_deferred: bool = True,
-) -> Line:
-    """Return the solver's numbers for `members` on the segments.
-
-    With `hide_deferred`, what a stage computes after its gradients have left delays no microbatch. That is so except
-    for the last one of a step: its stages end with it, so where microbatches are few the other numbers may find more.
-    """
-
-    def both_s(cost: StageCost, device: DeviceProfile) -> float:
-        return forward_s(cost, device, precision) + backward_s(cost, device, precision)
-
-    seconds = np.stack([_ranges([both_s(cost, member.device) for cost in segments.costs]) for member in members])
-    hidden = np.stack(
-        [_ranges([deferred_s(cost, member.device, precision) for cost in segments.costs]) for member in members]
-    )
-    hidden = np.where(np.isfinite(hidden), hidden, 0.0)
-    if not hide_deferred:
-        hidden[:] = 0.0
-    elif len(segments.outer) == segments.outer_after:
-        hidden[:, 0] = 0.0  # nobody waits for the first stage's gradients
-    count, positions = len(members), len(segments.positions)
-    hop = np.full((count + 1, count + 1, positions), np.inf)
-    busy = np.full((count + 1, count + 1, positions), np.inf)
-    around = [*members, owner]
-    for a, sender in enumerate(around):
-        for b, receiver in enumerate(around):
-            if a == b or not reachable(sender, receiver):
-                continue
-            out, back = pool.link(sender.peer, receiver.peer), pool.link(receiver.peer, sender.peer)
-            forward = segments.forward_bytes_P / out.bandwidth_bytes_per_s
-            gradient = segments.gradient_bytes_P / back.bandwidth_bytes_per_s
-            # Without bytes nothing is sent, and so nothing is delayed.
-            hop[a, b] = (
-                forward
-                + gradient
-                + delay_s(out) * (segments.forward_bytes_P > 0)
-                + delay_s(back) * (segments.gradient_bytes_P > 0)
-            )
-            busy[a, b] = np.maximum(forward, gradient)
-    return Line(
-        seconds_DPP=seconds,
-        delay_s_DPP=seconds - hidden,
-        fixed_bytes_PP=segments.fixed_bytes_PP,
-        flight_bytes_PP=segments.flight_bytes_PP,
-        heap_microbatches_D=np.asarray([heap_microbatches(each.device) for each in members], dtype=np.float64),
-        budget_bytes_D=np.asarray(budgets_bytes, dtype=np.float64),
-        hop_s_EEP=hop,
-        hop_busy_s_EEP=busy,
-        microbatches=microbatches,
-        outer_s=sum(both_s(cost, owner.device) for cost in segments.outer),
-        outer_stages_after=segments.outer_after,
-        in_flight_limit=in_flight_limit,
-    )

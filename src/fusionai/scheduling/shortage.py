@@ -1,13 +1,8 @@
-"""Why no plan is possible, with the numbers and what would help: for both planners.
-
-What helps depends on where the machines come from: one that joins is started otherwise, one of a pool file is described
-otherwise.
-"""
+"""Why no plan is possible, with the numbers, and what would help (`remedies`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,38 +10,10 @@ from fusionai.errors import PlacementError
 from fusionai.scheduling.estimator import heap_microbatches, training_memory_bytes
 from fusionai.scheduling.explain import WITH_MARGIN, shortage_texts
 from fusionai.scheduling.profile import Member
+from fusionai.scheduling.remedies import Remedies
 from fusionai.scheduling.segments import MEMORY_MARGIN, Segments
 
 _MOST_NAMED = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Remedies:
-    """What to do about each thing that can be missing, as parts of sentences."""
-
-    first_machine: str
-    more_machines: str
-    more_memory: str
-    """Of compnodes."""
-    dialable: str
-    """So that two machines can be linked."""
-
-
-JOINED = Remedies(
-    first_machine="run `fusionai join TOKEN` on each machine that is to take part",
-    more_machines="run `fusionai join TOKEN` on more machines",
-    more_memory="raise their --memory",
-    dialable="start `fusionai join` with --listen HOST:PORT, and --advertise behind a router",
-)
-"""For machines that joined a broker."""
-
-DESCRIBED = Remedies(
-    first_machine="add [[machines]] to the pool file",
-    more_machines="add machines to the pool file",
-    more_memory="raise their `memory` in the pool file",
-    dialable="set `dialable = true` in the pool file for one of each two",
-)
-"""For machines of a pool file."""
 
 
 def no_compnodes(remedies: Remedies) -> PlacementError:

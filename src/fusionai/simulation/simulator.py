@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from fusionai.graph.model import OpDag
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.profile import DeviceProfile
-from fusionai.scheduling.swarm_plan import SwarmPlan
 from fusionai.simulation.job_run import JobRun
 from fusionai.simulation.link_rates import LinkRates
 from fusionai.simulation.scenario import Scenario
@@ -20,7 +19,7 @@ from fusionai.simulation.workload_of_plan import workload_of
 
 
 def simulate(
-    plan: Plan | SwarmPlan,
+    plan: Plan,
     graph: OpDag,
     links: LinkRates,
     devices: Mapping[str, DeviceProfile],
@@ -32,7 +31,7 @@ def simulate(
     """Execute a plan and return what happened.
 
     Args:
-        plan: a `Plan` is simulated as one pipeline.
+        plan: of any number of pipelines.
         graph: the one that the plan was made for, as arranged.
         links: `links_of_what_if`, or any other; `LinkRates(pool.link)` for those of a measured pool.
         devices: profiles by peer, the owner's among them. Those that the plan leaves out are the backup pool.

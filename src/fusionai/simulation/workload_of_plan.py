@@ -14,19 +14,11 @@ from fusionai.graph.shared_weights import repeated
 from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.profile import DeviceProfile
-from fusionai.scheduling.swarm_plan import PipelinePlan, SwarmPlan
 from fusionai.simulation.workload import EdgeLoad, PipelineLoad, StageLoad, WeightGroup, Workload, estimated
 
 
-def pipelines_of(plan: Plan | SwarmPlan) -> tuple[PipelinePlan, ...]:
-    """Return the pipelines of a plan; a `Plan` is one."""
-    if isinstance(plan, SwarmPlan):
-        return plan.pipelines
-    return (PipelinePlan(plan.stages, plan.microbatches, plan.predicted_step_s),)
-
-
 def workload_of(
-    plan: Plan | SwarmPlan,
+    plan: Plan,
     graph: OpDag,
     devices: Mapping[str, DeviceProfile],
     *,
@@ -55,20 +47,20 @@ def workload_of(
         )
         return subdags, tuple(stage_cost(subdag, plan.sizes) for subdag in subdags), edges
 
-    for number, pipeline in enumerate(pipelines_of(plan)):
+    for number, pipeline in enumerate(plan.pipelines):
         if not pipeline.stages or pipeline.stages[-1].stop != len(graph.nodes):
             raise ConfigError(
                 f"pipeline {number} ends at node {pipeline.stages[-1].stop if pipeline.stages else 0}, but the graph "
                 f"has {len(graph.nodes)}; simulate a plan with the graph that it was made for"
             )
     move = estimated(devices, precision, optimizer_states)
-    subdags_of = [stages_at(pipeline.cuts)[0] for pipeline in pipelines_of(plan)]
-    peers = [stage.peer for pipeline in pipelines_of(plan) for stage in pipeline.stages]
+    subdags_of = [stages_at(pipeline.cuts)[0] for pipeline in plan.pipelines]
+    peers = [stage.peer for pipeline in plan.pipelines for stage in pipeline.stages]
     again = repeated(chain.from_iterable(subdags_of), peers)
     pipelines = []
     holders: dict[str, list[tuple[int, int]]] = {}
     weight_bytes: dict[str, int] = {}
-    for number, pipeline in enumerate(pipelines_of(plan)):
+    for number, pipeline in enumerate(plan.pipelines):
         subdags, costs, edges = stages_at(pipeline.cuts)
         loads = []
         here, again = again[: len(subdags)], again[len(subdags) :]

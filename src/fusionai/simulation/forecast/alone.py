@@ -71,13 +71,13 @@ def _groups(request: Request, what_if: WhatIfPool) -> list[list[int]]:
             groups.setdefault(key, []).append(index)
 
     def speed(group: list[int]) -> float:
-        return flops_rate(what_if.members[group[0]].device, "matmul", request.precision)
+        return flops_rate(what_if.members[group[0]].device, "matmul", request.problem.precision)
 
     return sorted(groups.values(), key=speed, reverse=True)[:_MOST_KINDS]
 
 
 def _with_member(request: Request, what_if: WhatIfPool, group: list[int], pool_step_s: float) -> Alone:
-    member, with_owner = what_if.members[group[0]], request.privacy == "private"
+    member, with_owner = what_if.members[group[0]], request.problem.privacy == "private"
     if missing := lacking(request, request.shared_cost, member.device):
         return _unfit(request, member, len(group), missing, with_owner=with_owner)
     try:
@@ -100,7 +100,7 @@ def at_home(request: Request, owner: Member, pool_step_s: float) -> Alone:
 
 def lacking(request: Request, cost: StageCost, device: DeviceProfile) -> str:
     """Return why a stage cannot fit a device, "" if it may: whatever the schedule, so nothing need be planned."""
-    need = training_memory_bytes(cost, device, 1, request.optimizer_states) * MEMORY_MARGIN
+    need = training_memory_bytes(cost, device, 1, request.problem.optimizer_states) * MEMORY_MARGIN
     if need <= device.memory_bytes:
         return ""
     needed, offered, missing = shortage_texts(need, device.memory_bytes)

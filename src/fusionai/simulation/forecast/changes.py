@@ -19,7 +19,7 @@ from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 
 def best_machine(request: Request, what_if: WhatIfPool) -> int:
     """Return the index of the member that computes this job fastest, the first of several."""
-    whole, precision = request.whole_cost, request.precision
+    whole, precision = request.whole_cost, request.problem.precision
 
     def slowness(index: int) -> tuple[float, float]:
         device = what_if.members[index].device
@@ -77,8 +77,8 @@ def links_busy_s(request: Request, plan: Plan, setting: Setting) -> dict[tuple[s
     """Return for how many seconds of a step a plan keeps each link busy, by (source, target) peers."""
     peers = [stage.peer for stage in plan.stages]
     busy_s: defaultdict[tuple[str, str], float] = defaultdict(float)
-    stages = cut(request.graph, plan.cuts)
-    for (source, target), (forward, gradients) in boundary_bytes(stages, request.sizes).items():
+    stages = cut(request.problem.graph, plan.cuts)
+    for (source, target), (forward, gradients) in boundary_bytes(stages, request.problem.sizes).items():
         one, other = peers[source], peers[target]
         if one != other:
             busy_s[one, other] += plan.microbatches * send_s(forward, setting.pool.link(one, other))
@@ -90,8 +90,8 @@ def lines_busy_s(request: Request, plan: Plan, setting: Setting) -> dict[Line, f
     """Return for how many seconds of a step a plan keeps each uplink and downlink busy, by (peer, direction)."""
     peers, lines = [stage.peer for stage in plan.stages], setting.pool.lines
     busy_s: defaultdict[Line, float] = defaultdict(float)
-    stages = cut(request.graph, plan.cuts)
-    for (source, target), crossing in boundary_bytes(stages, request.sizes).items():
+    stages = cut(request.problem.graph, plan.cuts)
+    for (source, target), crossing in boundary_bytes(stages, request.problem.sizes).items():
         ends = peers[source], peers[target]
         for (one, other), size_bytes in zip((ends, ends[::-1]), crossing, strict=True):
             if one != other:

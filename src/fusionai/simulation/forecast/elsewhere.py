@@ -24,7 +24,7 @@ def elsewhere(request: Request, what_if: WhatIfPool) -> str:
     """Return what the owner's own device, and the cheapest rented card, would do alone; "" if neither could."""
     ways = [_owner(request, what_if)]
     if cards := each_rented(request, math.inf):
-        ways.append(_rented(cards[0], request.privacy == "private"))
+        ways.append(_rented(cards[0], request.problem.privacy == "private"))
     found = ", or ".join(way for way in ways if way)
     return f"What could train it: {found}" if found else ""
 

@@ -15,7 +15,6 @@ from fusionai.scheduling.bound import least_step_s
 from fusionai.scheduling.explain import holding
 from fusionai.scheduling.plan import Plan, StagePlan
 from fusionai.scheduling.profile import Member
-from fusionai.scheduling.swarm_plan import SwarmPlan
 from fusionai.simulation.forecast.alone import Alone, each_alone
 from fusionai.simulation.forecast.changes import (
     best_machine,
@@ -30,16 +29,15 @@ from fusionai.simulation.forecast.rented import Rented, each_rented
 from fusionai.simulation.forecast.request import (
     Request,
     Setting,
+    best_on,
     offered,
     plan_on,
     searched,
     setting_of,
-    swarm_on,
     with_owner,
 )
 from fusionai.simulation.hardware.efficiency import ASSUMED
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
-from fusionai.simulation.workload_of_plan import pipelines_of
 
 USD_PER_KWH = 0.15
 """Of electricity; assumed."""
@@ -159,7 +157,7 @@ def forecast(
             could train the job.
     """
     what_if = offered(request, what_if)
-    full = with_owner(what_if, request.privacy)
+    full = with_owner(what_if, request.problem.privacy)
     started_s = clock_s()
     try:
         part = searched(request, full)
@@ -170,7 +168,7 @@ def forecast(
             raise
         raise saying_elsewhere(error, request, what_if) from error
     planned_s = clock_s()
-    swarm = None if request.arranged else swarm_on(request, full)
+    swarm = None if request.arranged else best_on(request, full)
     swarm_s = clock_s() - planned_s
     # One pipeline is a number of pipelines, too.
     several = swarm if swarm is None or swarm.predicted_step_s < plan.predicted_step_s else plan
@@ -222,31 +220,31 @@ def _board_w(peers: Collection[str], what_if: WhatIfPool) -> float | None:
 
 
 def _bound_s(request: Request, what_if: WhatIfPool) -> float:
-    computing = what_if.machines if request.privacy == "private" else what_if.members
+    computing = what_if.machines if request.problem.privacy == "private" else what_if.members
     return least_step_s(
         request.part_costs,
         [each.device for each in computing],
-        microbatches=request.microbatches,
-        precision=request.precision,
-        optimizer_states=request.optimizer_states,
+        microbatches=request.problem.microbatches,
+        precision=request.problem.precision,
+        optimizer_states=request.problem.optimizer_states,
     )
 
 
-def rows_of(request: Request, plan: Plan | SwarmPlan, machines: Sequence[Member]) -> tuple[tuple[StageRow, ...], ...]:
+def rows_of(request: Request, plan: Plan, machines: Sequence[Member]) -> tuple[tuple[StageRow, ...], ...]:
     """Return the stages of each pipeline of a plan, with the names of machines."""
     by_peer = {each.peer: each for each in machines}
     busy_s: defaultdict[str, float] = defaultdict(float)
-    for pipeline in pipelines_of(plan):
+    for pipeline in plan.pipelines:
         for stage in pipeline.stages:
             passes_s = pipeline.microbatches * (stage.predicted.forward_s + stage.predicted.backward_s)
             busy_s[stage.peer] += passes_s + stage.predicted.update_s
 
     @cache
     def held(start: int, stop: int) -> str:
-        return holding(request.graph.nodes[start:stop])
+        return holding(request.problem.graph.nodes[start:stop])
 
     busy = {peer: seconds / plan.predicted_step_s for peer, seconds in busy_s.items()}
-    return tuple(_stage_rows(pipeline.stages, by_peer, busy, held) for pipeline in pipelines_of(plan))
+    return tuple(_stage_rows(pipeline.stages, by_peer, busy, held) for pipeline in plan.pipelines)
 
 
 def _stage_rows(
@@ -270,10 +268,10 @@ def _stage_rows(
     )
 
 
-def _pipelines(request: Request, plan: Plan | SwarmPlan, what_if: WhatIfPool) -> tuple[PipelineRow, ...]:
+def _pipelines(request: Request, plan: Plan, what_if: WhatIfPool) -> tuple[PipelineRow, ...]:
     return tuple(
         PipelineRow(stages=rows, microbatches=each.microbatches, predicted_s=each.predicted_s)
-        for each, rows in zip(pipelines_of(plan), rows_of(request, plan, what_if.machines), strict=True)
+        for each, rows in zip(plan.pipelines, rows_of(request, plan, what_if.machines), strict=True)
     )
 
 
@@ -296,7 +294,11 @@ def _changes(request: Request, what_if: WhatIfPool, setting: Setting, plan: Plan
 
     best = best_machine(request, what_if)
     # A job that says how many machines to use would leave the new one out.
-    larger = request.using(request.compnodes + 1) if request.compnodes and request.cuts is None else request
+    larger = (
+        request.using(request.problem.limits.compnodes + 1)
+        if request.problem.limits.compnodes and request.problem.limits.cuts is None
+        else request
+    )
     like = what_if.members[best]
     more = setting_of(one_more(what_if, best))
     add("one_more_machine", f"one more machine like {like.name} ({like.device.name})", more, larger)

@@ -51,17 +51,17 @@ def offloaded(request: Request, device: DeviceProfile) -> Offload | None:
     room_bytes = device.memory_bytes / MEMORY_MARGIN - cost.transient_bytes - 2 * _largest_weight_bytes(request)
     if room_bytes < max(part.saved_bytes for part in request.part_costs):
         return None
-    microbatches = request.microbatches
-    forward, backward = (each(cost, device, request.precision) for each in (forward_s, backward_s))
-    weights = cost.weight_bytes / (2 if request.precision == "bf16" else 1)
-    state_bytes = (2 + request.optimizer_states) * cost.trainable_bytes + cost.other_bytes
+    microbatches = request.problem.microbatches
+    forward, backward = (each(cost, device, request.problem.precision) for each in (forward_s, backward_s))
+    weights = cost.weight_bytes / (2 if request.problem.precision == "bf16" else 1)
+    state_bytes = (2 + request.problem.optimizer_states) * cost.trainable_bytes + cost.other_bytes
     kept_bytes = microbatches * sum(part.receive_bytes for part in request.part_costs)
     # What leaves the GPU (gradients, what is kept) and what comes (weights, that again) travel at the same time.
     orders = [(microbatches * (2 * forward + backward), (2 * weights + kept_bytes) / BUS_BYTES_PER_S, kept_bytes)]
     if cost.saved_bytes <= room_bytes:
         orders.append((microbatches * (forward + backward), microbatches * 2 * weights / BUS_BYTES_PER_S, 0))
     computing_s, copying_s, beside_bytes = min(orders, key=lambda order: max(order[:2]))
-    update_s = (2 + 2 * request.optimizer_states + 3) * cost.trainable_bytes / MAIN_MEMORY_BYTES_PER_S
+    update_s = (2 + 2 * request.problem.optimizer_states + 3) * cost.trainable_bytes / MAIN_MEMORY_BYTES_PER_S
     limits: tuple[tuple[float, Limit], ...] = (
         (computing_s, "computing"),
         (copying_s, "copies to and from main memory"),
@@ -73,4 +73,4 @@ def offloaded(request: Request, device: DeviceProfile) -> Offload | None:
 
 def _largest_weight_bytes(request: Request) -> int:
     """Return the bytes of the largest weight: twice as much is on the GPU, one in use and one on its way."""
-    return max((type_bytes(weight.type, {}) for weight in request.graph.weights), default=0)
+    return max((type_bytes(weight.type, {}) for weight in request.problem.graph.weights), default=0)

@@ -14,17 +14,14 @@ import numpy as np
 from fusionai.errors import ConfigError, PlacementError
 from fusionai.graph.cost import StageCost
 from fusionai.graph.cuts import Cutter, cut_points
-from fusionai.graph.model import OpDag, Sizes
 from fusionai.graph.sizes import type_bytes
+from fusionai.scheduling import planner
 from fusionai.scheduling.estimator import flops_rate
 from fusionai.scheduling.plan import Plan
-from fusionai.scheduling.planner import plan_training
+from fusionai.scheduling.problem import Limits, TrainingProblem
 from fusionai.scheduling.profile import Member, Pool
-from fusionai.scheduling.shortage import DESCRIBED
-from fusionai.scheduling.swarm.planner import plan as plan_swarm_task
-from fusionai.scheduling.swarm.single import single_chains
-from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm_plan import SwarmPlan
+from fusionai.scheduling.remedies import DESCRIBED
+from fusionai.scheduling.search.single_chains import machines_of_single_chains
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 
 _DRIVER = "the owner's machine"
@@ -38,33 +35,22 @@ MOST_SEARCHED = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be planned: the graph as arranged for the job's privacy, and how it is to be trained."""
+    """A job for which nobody has given machines yet."""
 
-    graph: OpDag
-    graph_hash: str
-    sizes: Sizes
-    front: int
-    back: int
-    """Nodes [0, front) and [back, N) are the owner's."""
-    microbatches: int
-    optimizer_states: int
-    precision: Literal["fp32", "bf16"]
-    privacy: Literal["private", "open"]
+    problem: TrainingProblem
+    """Without machines."""
     tokens_per_step: int
-    compnodes: int = 0
-    """How many machines to use; 0: as many as serve best."""
-    cuts: tuple[int, ...] | None = None
     machines: tuple[str, ...] = ()
-    """Names of the only ones to use, with `cuts` in the order of the parts; all of the pool if empty."""
+    """Names of the only ones to use, with cut positions in the order of the parts; all of the pool if empty."""
 
-    @cached_property
+    @property
     def _cutter(self) -> Cutter:
-        return Cutter(self.graph)
+        return self.problem.costs.cutter(self.problem.graph)
 
     @cached_property
     def whole_cost(self) -> StageCost:
         """Cost of the whole graph as one stage."""
-        return self._cutter.costs(self.sizes).whole
+        return self._cutter.costs(self.problem.sizes).whole
 
     @cached_property
     def part_costs(self) -> tuple[StageCost, ...]:
@@ -72,14 +58,18 @@ class Request:
 
         A weight that several of them read is trained in the first.
         """
-        if self.cuts is None:
-            within = self.front, self.back
-            places = {*cut_points(self.graph, self.sizes, within, cutter=self._cutter), self.front, self.back}
+        if self.problem.limits.cuts is None:
+            within = self.problem.front, self.problem.back
+            places = {
+                *cut_points(self.problem.graph, self.problem.sizes, within, cutter=self._cutter),
+                self.problem.front,
+                self.problem.back,
+            }
         else:
-            places = {*self.cuts, self.front, self.back}
-        inner = sorted(place for place in places if 0 < place < len(self.graph.nodes))
+            places = {*self.problem.limits.cuts, self.problem.front, self.problem.back}
+        inner = sorted(place for place in places if 0 < place < len(self.problem.graph.nodes))
         parts, seen, found = self._cutter.cut(inner), set[str](), []
-        for part, cost in zip(parts, self._cutter.costs(self.sizes).stages(parts), strict=True):
+        for part, cost in zip(parts, self._cutter.costs(self.problem.sizes).stages(parts), strict=True):
             weights = {weight.key: weight for weight in part.weights if weight.trainable and weight.key not in seen}
             seen |= weights.keys()
             nbytes = sum(type_bytes(weight.type, {}) for weight in weights.values())
@@ -89,23 +79,28 @@ class Request:
     @cached_property
     def shared_cost(self) -> StageCost:
         """Cost of all that may be distributed, as one stage."""
-        ends = [position for position in (self.front, self.back) if 0 < position < len(self.graph.nodes)]
-        shared = self._cutter.cut(ends)[1 if self.front else 0]
-        return self._cutter.costs(self.sizes).stages([shared])[0]
+        ends = [
+            position
+            for position in (self.problem.front, self.problem.back)
+            if 0 < position < len(self.problem.graph.nodes)
+        ]
+        shared = self._cutter.cut(ends)[1 if self.problem.front else 0]
+        return self._cutter.costs(self.problem.sizes).stages([shared])[0]
 
     @property
     def arranged(self) -> bool:
         """Whether the job itself says how many machines serve, or where it is cut: then in one pipeline."""
-        return bool(self.compnodes) or self.cuts is not None
+        return self.problem.limits.one_pipeline
 
     @property
     def in_order(self) -> bool:
         """Whether the job says which machine takes which part."""
-        return bool(self.machines) and self.cuts is not None
+        return bool(self.machines) and self.problem.limits.cuts is not None
 
     def using(self, compnodes: int) -> Request:
         """Return the same request for another number of machines."""
-        return dataclasses.replace(self, compnodes=compnodes)
+        limits = dataclasses.replace(self.problem.limits, compnodes=compnodes)
+        return dataclasses.replace(self, problem=self.problem.within(limits))
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,17 +189,18 @@ def searched(request: Request, what_if: WhatIfPool) -> WhatIfPool:
     """
     if len(what_if.members) <= MOST_SEARCHED or request.in_order:
         return what_if
-    chain = single_chains(_swarm_task(request, what_if), MOST_SEARCHED)
+    chain = machines_of_single_chains(_problem_of_pool(request, what_if), MOST_SEARCHED)
     if not chain:
         # Raises with what is missing in the whole pool, or has a chain that was not among those looked at.
-        used = {stage.peer for stage in swarm_on(request, what_if).pipelines[0].stages}
+        used = {stage.peer for stage in best_on(request, what_if).pipelines[0].stages}
         chain = tuple(index for index, each in enumerate(what_if.members) if each.peer in used)
-    wanted = len(request.cuts) + 1 if request.cuts is not None else request.compnodes
+    limits = request.problem.limits
+    wanted = len(limits.cuts) + 1 if limits.cuts is not None else limits.compnodes
     if len(chain) >= wanted:
         return part_of(what_if, chain)
     by_speed = sorted(
         (index for index, each in enumerate(what_if.members) if index not in set(chain)),
-        key=lambda index: -flops_rate(what_if.members[index].device, "matmul", request.precision),
+        key=lambda index: -flops_rate(what_if.members[index].device, "matmul", request.problem.precision),
     )
     more = max(wanted, MOST_SEARCHED) - len(chain)
     return part_of(what_if, sorted((*chain, *by_speed[:more])))
@@ -217,50 +213,30 @@ def setting_of(what_if: WhatIfPool) -> Setting:
 
 
 def plan_on(request: Request, setting: Setting) -> Plan:
-    """Return the plan that the broker of such a pool would make. Raises as `plan_training`."""
-    return plan_training(
-        request.graph,
-        graph_hash=request.graph_hash,
-        sizes=request.sizes,
-        microbatches=request.microbatches,
-        optimizer_states=request.optimizer_states,
-        precision=request.precision,
-        pool=setting.pool,
-        owner=setting.owner,
-        privacy=request.privacy,
-        front=request.front,
-        back=request.back,
-        compnodes=request.compnodes,
-        cuts=request.cuts,
-        in_order=request.in_order,
-        remedies=DESCRIBED,
-    )
+    """Return the plan that the broker of such a pool would make: of one pipeline. Raises as `planner.plan`."""
+    limits = dataclasses.replace(request.problem.limits, in_order=request.in_order, most_pipelines=1)
+    problem = dataclasses.replace(request.problem, limits=limits, remedies=DESCRIBED)
+    return planner.plan(problem.on_pool(setting.pool, setting.owner))
 
 
-def swarm_on(request: Request, what_if: WhatIfPool) -> SwarmPlan:
-    """Return the best plan of any number of pipelines; `what_if` has an owner. Raises as `plan_swarm`.
+def best_on(request: Request, what_if: WhatIfPool) -> Plan:
+    """Return the best plan of any number of pipelines; `what_if` has an owner. Raises as `planner.plan`.
 
     Blocks for up to a minute with ten thousand machines.
     """
-    return plan_swarm_task(_swarm_task(request, what_if))
+    return planner.plan(_problem_of_pool(request, what_if))
 
 
-def _swarm_task(request: Request, what_if: WhatIfPool) -> SwarmTask:
-    return SwarmTask(
-        graph=request.graph,
-        graph_hash=request.graph_hash,
-        sizes=request.sizes,
-        microbatches=request.microbatches,
-        optimizer_states=request.optimizer_states,
-        precision=request.precision,
+def _problem_of_pool(request: Request, what_if: WhatIfPool) -> TrainingProblem:
+    """Return the problem on a whole pool, free of the job's own wishes."""
+    return dataclasses.replace(
+        request.problem,
         members=what_if.members,
         owner=what_if.owner,
         links=what_if,
-        privacy=request.privacy,
-        front=request.front,
-        back=request.back,
-        remedies=DESCRIBED,
         lines=(what_if.up_bytes_per_s, what_if.down_bytes_per_s),
+        limits=Limits(),
+        remedies=DESCRIBED,
     )
 
 
@@ -275,13 +251,14 @@ def plan_with(request: Request, what_if: WhatIfPool, index: int) -> Plan:
 def plan_at_home(request: Request, owner: Member) -> Plan:
     """Return the plan that trains everything on the owner's machine. Raises PlacementError when it does not fit."""
     # Nothing leaves the machine, so nothing of it needs to be kept apart.
-    whole = dataclasses.replace(_undivided(request), privacy="open", front=0, back=len(request.graph.nodes))
-    return plan_on(whole, Setting(Pool((owner,)), owner))
+    undivided = _undivided(request)
+    whole = dataclasses.replace(undivided.problem, privacy="open", front=0, back=len(request.problem.graph.nodes))
+    return plan_on(dataclasses.replace(undivided, problem=whole), Setting(Pool((owner,)), owner))
 
 
 def _undivided(request: Request) -> Request:
     """Return the request for one machine, without cut positions to search: only the stages that will run are costed."""
-    return dataclasses.replace(request, compnodes=0, cuts=(), machines=())
+    return dataclasses.replace(request, problem=request.problem.within(Limits(cuts=())), machines=())
 
 
 def _first_few(names: Sequence[str]) -> str:

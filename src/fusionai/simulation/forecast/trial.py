@@ -10,13 +10,12 @@ import msgspec
 from fusionai.errors import ConfigError, PlacementError
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.segments import reachable
-from fusionai.scheduling.swarm_plan import SwarmPlan
 from fusionai.simulation.availability import Poisson, Scripted
 from fusionai.simulation.bandwidth_sweep import SweepPoint, sweep_bandwidth
 from fusionai.simulation.codecs import Codec, Dense, TopK
 from fusionai.simulation.forecast.elsewhere import saying_elsewhere
 from fusionai.simulation.forecast.forecast import Assumed, assumptions
-from fusionai.simulation.forecast.request import Request, offered, plan_on, searched, setting_of, swarm_on, with_owner
+from fusionai.simulation.forecast.request import Request, best_on, offered, plan_on, searched, setting_of, with_owner
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 from fusionai.simulation.jitter import Jitter
 from fusionai.simulation.link_rates import LinkRates, links_of_what_if
@@ -25,7 +24,6 @@ from fusionai.simulation.recovery import Recovery, Replay
 from fusionai.simulation.scenario import Scenario
 from fusionai.simulation.simulation_report import SimulationReport
 from fusionai.simulation.simulator import simulate
-from fusionai.simulation.workload_of_plan import pipelines_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +69,7 @@ class WholeJob(msgspec.Struct, frozen=True, kw_only=True):
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """The JSON of `fusionai simulate --json`."""
 
-    plan: Plan | SwarmPlan
+    plan: Plan
     """What was executed."""
     pipelines: int
     predicted_step_s: float
@@ -119,7 +117,7 @@ def trial(
         PlacementError: no plan meets the constraints; the text says what is missing, and what else could train the job.
     """
     what_if = offered(request, what_if)
-    full = with_owner(what_if, request.privacy)
+    full = with_owner(what_if, request.problem.privacy)
     if pipelines and request.arranged:
         raise ConfigError(
             "--pipelines: the job says how many machines serve or where it is cut, which is for one pipeline; set "
@@ -127,7 +125,7 @@ def trial(
         )
     started_s = clock_s()
     try:
-        plan = swarm_on(request, full) if pipelines else plan_on(request, setting_of(searched(request, full)))
+        plan = best_on(request, full) if pipelines else plan_on(request, setting_of(searched(request, full)))
     except PlacementError as error:
         raise saying_elsewhere(error, request, what_if) from error
     planning_s = clock_s() - started_s
@@ -140,12 +138,12 @@ def trial(
     def execute(links: LinkRates, scenario: Scenario = scenario) -> SimulationReport:
         return simulate(
             plan,
-            request.graph,
+            request.problem.graph,
             links,
             devices,
             scenario,
-            precision=request.precision,
-            optimizer_states=request.optimizer_states,
+            precision=request.problem.precision,
+            optimizer_states=request.problem.optimizer_states,
         )
 
     links = links_of_what_if(full)
@@ -156,7 +154,7 @@ def trial(
     plain = replace(scenario, timeline_steps=0)
     return Trial(
         plan=plan,
-        pipelines=len(pipelines_of(plan)),
+        pipelines=len(plan.pipelines),
         predicted_step_s=plan.predicted_step_s,
         predicted_tokens_per_s=request.tokens_per_step / plan.predicted_step_s,
         undisturbed_step_s=undisturbed.median_step_s,
@@ -172,9 +170,7 @@ def trial(
     )
 
 
-def _scenario(
-    request: Request, what_if: WhatIfPool, plan: Plan | SwarmPlan, given: Circumstances, prices: Prices
-) -> Scenario:
+def _scenario(request: Request, what_if: WhatIfPool, plan: Plan, given: Circumstances, prices: Prices) -> Scenario:
     codec: Codec = Dense()
     if given.top_k is not None:
         rates = {each.peer: each.device.memory_bytes_per_s for each in what_if.machines}
@@ -193,7 +189,7 @@ def _scenario(
         recovery=given.recovery,
         jitter=Jitter(seed=given.seed, spread=given.jitter, drift=given.drift) if given.jitter or given.drift else None,
         prices=prices,
-        tokens_per_microbatch=request.tokens_per_step // request.microbatches,
+        tokens_per_microbatch=request.tokens_per_step // request.problem.microbatches,
         timeline_steps=given.timeline_steps,
         # What churn keeps from its end is given up within seconds, not minutes.
         most_failures=max(1000, 10 * given.steps, 20 * len(what_if.machines)),
@@ -210,9 +206,9 @@ def _disturbances(given: Circumstances) -> tuple[str, ...]:
     return tuple(option for option, used in options.items() if used)
 
 
-def _prices(what_if: WhatIfPool, plan: Plan | SwarmPlan, given: Circumstances) -> tuple[Prices, tuple[str, ...]]:
+def _prices(what_if: WhatIfPool, plan: Plan, given: Circumstances) -> tuple[Prices, tuple[str, ...]]:
     """Return power and rent of the pool's machines, and those of the plan whose rent is asked for and unknown."""
-    used = {stage.peer for pipeline in pipelines_of(plan) for stage in pipeline.stages}
+    used = plan.peers
     found: dict[str, MachinePrice] = {}
     unrented = []
     for machine, hardware in zip(what_if.machines, what_if.hardware, strict=True):

@@ -2,8 +2,8 @@
 
 Where nothing differs, every pipeline is cut alike. Numbers of pipelines, stages and samples are enumerated and compared
 by closed formulas; the best few are for the simulator to decide (`fusionai.simulation.headline.simulated_pipelines`).
-`fusionai.scheduling.swarm.planner` looks for the same among unlike machines; it plans training only, and lets each
-link of a machine carry all that it can, where here they share the machine's one uplink.
+`fusionai.scheduling.planner` looks for the same among unlike machines; it plans training only, and lets each link of a
+machine carry all that it can, where here they share the machine's one uplink.
 """
 
 from __future__ import annotations

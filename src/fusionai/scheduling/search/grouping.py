@@ -9,9 +9,9 @@ from itertools import accumulate
 import numpy as np
 
 from fusionai.scheduling.links import Indices
-from fusionai.scheduling.swarm.chain import ordered
-from fusionai.scheduling.swarm.clusters import clustered
-from fusionai.scheduling.swarm.work import Work
+from fusionai.scheduling.search.chain import ordered
+from fusionai.scheduling.search.clusters import clustered
+from fusionai.scheduling.search.segment_costs import SegmentCosts
 
 _CHAINED = 64
 """Machines up to which an order is searched by their hops; more are sorted by class of link and speed."""
@@ -32,28 +32,34 @@ class Grouping:
     groups: tuple[Indices, ...]
 
 
-def fenced(work: Work, clusters: Sequence[Indices] | None = None) -> list[Indices]:
-    """Return the clusters of the pool in an order of short hops, and each cluster's machines likewise."""
-    clusters = clustered(work.task, work.task.candidates) if clusters is None else list(clusters)
+def fenced(
+    costs: SegmentCosts, clusters: Sequence[Indices] | None = None, *, machines: Indices | None = None
+) -> list[Indices]:
+    """Return clusters in an order of short hops, and each cluster's machines likewise.
+
+    `clusters`: which; None: those of `machines`, by default of all that may get a stage.
+    """
+    if clusters is None:
+        clusters = clustered(costs.problem, costs.problem.candidates if machines is None else machines)
     firsts = np.asarray([cluster[0] for cluster in clusters])
     place = {int(first): index for index, first in enumerate(firsts)}
-    chain = [clusters[place[int(first)]] for first in ordered(work, firsts)] if len(firsts) <= _CHAINED else clusters
-    return [ordered(work, each) if len(each) <= _CHAINED else _sorted(work, each) for each in chain]
+    chain = [clusters[place[int(first)]] for first in ordered(costs, firsts)] if len(firsts) <= _CHAINED else clusters
+    return [ordered(costs, each) if len(each) <= _CHAINED else _sorted(costs, each) for each in chain]
 
 
-def _sorted(work: Work, cluster: Indices) -> Indices:
+def _sorted(costs: SegmentCosts, cluster: Indices) -> Indices:
     """Return a large cluster's machines with equal devices next to each other within stretches of like links."""
-    speed = np.round(np.log2(work.whole_s[cluster]) * 8)
+    speed = np.round(np.log2(costs.whole_s[cluster]) * 8)
     # Members come sorted by class of link; equal speeds make chains without a weak member.
     return cluster[np.argsort(speed, kind="stable")]
 
 
-def scopes(work: Work, fence: Sequence[Indices]) -> list[list[Indices]]:
+def scopes(costs: SegmentCosts, fence: Sequence[Indices]) -> list[list[Indices]]:
     """Return choices of clusters: all, each of the strongest alone, the two strongest, and of many a few together.
 
     Which clusters' pipelines run together is chosen by their rings (`rings`), here only who may share a pipeline.
     """
-    power = [float((1 / work.whole_s[cluster]).sum()) for cluster in fence]
+    power = [float((1 / costs.whole_s[cluster]).sum()) for cluster in fence]
     strongest = sorted(range(len(fence)), key=lambda index: -power[index])
     found = [tuple(range(len(fence)))]
     found += [(index,) for index in strongest[:_MOST_SCOPES]]
@@ -64,7 +70,7 @@ def scopes(work: Work, fence: Sequence[Indices]) -> list[list[Indices]]:
     return [[fence[index] for index in each] for each in dict.fromkeys(found)]
 
 
-def groupings(work: Work, scope: Sequence[Indices]) -> list[Grouping]:
+def groupings(costs: SegmentCosts, scope: Sequence[Indices]) -> list[Grouping]:
     """Return the ways to make pipelines of a scope's machines, from one of each machine to one of all.
 
     Machines follow the fence; a group grows until it has the size and can hold the model. What is left of a cluster
@@ -73,21 +79,21 @@ def groupings(work: Work, scope: Sequence[Indices]) -> list[Grouping]:
     total = sum(len(cluster) for cluster in scope)
     made: list[Grouping] = []
     for size in _SIZES:
-        if size > 1 and size >= min(total, work.count):
+        if size > 1 and size >= min(total, costs.count):
             break
-        if groups := _cut_into_groups(work, scope, size):
+        if groups := _cut_into_groups(costs, scope, size):
             made.append(Grouping(tuple(groups)))
-        if size > 1 and (groups := _dealt(work, scope, size)):
+        if size > 1 and (groups := _dealt(costs, scope, size)):
             made.append(Grouping(tuple(groups)))
     everyone = np.concatenate(list(scope))
-    most = min(work.count, _SIZES[-1])
+    most = min(costs.count, _SIZES[-1])
     for count in {min(total, most), *(size for size in _SIZES if 1 < size < min(total, most) and total <= _CHAINED)}:
-        fastest = everyone[np.sort(np.argsort(work.whole_s[everyone], kind="stable")[:count])]
+        fastest = everyone[np.sort(np.argsort(costs.whole_s[everyone], kind="stable")[:count])]
         made.append(Grouping((fastest,)))
     return made
 
 
-def _cut_into_groups(work: Work, scope: Sequence[Indices], size: int) -> list[Indices]:
+def _cut_into_groups(costs: SegmentCosts, scope: Sequence[Indices], size: int) -> list[Indices]:
     groups: list[Indices] = []
     carried: list[int] = []
     for cluster in scope:
@@ -95,11 +101,11 @@ def _cut_into_groups(work: Work, scope: Sequence[Indices], size: int) -> list[In
         current = carried
         for machine in cluster.tolist():
             current.append(machine)
-            if len(current) >= size and _holds(work, current):
+            if len(current) >= size and _holds(costs, current):
                 own.append(current)
                 current = []
         carried = []
-        if current and own and len(own[-1]) + len(current) <= work.count and size > 1:
+        if current and own and len(own[-1]) + len(current) <= costs.count and size > 1:
             own[-1] += current
         elif current and not own:
             carried = current
@@ -107,7 +113,7 @@ def _cut_into_groups(work: Work, scope: Sequence[Indices], size: int) -> list[In
     return groups
 
 
-def _dealt(work: Work, scope: Sequence[Indices], size: int) -> list[Indices]:
+def _dealt(costs: SegmentCosts, scope: Sequence[Indices], size: int) -> list[Indices]:
     """Return groups within clusters that are alike: each gets some of the fast machines and some of those with memory.
 
     Machines are dealt out by memory for their speed, most first: early stages hold the most microbatches.
@@ -115,16 +121,16 @@ def _dealt(work: Work, scope: Sequence[Indices], size: int) -> list[Indices]:
     groups: list[Indices] = []
     for cluster in scope:
         count = len(cluster) // size
-        by_memory = cluster[np.argsort(-work.budget_bytes[cluster] * work.whole_s[cluster], kind="stable")]
+        by_memory = cluster[np.argsort(-costs.budget_bytes[cluster] * costs.whole_s[cluster], kind="stable")]
         dealt = [by_memory[first::count] for first in range(count)]
-        groups += [each[: work.count] for each in dealt if _holds(work, each.tolist())]
+        groups += [each[: costs.count] for each in dealt if _holds(costs, each.tolist())]
     return groups
 
 
-def _holds(work: Work, machines: Sequence[int]) -> bool:
+def _holds(costs: SegmentCosts, machines: Sequence[int]) -> bool:
     """Whether machines together may hold the model, one microbatch in flight."""
-    last = work.count
-    budget = float(work.budget_bytes[list(machines)].sum())
-    held = 1 + float(work.heap_N[list(machines)].min())
-    need = float(work.segments.fixed_bytes_PP[0, last] + held * work.segments.flight_bytes_PP[0, last])
+    last = costs.count
+    budget = float(costs.budget_bytes[list(machines)].sum())
+    held = 1 + float(costs.heap_N[list(machines)].min())
+    need = float(costs.segments.fixed_bytes_PP[0, last] + held * costs.segments.flight_bytes_PP[0, last])
     return budget >= need * (_SPARE_MEMORY if len(machines) > 1 else 1.0)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fusionai.scheduling.links import Floats, Indices
 from fusionai.scheduling.partition import Line, Split, best_of_order, frontier, make_split, usable_hops
-from fusionai.scheduling.swarm.work import Work
+from fusionai.scheduling.search.segment_costs import SegmentCosts
 
 _UNLINKED_S = 1e9
 """Stands for a hop that is not possible while orders are compared: worse than any other, yet it adds up."""
@@ -42,14 +42,14 @@ class Chain:
         return self.latency_s + (microbatches - 1) * self.period_s
 
 
-def ordered(work: Work, machines: Indices) -> Indices:
+def ordered(costs: SegmentCosts, machines: Indices) -> Indices:
     """Return machines in an order of short hops: a chain of nearest neighbours, parts of it then reversed (2-opt).
 
     A hop counts what a typical cut sends over it. With pinned ends the owner is at both ends of the chain.
     """
     if len(machines) < 2:
         return machines
-    hop = hops_of(work, machines, 1.0)
+    hop = hops_of(costs, machines, 1.0)
     hop = np.minimum(np.maximum(hop, hop.T), _UNLINKED_S)
     np.fill_diagonal(hop, 0.0)
     if len(machines) == 2:
@@ -57,13 +57,14 @@ def ordered(work: Work, machines: Indices) -> Indices:
     return machines[_reversed_parts(hop, _nearest(hop))]
 
 
-def hops_of(work: Work, machines: Indices, sharing: float) -> Floats:
+def hops_of(costs: SegmentCosts, machines: Indices, sharing: float) -> Floats:
     """Return (E, E): seconds of what a typical cut sends, there and back, between any two; the last is the owner."""
-    inner = slice(1, -1) if work.count > 1 else slice(None)
+    inner = slice(1, -1) if costs.count > 1 else slice(None)
     forward, gradient = (
-        np.asarray([np.median(each[inner])]) for each in (work.segments.forward_bytes_P, work.segments.gradient_bytes_P)
+        np.asarray([np.median(each[inner])])
+        for each in (costs.segments.forward_bytes_P, costs.segments.gradient_bytes_P)
     )
-    return work.hops(machines, (forward, gradient), sharing)[0][:, :, 0]
+    return costs.hops(machines, (forward, gradient), sharing)[0][:, :, 0]
 
 
 def _nearest(hop_EE: Floats) -> list[int]:
@@ -109,7 +110,7 @@ def _reversed_parts(hop_EE: Floats, order: list[int]) -> list[int]:
 
 
 def solved(
-    work: Work,
+    costs: SegmentCosts,
     machines: Indices,
     line: Line,
     *,
@@ -128,15 +129,15 @@ def solved(
 
     chosen = best(_BestWithGaps(line))
     everyone = tuple(range(len(machines)))
-    if chosen is None and len(machines) <= work.count:
+    if chosen is None and len(machines) <= costs.count:
         chosen = best(lambda limit_s: best_of_order(line, everyone, limit_s))
     if chosen is None:
         return None
     used = np.asarray([machines[device] for device in chosen.devices])
-    return measured(work, used, np.asarray(chosen.bounds), sharing, work.task.microbatches)
+    return measured(costs, used, np.asarray(chosen.bounds), sharing, costs.problem.microbatches)
 
 
-def proportional(work: Work, groups: Sequence[Indices], sharing: float, in_flight_limit: int) -> list[Chain]:
+def proportional(costs: SegmentCosts, groups: Sequence[Indices], sharing: float, in_flight_limit: int) -> list[Chain]:
     """Return chains cut in proportion to speed, or to memory if that does not fit: quick, for comparing many.
 
     Of more machines than segments the fastest take part. Groups of the same size are reckoned at once.
@@ -144,88 +145,88 @@ def proportional(work: Work, groups: Sequence[Indices], sharing: float, in_fligh
     found: dict[int, Chain] = {}
     by_size: dict[int, list[int]] = {}
     for place, group in enumerate(groups):
-        by_size.setdefault(min(len(group), work.count), []).append(place)
+        by_size.setdefault(min(len(group), costs.count), []).append(place)
     for size, places in by_size.items():
-        machines_CM = np.asarray([_fastest(work, groups[place], size) for place in places])
-        chains = _dealt_out(work, machines_CM, 1 / work.whole_s[machines_CM], sharing, in_flight_limit)
+        machines_CM = np.asarray([_fastest(costs, groups[place], size) for place in places])
+        chains = _dealt_out(costs, machines_CM, 1 / costs.whole_s[machines_CM], sharing, in_flight_limit)
         broken = [index for index, chain in enumerate(chains) if not math.isfinite(chain.period_s)]
         if broken:
             machines_CM = machines_CM[broken]
-            others = _dealt_out(work, machines_CM, work.budget_bytes[machines_CM], sharing, in_flight_limit)
+            others = _dealt_out(costs, machines_CM, costs.budget_bytes[machines_CM], sharing, in_flight_limit)
             for index, chain in zip(broken, others, strict=True):
                 chains[index] = chain
         found.update(zip(places, chains, strict=True))
     return [found[place] for place in range(len(groups))]
 
 
-def _fastest(work: Work, machines: Indices, count: int) -> Indices:
+def _fastest(costs: SegmentCosts, machines: Indices, count: int) -> Indices:
     """Return the fastest machines in their order."""
     if len(machines) == count:
         return machines
-    return np.asarray(machines[np.sort(np.argsort(work.whole_s[machines], kind="stable")[:count])])
+    return np.asarray(machines[np.sort(np.argsort(costs.whole_s[machines], kind="stable")[:count])])
 
 
 def _dealt_out(
-    work: Work, machines_CM: Indices, shares_CM: Floats, sharing: float, in_flight_limit: int
+    costs: SegmentCosts, machines_CM: Indices, shares_CM: Floats, sharing: float, in_flight_limit: int
 ) -> list[Chain]:
     """Return chains whose machines have parts of the work in proportion to shares."""
     chains, count = machines_CM.shape
     speed = np.cumsum(shares_CM, axis=1)
-    seconds_CS = work.until_s[machines_CM[:, 0]]
+    seconds_CS = costs.until_s[machines_CM[:, 0]]
     wanted = seconds_CS[:, -1:] * speed[:, :-1] / speed[:, -1:] * (1 - 1e-9)
     # As np.searchsorted finds places, in many rows at once.
     places = (seconds_CS[:, None] < wanted[:, :, None]).sum(axis=2) + 1
     steps = np.arange(1, count)
     inner = np.maximum.accumulate(np.maximum(places, steps) - steps, axis=1) + steps
     bounds_CB = np.zeros((chains, count + 1), dtype=np.int64)
-    bounds_CB[:, 1:-1] = np.minimum(inner, work.count - count + steps)
-    bounds_CB[:, -1] = work.count
-    return measured_all(work, machines_CM, bounds_CB, sharing, in_flight_limit)
+    bounds_CB[:, 1:-1] = np.minimum(inner, costs.count - count + steps)
+    bounds_CB[:, -1] = costs.count
+    return measured_all(costs, machines_CM, bounds_CB, sharing, in_flight_limit)
 
 
-def measured(work: Work, machines: Indices, bounds: Indices, sharing: float, in_flight_limit: int) -> Chain:
+def measured(costs: SegmentCosts, machines: Indices, bounds: Indices, sharing: float, in_flight_limit: int) -> Chain:
     """Return the chain with these cuts, as `measured_all`."""
-    return measured_all(work, machines[None], bounds[None], sharing, in_flight_limit)[0]
+    return measured_all(costs, machines[None], bounds[None], sharing, in_flight_limit)[0]
 
 
 def measured_all(
-    work: Work, machines_CM: Indices, bounds_CB: Indices, sharing: float, in_flight_limit: int
+    costs: SegmentCosts, machines_CM: Indices, bounds_CB: Indices, sharing: float, in_flight_limit: int
 ) -> list[Chain]:
     """Return chains with these cuts, their latency and period as sums over segments.
 
     The period is the largest of what machines and links are busy with a microbatch, and of what memory allows: a stage
     that has room for h microbatches passes at most h in the time from the forward of one to the end of its backward.
     """
-    task, segments = work.task, work.segments
-    stage_s, hidden_s = work.stage_s(machines_CM, bounds_CB)
+    problem, segments = costs.problem, costs.segments
+    stage_s, hidden_s = costs.stage_s(machines_CM, bounds_CB)
     path, places = machines_CM, bounds_CB[:, 1:-1]
     slower = np.ones(places.shape[1])
-    if around := task.pinned and task.owner_index is not None:
-        owner = np.full((len(machines_CM), 1), task.owner_index)
+    if around := problem.pinned and problem.owner_index is not None:
+        owner = np.full((len(machines_CM), 1), problem.owner_index)
         path, places = np.concatenate([owner, machines_CM, owner], axis=1), bounds_CB
         slower = np.ones(places.shape[1])
         slower[[0, -1]] = sharing
-    latency = stage_s.sum(axis=1) + work.owner_s * sharing
-    period = np.maximum(stage_s.max(axis=1), work.owner_s * sharing)
+    latency = stage_s.sum(axis=1) + costs.owner_s * sharing
+    period = np.maximum(stage_s.max(axis=1), costs.owner_s * sharing)
     onward_s = np.zeros(bounds_CB.shape)
     onward_s[:, :-1] = stage_s
     onward_s[:, 1:-1] -= hidden_s[:, 1:]
     if path.shape[1] > 1:
         with np.errstate(divide="ignore", invalid="ignore"):
-            forward = segments.forward_bytes_P[places] * slower / task.bandwidths(path[:, :-1], path[:, 1:])
-            gradient = segments.gradient_bytes_P[places] * slower / task.bandwidths(path[:, 1:], path[:, :-1])
+            forward = segments.forward_bytes_P[places] * slower / problem.bandwidths(path[:, :-1], path[:, 1:])
+            gradient = segments.gradient_bytes_P[places] * slower / problem.bandwidths(path[:, 1:], path[:, :-1])
         forward, gradient = (np.nan_to_num(each, nan=0.0, posinf=np.inf) for each in (forward, gradient))
-        hops_s = forward + gradient + 2 * task.delays(path[:, :-1], path[:, 1:])
+        hops_s = forward + gradient + 2 * problem.delays(path[:, :-1], path[:, 1:])
         latency = latency + hops_s.sum(axis=1)
         period = np.maximum(period, np.maximum(forward, gradient).max(axis=1))
         # Hop k comes after stage k; where the owner has the ends, one comes before, and its last stage after all.
         after_s = hops_s[:, 1:] if around else hops_s
         onward_s[:, : after_s.shape[1]] += after_s
         if around:
-            onward_s[:, -1] += work.owner_after_s * sharing
+            onward_s[:, -1] += costs.owner_after_s * sharing
     trips_s = np.cumsum(onward_s[:, ::-1], axis=1)[:, ::-1][:, :-1]
     trips_s[:, 1:] += hidden_s[:, 1:]
-    held = np.minimum(_room(work, machines_CM, bounds_CB), in_flight_limit)
+    held = np.minimum(_room(costs, machines_CM, bounds_CB), in_flight_limit)
     with np.errstate(divide="ignore", invalid="ignore"):
         period = np.maximum(period, (trips_s / held).max(axis=1))
     fits = held.min(axis=1) >= 1
@@ -234,18 +235,18 @@ def measured_all(
     return [Chain(tuple(row[0]), tuple(row[1]), row[2], row[3], in_flight_limit) for row in rows]
 
 
-def roomy(work: Work, chain: Chain) -> bool:
+def roomy(costs: SegmentCosts, chain: Chain) -> bool:
     """Whether memory has no say in a chain's cuts: its stages have room for more than 1F1B asks for."""
-    room = _room(work, np.asarray(chain.machines), np.asarray(chain.bounds))
-    return bool((room > np.arange(len(room), 0, -1) + work.segments.outer_after + 1).all())
+    room = _room(costs, np.asarray(chain.machines), np.asarray(chain.bounds))
+    return bool((room > np.arange(len(room), 0, -1) + costs.segments.outer_after + 1).all())
 
 
-def _room(work: Work, machines: Indices, bounds: Indices) -> Floats:
+def _room(costs: SegmentCosts, machines: Indices, bounds: Indices) -> Floats:
     """Return, by stage, the number of microbatches that its machine has room for; shapes as in `Work.stage_s`."""
-    segments, start, stop = work.segments, bounds[..., :-1], bounds[..., 1:]
+    segments, start, stop = costs.segments, bounds[..., :-1], bounds[..., 1:]
     fixed = segments.fixed_bytes_PP[start, stop]
     flight = np.maximum(segments.flight_bytes_PP[start, stop], 1.0)
-    return np.asarray(np.floor((work.budget_bytes[machines] - fixed) / flight - work.heap_N[machines]))
+    return np.asarray(np.floor((costs.budget_bytes[machines] - fixed) / flight - costs.heap_N[machines]))
 
 
 class _BestWithGaps:

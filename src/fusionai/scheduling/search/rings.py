@@ -17,9 +17,9 @@ from functools import lru_cache
 import numpy as np
 
 from fusionai.scheduling.links import Floats, Indices
-from fusionai.scheduling.swarm.chain import Chain
-from fusionai.scheduling.swarm.end_of_step import holders
-from fusionai.scheduling.swarm.work import Work
+from fusionai.scheduling.search.chain import Chain
+from fusionai.scheduling.search.end_estimate import holders
+from fusionai.scheduling.search.segment_costs import SegmentCosts
 
 _MOST_KNOTS = 12
 """Those of most pace up to which all sets are compared; others are put in one by one."""
@@ -63,17 +63,17 @@ def _step_s(count: Floats, pace: Floats, filling: Floats, nbytes: Floats, byte_s
     return np.asarray((rounds + filling) / pace + 2 * (count - 1) / count * nbytes * byte_s)
 
 
-def rings(work: Work, chains: Sequence[Chain]) -> list[list[int]]:
+def rings(costs: SegmentCosts, chains: Sequence[Chain]) -> list[list[int]]:
     """Return sets of chains (indices) in the order of their ring, about the best first; none where all are one cluster.
 
     Exact for up to 12 clusters, as far as a step is what `_Knots` makes of it: the slowest link counts for all weights.
     """
-    knots = _knots(work, chains)
+    knots = _knots(costs, chains)
     if len(knots.members) < 2:
         return []
-    rounds = work.task.microbatches
+    rounds = costs.problem.microbatches
     found: dict[tuple[int, ...], float] = {}
-    for order in _shortest(work, knots, rounds):
+    for order in _shortest(costs, knots, rounds):
         better, step_s = (_changed if len(knots.members) > _MOST_KNOTS else _as_it_is)(knots, order, rounds)
         found[tuple(better.tolist())] = step_s
     return [
@@ -82,14 +82,14 @@ def rings(work: Work, chains: Sequence[Chain]) -> list[list[int]]:
     ]
 
 
-def _shortest(work: Work, knots: _Knots, rounds: int) -> list[Indices]:
+def _shortest(costs: SegmentCosts, knots: _Knots, rounds: int) -> list[Indices]:
     """Return the rings of the shortest steps over all sets of the first knots."""
     count = min(len(knots.members), _MOST_KNOTS)
     byte_s_KK = knots.byte_s_KK[:count, :count]
     key = byte_s_KK.tobytes()
-    if key not in work.round_trips:
-        work.round_trips[key] = best_round_trips(byte_s_KK)
-    trip_SK, byte_s_S = work.round_trips[key]
+    if key not in costs.round_trips:
+        costs.round_trips[key] = best_round_trips(byte_s_KK)
+    trip_SK, byte_s_S = costs.round_trips[key]
     inside_SK = _inside(count)
     running, pace, filling = (inside_SK @ each[:count] for each in (knots.count_K, knots.pace_K, knots.filling_K))
     nbytes_S = np.where(inside_SK, knots.nbytes_K[:count], 0.0).max(axis=1)
@@ -173,23 +173,23 @@ def _changed(knots: _Knots, order: Indices, rounds: int) -> tuple[Indices, float
         order, best_s = better, found
 
 
-def _knots(work: Work, chains: Sequence[Chain]) -> _Knots:
+def _knots(costs: SegmentCosts, chains: Sequence[Chain]) -> _Knots:
     """Return the knots of chains, those of most pace first, without the last if there are too many."""
     by_clusters: dict[frozenset[int], list[int]] = {}
-    cluster = work.cluster_N.tolist()
+    cluster = costs.cluster_N.tolist()
     for index, chain in enumerate(chains):
         by_clusters.setdefault(frozenset(cluster[machine] for machine in chain.machines), []).append(index)
     pace_R = np.asarray([1 / max(each.period_s, 1e-15) for each in chains])
     groups = sorted(by_clusters.values(), key=lambda each: -float(pace_R[each].sum()))[:_MOST_OTHERS]
     latency_R = np.asarray([each.latency_s for each in chains])
-    most_R = np.asarray([work.most_weight_bytes(each.bounds) for each in chains])
-    table = holders(work, [chains[each[0]] for each in groups] + [chains[each[-1]] for each in groups])
-    used = slice(work.before, work.before + work.count)
+    most_R = np.asarray([costs.most_weight_bytes(each.bounds) for each in chains])
+    table = holders(costs, [chains[each[0]] for each in groups] + [chains[each[-1]] for each in groups])
+    used = slice(costs.before, costs.before + costs.count)
     first, last = table[: len(groups), used], table[len(groups) :, used]
     # Around a ring, a knot's last chain sends to the next one's first; either may stand before the other.
-    rate = work.task.bandwidths(last[:, None], first[None]).min(axis=2, initial=np.inf)
+    rate = costs.problem.bandwidths(last[:, None], first[None]).min(axis=2, initial=np.inf)
     rate = np.minimum(rate, rate.T)
-    delay = work.task.delays(last[:, None], first[None]).max(axis=2, initial=0.0)
+    delay = costs.problem.delays(last[:, None], first[None]).max(axis=2, initial=0.0)
     with np.errstate(divide="ignore"):
         # A round sends the weights of one of all holders' parts.
         byte_s = np.where(rate > 0, 1 / rate, 1.0) + len(chains) * np.maximum(delay, delay.T) / float(np.median(most_R))

@@ -13,8 +13,7 @@ import msgspec
 from fusionai.graph.model import OpDag, Sizes, WeightKey
 from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.estimator import delay_s
-from fusionai.scheduling.profile import LinkProfile, Member, Pool
-from fusionai.scheduling.segments import reachable
+from fusionai.scheduling.problem import TrainingProblem
 
 Holders = Mapping[WeightKey, frozenset[str]]
 
@@ -49,41 +48,46 @@ def holders_of(holds: Mapping[str, Iterable[WeightKey]]) -> dict[WeightKey, froz
     return {key: frozenset(peers) for key, peers in found.items()}
 
 
-class Haulage:
-    """Ways and times of moves among the machines that are there.
+class TransferSchedule:
+    """Ways and times of moves among the machines of a problem, those that leave among them.
 
     One machine's transfers share its access, each way: they are reckoned one after the other, those of different
     machines at the same time. Then the time is the largest sum of seconds that leave or enter any machine, and a
     schedule that takes no longer exists (open shop with preemption: Gonzalez and Sahni, JACM 23(4), 1976).
     """
 
-    def __init__(self, pool: Pool, owner: Member) -> None:
-        """Know the members of `pool` and the owner; a machine in neither has left."""
-        self._pool, self._owner = pool, owner
-        self._members = {each.peer: each for each in (*pool.members, owner)}
+    def __init__(self, problem: TrainingProblem) -> None:
+        """Know the machines of `problem`; a machine that is not among them has left."""
+        self._problem = problem
+        self._number_of = problem.number_of
         self.source = cache(self._source)
         """Return the best of (holders, target) to get a weight from; `LOST` if no holder is there."""
         self.legs = cache(self._legs)
         """Return the (sender, receiver, seconds for each byte, latency in seconds) of the way from source to target."""
 
     def _source(self, holders: frozenset[str], target: str) -> str:
-        there = [peer for peer in sorted(holders) if peer in self._members]
+        there = [peer for peer in sorted(holders) if peer in self._number_of]
         return min(there, key=lambda peer: sum(leg[2] for leg in self.legs(peer, target)), default=LOST)
 
     def _legs(self, source: str, target: str) -> tuple[tuple[str, str, float, float], ...]:
+        problem, owner = self._problem, self._problem.owner
         if source == LOST:
             # Snapshots lie with several machines, the runtime knows where: the best way in stands for theirs.
-            others = [peer for peer in self._members if peer != target]
-            ways = [self._leg(peer, target) for peer in others]
+            ways = [
+                self._leg(peer, target) for peer in self._number_of if peer != target and self._linked(peer, target)
+            ]
             _, _, least_s, latency_s = min(ways, key=lambda leg: leg[2], default=("", "", 0.0, 0.0))
             return ((LOST, target, least_s, latency_s),)
-        if reachable(self._members[source], self._members[target]):
+        if owner is None or problem.reachable(self._number_of[source], self._number_of[target]):
             return (self._leg(source, target),)
         # Neither can be dialled: both are linked with the owner's machine, as every member of a plan is.
-        return self._leg(source, self._owner.peer), self._leg(self._owner.peer, target)
+        return self._leg(source, owner.peer), self._leg(owner.peer, target)
+
+    def _linked(self, source: str, target: str) -> bool:
+        return self._problem.reachable(self._number_of[source], self._number_of[target])
 
     def _leg(self, source: str, target: str) -> tuple[str, str, float, float]:
-        link: LinkProfile = self._pool.link(source, target)
+        link = self._problem.link(self._number_of[source], self._number_of[target])
         return source, target, 1 / link.bandwidth_bytes_per_s, delay_s(link)
 
     def byte_s(self, holders: frozenset[str], target: str) -> float:

@@ -17,8 +17,8 @@ from functools import lru_cache
 import numpy as np
 
 from fusionai.scheduling.links import Floats, Indices
-from fusionai.scheduling.swarm.chain import Chain, measured
-from fusionai.scheduling.swarm.work import Work
+from fusionai.scheduling.search.chain import Chain, measured
+from fusionai.scheduling.search.segment_costs import SegmentCosts
 
 _SHIFTS = (1, 2, 5)
 """Segments that a change of cuts moves."""
@@ -29,16 +29,18 @@ _LEAST_GAIN = 1e-4
 """Share of the time that a change must save."""
 
 
-def polished(work: Work, chain: Chain, microbatches: int, *, sum_s_per_byte: float = 0.0, swaps: bool = True) -> Chain:
+def polished(
+    costs: SegmentCosts, chain: Chain, microbatches: int, *, sum_s_per_byte: float = 0.0, swaps: bool = True
+) -> Chain:
     """Return a chain that takes at most as long as an ideal pipeline, its machines the same.
 
     Changes: segments move from one machine to any other, those between shifted along; two machines change places, or a
     stretch of them is turned around.
     For chains without stages of the owner's; others come back as they are.
     """
-    if work.task.pinned or len(chain.machines) < 2:
+    if costs.problem.pinned or len(chain.machines) < 2:
         return chain
-    scale = _Scale(work, np.asarray(chain.machines), microbatches, sum_s_per_byte)
+    scale = _Scale(costs, np.asarray(chain.machines), microbatches, sum_s_per_byte)
     bounds, order = np.asarray(chain.bounds), np.arange(len(chain.machines))
     best_s = float(scale.seconds(bounds[None], order[None])[0])
     for _ in range(_MOST_STEPS):
@@ -53,7 +55,7 @@ def polished(work: Work, chain: Chain, microbatches: int, *, sum_s_per_byte: flo
         if not seconds_W[way] < best_s * (1 - _LEAST_GAIN):
             break
         best_s, bounds, order = float(seconds_W[way]), bounds_WB[way], order_WM[way]
-    return measured(work, scale.machines[order], bounds, 1.0, chain.in_flight_limit)
+    return measured(costs, scale.machines[order], bounds, 1.0, chain.in_flight_limit)
 
 
 def _moved(bounds: Indices) -> Indices:
@@ -92,7 +94,7 @@ def _exchanges(count: int) -> Indices:
 class _Scale:
     """Weighs many ways to cut and order one chain's machines, as `chain.measured` weighs one."""
 
-    work: Work
+    costs: SegmentCosts
     machines: Indices
     microbatches: int
     sum_s_per_byte: float
@@ -100,30 +102,30 @@ class _Scale:
     """Seconds of a byte from machine to machine."""
     delay_s_MM: Floats
 
-    def __init__(self, work: Work, machines: Indices, microbatches: int, sum_s_per_byte: float) -> None:
-        self.work, self.machines = work, machines
+    def __init__(self, costs: SegmentCosts, machines: Indices, microbatches: int, sum_s_per_byte: float) -> None:
+        self.costs, self.machines = costs, machines
         self.microbatches, self.sum_s_per_byte = microbatches, sum_s_per_byte
         with np.errstate(divide="ignore"):
-            self.out_s_MM = 1 / work.task.bandwidths(machines[:, None], machines[None])
-        self.delay_s_MM = work.task.delays(machines[:, None], machines[None])
+            self.out_s_MM = 1 / costs.problem.bandwidths(machines[:, None], machines[None])
+        self.delay_s_MM = costs.problem.delays(machines[:, None], machines[None])
 
     def _tied_s(self, stop_WM: Indices, order_WM: Indices) -> Floats:
-        """Return, by way, the seconds in which one pipeline sums the gradients that two of its stages hold parts of."""
+        """Return, by way, the seconds in which the first and the last holder of tied weights exchange gradients."""
         ways = np.arange(len(stop_WM))
         total = np.zeros(len(stop_WM))
-        for size, parts in self.work.tied:
+        for size, parts in self.costs.tied:
             first, last = (
-                order_WM[ways, (stop_WM <= part - self.work.before).sum(axis=1)] for part in (parts[0], parts[-1])
+                order_WM[ways, (stop_WM <= part - self.costs.before).sum(axis=1)] for part in (parts[0], parts[-1])
             )
             apart_s = size * np.maximum(self.out_s_MM[first, last], self.out_s_MM[last, first])
-            total += np.where(first == last, 0.0, apart_s + 2 * self.delay_s_MM[first, last])
+            total += np.where(first == last, 0.0, apart_s + self.delay_s_MM[first, last])
         return total
 
     def seconds(self, bounds_WB: Indices, order_WM: Indices) -> Floats:
         """Return the seconds of an ideal pipeline, by way; infinite where a stage does not fit."""
-        work, segments, rounds = self.work, self.work.segments, self.microbatches
+        costs, segments, rounds = self.costs, self.costs.segments, self.microbatches
         start, stop, machines = bounds_WB[:, :-1], bounds_WB[:, 1:], self.machines[order_WM]
-        stage_s, hidden_s = work.stage_s(machines, bounds_WB)
+        stage_s, hidden_s = costs.stage_s(machines, bounds_WB)
         latency, period = stage_s.sum(axis=1), stage_s.max(axis=1)
         onward_s = stage_s.copy()
         onward_s[:, 1:] -= hidden_s[:, 1:]
@@ -137,14 +139,14 @@ class _Scale:
         trips_s = np.cumsum(onward_s[:, ::-1], axis=1)[:, ::-1]
         trips_s[:, 1:] += hidden_s[:, 1:]
         flight = np.maximum(segments.flight_bytes_PP[start, stop], 1.0)
-        spare = work.budget_bytes[machines] - segments.fixed_bytes_PP[start, stop]
-        held = np.minimum(np.floor(spare / flight - work.heap_N[machines]), rounds)
+        spare = costs.budget_bytes[machines] - segments.fixed_bytes_PP[start, stop]
+        held = np.minimum(np.floor(spare / flight - costs.heap_N[machines]), rounds)
         with np.errstate(divide="ignore", invalid="ignore"):
             limited_s = (trips_s / held).max(axis=1)
         # Of a single microbatch nothing is a multiple, not even of forever.
         total = latency + (rounds - 1) * np.maximum(period, limited_s) if rounds > 1 else latency
         if self.sum_s_per_byte:
-            total = total + self.sum_s_per_byte * work.stage_weight_bytes(bounds_WB).max(axis=1)
+            total = total + self.sum_s_per_byte * costs.stage_weight_bytes(bounds_WB).max(axis=1)
         else:
             total = total + self._tied_s(stop, order_WM)
         return np.where((held >= 1).all(axis=1), total, np.inf)

@@ -1,4 +1,4 @@
-"""The planner of swarms: how many pipelines, on which machines, with which cuts and shares of a step.
+"""The search for plans of any number of pipelines: on which machines, with which cuts and shares of a step.
 
 OP-Fence (FusionLLM, arXiv 2410.12707) clusters machines by bandwidth, orders them so that slow links are crossed least,
 and cuts at small tensors. Here that fence is also where pipelines are parted: the machines along it are grouped in many
@@ -12,29 +12,28 @@ import heapq
 import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from fusionai.errors import PlacementError
-from fusionai.graph.model import OpDag, Sizes
-from fusionai.scheduling.links import Indices, LinkModel
-from fusionai.scheduling.profile import Member
+from fusionai.scheduling.evaluation import Evaluated
+from fusionai.scheduling.links import Indices
+from fusionai.scheduling.problem import TrainingProblem
+from fusionai.scheduling.search.chain import Chain, proportional
+from fusionai.scheduling.search.chain_solver import ChainSolver, estimated, refined
+from fusionai.scheduling.search.end_estimate import end_s
+from fusionai.scheduling.search.grouping import Grouping, fenced, groupings, scopes
+from fusionai.scheduling.search.segment_costs import SegmentCosts
+from fusionai.scheduling.search.segment_tables import costs_in_segments
+from fusionai.scheduling.search.selection import NO_GUESS, Selection, selected, weighed
+from fusionai.scheduling.search.shares import shared_out
+from fusionai.scheduling.search.small_pools import best_small_chains
+from fusionai.scheduling.search.step_bound import least_s
+from fusionai.scheduling.search.worked_chains import evaluated_chains, worked_chain
 from fusionai.scheduling.segments import MEMORY_MARGIN
-from fusionai.scheduling.shortage import JOINED, Remedies, no_link_with_owner, nothing_fits, owner_too_small
-from fusionai.scheduling.swarm.candidates import ChainSolver, estimated, refined
-from fusionai.scheduling.swarm.chain import proportional
-from fusionai.scheduling.swarm.costing import make_work
-from fusionai.scheduling.swarm.end_of_step import end_s
-from fusionai.scheduling.swarm.exact import best_small_chains
-from fusionai.scheduling.swarm.grouping import Grouping, fenced, groupings, scopes
-from fusionai.scheduling.swarm.outcome import Outcome, outcome, owner_need_bytes, swarm_plan
-from fusionai.scheduling.swarm.running import Running, run
-from fusionai.scheduling.swarm.selection import NO_GUESS, Selection, selected, weighed
-from fusionai.scheduling.swarm.shares import shared_out
-from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm.work import Work
-from fusionai.scheduling.swarm_plan import SwarmPlan
+from fusionai.scheduling.shortage import nothing_fits, owner_too_small
+from fusionai.scheduling.worked_pipeline import WorkedPipeline
 
 _Groups: TypeAlias = tuple[tuple[int, ...], ...]
 """A grouping's machines, group by group."""
@@ -74,85 +73,44 @@ _BUDGET_SHARES = (0.9, 0.75)
 _OWNER_LIMITS = (4, 2, 1)
 
 
-def plan_swarm(
-    graph: OpDag,
-    *,
-    graph_hash: str,
-    sizes: Sizes,
-    microbatches: int,
-    optimizer_states: int,
-    precision: Literal["fp32", "bf16"],
-    members: Sequence[Member],
-    owner: Member | None,
-    links: LinkModel,
-    privacy: Literal["private", "open"],
-    front: int,
-    back: int,
-    remedies: Remedies = JOINED,
-) -> SwarmPlan:
-    """Return the fastest plan found. Blocks for up to a minute with ten thousand machines: call it in a thread.
-
-    Nodes [0, front) and [back, N) run on the owner's machine in every pipeline; the graph must be arranged for that.
-    `microbatches` are those of a step over all pipelines. `links` numbers the members, then the owner.
-    `remedies`: what errors advise.
+def best_pipelines(problem: TrainingProblem) -> tuple[Evaluated, float]:
+    """Return the fastest pipelines found, of any number, and a bound on the step of all plans.
 
     Raises PlacementError with what is missing when no plan meets memory, reachability and pins.
     """
-    return plan(
-        SwarmTask(
-            graph=graph,
-            graph_hash=graph_hash,
-            sizes=sizes,
-            microbatches=microbatches,
-            optimizer_states=optimizer_states,
-            precision=precision,
-            members=tuple(members),
-            owner=owner,
-            links=links,
-            privacy=privacy,
-            front=front,
-            back=back,
-            remedies=remedies,
-        )
-    )
-
-
-def plan(task: SwarmTask) -> SwarmPlan:
-    """Return the fastest plan found for a task; see `plan_swarm`."""
-    if not len(task.candidates):
-        assert task.owner is not None, "without an owner everybody is a candidate"
-        raise no_link_with_owner(task.members, task.owner, task.remedies)
-    work = make_work(task)
-    solver = ChainSolver(work)
+    costs = costs_in_segments(problem)
+    solver = ChainSolver(costs)
     # Several groupings may come to the same selection.
     candidates = list(dict.fromkeys(_selections(solver)))
     candidates.sort(key=lambda each: each.step_s)
-    chosen = _promising(work, candidates)
-    found: list[Outcome] = []
+    chosen = _promising(costs, candidates)
+    found: list[Evaluated] = []
     for selection, ideal_s in chosen.items():
-        least_s = max(selection.step_s, _SURE * ideal_s)
-        if found and least_s >= min(each.step_s for each in found):
+        likely_s = max(selection.step_s, _SURE * ideal_s)
+        if found and likely_s >= min(each.step_s for each in found):
             continue
-        if (made := worked_through(solver, selection)) is not None:
+        if (made := evaluated_selection(solver, selection)) is not None:
             found.append(made)
     known_s = min((each.step_s for each in found), default=math.inf)
-    small = (worked_through(solver, selection) for selection in best_small_chains(work, known_s))
+    small = (
+        evaluated_selection(solver, Selection((chain,), (problem.microbatches,), math.inf))
+        for chain in best_small_chains(costs, known_s)
+    )
     found += [each for each in small if each is not None]
     if not found:
-        found = [
-            each for each in (worked_through(solver, other) for other in candidates if other not in chosen) if each
-        ]
+        others = (evaluated_selection(solver, other) for other in candidates if other not in chosen)
+        found = [each for each in others if each is not None]
     if not found:
-        raise _nothing_fits(work)
-    return swarm_plan(work, min(found, key=lambda each: each.step_s))
+        raise _nothing_fits(costs)
+    return min(found, key=lambda each: each.step_s), least_s(costs)
 
 
-def _promising(work: Work, candidates: Sequence[Selection]) -> dict[Selection, float]:
+def _promising(costs: SegmentCosts, candidates: Sequence[Selection]) -> dict[Selection, float]:
     """Return the selections that are worth working through, the best first, and what they ideally take.
 
     That is ideal pipelines and the end of their step with the sums taken in turn, which are soon reckoned.
     """
-    ideal_s = {each: each.pipelines_s + end_s(work, each.chains) for each in candidates[:_LOOKED_AT]}
+    ideal_s = {each: each.pipelines_s + end_s(costs, each.chains) for each in candidates[:_LOOKED_AT]}
     order = sorted(ideal_s, key=lambda each: ideal_s[each])
     # The first is worked through whatever the others make: now and then a schedule is faster than what is ideal.
     found = {each: ideal_s[each] for each in (*candidates[:1], *order[:_WORKED_THROUGH])}
@@ -160,40 +118,40 @@ def _promising(work: Work, candidates: Sequence[Selection]) -> dict[Selection, f
     for alone in (True, False):
         single = [each for each in candidates if len(each.chains) == 1 and (len(each.chains[0].machines) == 1) == alone]
         found |= {each: each.step_s for each in single[:1] if each not in found}
-    return found | {each: each.step_s for each in _alone(work) if each not in found}
+    return found | {each: each.step_s for each in _alone(costs) if each not in found}
 
 
-def _alone(work: Work) -> list[Selection]:
+def _alone(costs: SegmentCosts) -> list[Selection]:
     """Return the machine that does a step by itself soonest, its report to the owner included; none if none can."""
-    task, rounds = work.task, work.task.microbatches
-    chains = proportional(work, list(task.candidates[:, None]), 1.0, rounds)
+    problem, rounds = costs.problem, costs.problem.microbatches
+    chains = proportional(costs, list(problem.candidates[:, None]), 1.0, rounds)
     away_s = np.zeros(len(chains))
-    if task.owner_index is not None:
-        away_s = 2 * task.delays(np.full(len(chains), task.owner_index), task.candidates)
+    if problem.owner_index is not None:
+        away_s = 2 * problem.delays(np.full(len(chains), problem.owner_index), problem.candidates)
     ends_s = np.asarray([each.seconds(rounds) for each in chains]) + away_s
-    soonest = [weighed(work, [chains[place]]) for place in np.argsort(ends_s, kind="stable")[:_ALONE]]
+    soonest = [weighed(costs, [chains[place]]) for place in np.argsort(ends_s, kind="stable")[:_ALONE]]
     found = [each for each in soonest if each is not None]
     return [min(found, key=lambda each: each.step_s)] if found else []
 
 
 def _selections(solver: ChainSolver) -> list[Selection]:
     """Return selections of solved chains from the most promising groupings."""
-    work = solver.work
-    fence = fenced(work)
-    near = work.near_clusters
+    costs = solver.costs
+    fence = fenced(costs)
+    near = costs.near_clusters
     # Which of the sites take part is chosen by the rings of their pipelines.
-    sites = [fenced(work, near)] if 1 < len(near) <= _MOST_SITES and len(near) != len(fence) else []
+    sites = [fenced(costs, near)] if 1 < len(near) <= _MOST_SITES and len(near) != len(fence) else []
     ways: dict[_Groups, Grouping] = {}
 
     def gathered(some: Sequence[Sequence[Indices]]) -> None:
         for scope in some:
-            for grouping in groupings(work, scope):
+            for grouping in groupings(costs, scope):
                 ways.setdefault(tuple(tuple(group.tolist()) for group in grouping.groups), grouping)
 
     gathered(sites)
     of_sites = set(ways)
-    gathered(scopes(work, fence))
-    guesses = _guesses(work, ways, of_sites)
+    gathered(scopes(costs, fence))
+    guesses = _guesses(costs, ways, of_sites)
     guesses.sort(key=lambda pair: pair[0].step_s)
     # Guesses of unlike ways are not alike in how far they are off: a few of each kind are solved. Groupings in which
     # the same pipelines would run are one kind, but solved they may differ, so the first guesses are all solved.
@@ -225,7 +183,7 @@ def _selections(solver: ChainSolver) -> list[Selection]:
 
 
 def _guesses(
-    work: Work, ways: Mapping[_Groups, Grouping], of_sites: Container[_Groups]
+    costs: SegmentCosts, ways: Mapping[_Groups, Grouping], of_sites: Container[_Groups]
 ) -> list[tuple[Selection, _Groups]]:
     """Return guesses for all groupings, but for those that would be none of the first that are solved."""
     found: list[tuple[Selection, _Groups]] = []
@@ -236,7 +194,7 @@ def _guesses(
             _nth(steps_s.values(), count) for steps_s, count in zip(by_kind, (_REFINED, _OF_SITES), strict=True)
         ]
         below_s = math.inf if len(key) == 1 else max(limits_s) if key in of_sites else limits_s[0]
-        if (guess := estimated(work, way, below_s)) is None:
+        if (guess := estimated(costs, way, below_s)) is None:
             continue
         found.append((guess, key))
         kind = frozenset(chain.machines for chain in guess.chains)
@@ -257,36 +215,36 @@ def _polished(solver: ChainSolver, selection: Selection) -> Selection | None:
     chains = [solver.polish(chain, share, selection.sum_s_per_byte) for chain, share in pairs]
     if chains == list(selection.chains):
         return None
-    return selected(solver.work, chains)
+    return selected(solver.costs, chains)
 
 
-def worked_through(solver: ChainSolver, selection: Selection) -> Outcome | None:
+def evaluated_selection(solver: ChainSolver, selection: Selection) -> Evaluated | None:
     """Work a selection's schedules through, mend what does not fit, and share out again by what they took."""
-    work = solver.work
-    limits = (None, *_OWNER_LIMITS) if work.task.pinned else (None,)
+    costs, problem = solver.costs, solver.costs.problem
+    limits = (None, *_OWNER_LIMITS) if problem.pinned else (None,)
     for limit in limits:
-        tried = selection
+        chains = selection.chains
         if limit is not None:
-            tried = replace(
-                tried, chains=tuple(replace(c, in_flight_limit=min(c.in_flight_limit, limit)) for c in tried.chains)
-            )
-        if (runs := _mended(solver, tried)) is None:
+            chains = tuple(replace(each, in_flight_limit=min(each.in_flight_limit, limit)) for each in chains)
+        if (runs := _mended(solver, chains, selection.shares)) is None:
             continue
-        offered = work.task.owner.device.memory_bytes if work.task.owner else 0
-        if owner_need_bytes(work, runs) <= offered or not work.task.pinned:
-            return _shared_again(work, runs)
+        found = evaluated_chains(costs, [run for _, run in runs])
+        if not found.overloaded:
+            return _shared_again(costs, [chain for chain, _ in runs], found)
     return None
 
 
-def _mended(solver: ChainSolver, selection: Selection) -> list[Running] | None:
-    """Return the schedules; a chain that does not fit is cut anew with less memory, or left out."""
-    work = solver.work
-    chains, shares = list(selection.chains), list(selection.shares)
+def _mended(
+    solver: ChainSolver, chains: Sequence[Chain], shares: Sequence[int]
+) -> list[tuple[Chain, WorkedPipeline]] | None:
+    """Return the chains and their schedules; one that does not fit is cut anew with less memory, or left out."""
+    costs = solver.costs
+    chains, shares = list(chains), list(shares)
     for budget_share in (*_BUDGET_SHARES, None):
-        runs = [run(work, chain, share) for chain, share in zip(chains, shares, strict=True)]
+        runs = [worked_chain(costs, chain, share) for chain, share in zip(chains, shares, strict=True)]
         broken = [index for index, each in enumerate(runs) if not each.possible]
         if not broken:
-            return runs
+            return list(zip(chains, runs, strict=True))
         for index in broken:
             chain, machines = chains[index], np.asarray(chains[index].machines)
             mended = None
@@ -298,50 +256,50 @@ def _mended(solver: ChainSolver, selection: Selection) -> list[Running] | None:
                 chains[index] = mended
         if budget_share is None:
             kept = [chain for index, chain in enumerate(chains) if index not in broken]
-            again = selected(work, kept)
+            again = selected(costs, kept)
             if again is None:
                 return None
-            runs = [run(work, chain, share) for chain, share in zip(again.chains, again.shares, strict=True)]
-            return runs if all(each.possible for each in runs) else None
+            runs = [worked_chain(costs, chain, share) for chain, share in zip(again.chains, again.shares, strict=True)]
+            return list(zip(again.chains, runs, strict=True)) if all(each.possible for each in runs) else None
     return None
 
 
-def _shared_again(work: Work, runs: list[Running]) -> Outcome:
-    """Return the outcome, microbatches shared out once more by what the schedules really took if that is faster."""
-    before = outcome(work, runs)
-    if len(runs) == 1:
+def _shared_again(costs: SegmentCosts, chains: Sequence[Chain], before: Evaluated) -> Evaluated:
+    """Return the pipelines, microbatches shared out once more by what the schedules really took if that is faster."""
+    if len(chains) == 1:
         return before
-    period = np.asarray([each.chain.period_s for each in runs])
-    latency = np.asarray([each.times.makespan_s - (each.microbatches - 1) * each.chain.period_s for each in runs])
-    shares = shared_out(np.maximum(latency, 0.0), period, work.task.microbatches)
+    period = np.asarray([each.period_s for each in chains])
+    latency = np.asarray(
+        [
+            run.times.makespan_s - (run.choice.microbatches - 1) * chain.period_s
+            for chain, run in zip(chains, before.pipelines, strict=True)
+        ]
+    )
+    shares = shared_out(np.maximum(latency, 0.0), period, costs.problem.microbatches)
     if (shares == 0).any():
         return before
-    again = [
-        each if each.microbatches == share else run(work, each.chain, int(share))
-        for each, share in zip(runs, shares, strict=True)
+    runs = [
+        run if run.choice.microbatches == share else worked_chain(costs, chain, int(share))
+        for chain, run, share in zip(chains, before.pipelines, shares, strict=True)
     ]
-    if not all(each.possible for each in again):
+    if not all(each.possible for each in runs):
         return before
-    if work.task.owner and owner_need_bytes(work, again) > max(
-        work.task.owner.device.memory_bytes, owner_need_bytes(work, runs)
-    ):
-        return before
-    after = outcome(work, again)
-    return after if after.step_s < before.step_s else before
+    after = evaluated_chains(costs, runs)
+    return after if not after.overloaded and after.step_s < before.step_s else before
 
 
-def _nothing_fits(work: Work) -> PlacementError:
+def _nothing_fits(costs: SegmentCosts) -> PlacementError:
     """Return why no plan is possible: somebody holds too little, or links are missing."""
-    task = work.task
-    if task.owner and task.pinned:
-        need = sum(cost.training_bytes(1, task.optimizer_states) for cost in work.segments.outer) * MEMORY_MARGIN
-        if need > task.owner.device.memory_bytes:
-            return owner_too_small(task.owner, need)
+    problem = costs.problem
+    if problem.owner and problem.pinned:
+        need = sum(cost.training_bytes(1, problem.optimizer_states) for cost in costs.segments.outer) * MEMORY_MARGIN
+        if need > problem.owner.device.memory_bytes:
+            return owner_too_small(problem.owner, need)
     return nothing_fits(
-        work.segments,
-        [task.machines[machine] for machine in task.candidates],
+        costs.segments,
+        [problem.machines[machine] for machine in problem.candidates],
         fewest=1,
-        most=len(task.candidates),
-        optimizer_states=task.optimizer_states,
-        remedies=task.remedies,
+        most=len(problem.candidates),
+        optimizer_states=problem.optimizer_states,
+        remedies=problem.remedies,
     )

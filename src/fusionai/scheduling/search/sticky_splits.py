@@ -21,11 +21,10 @@ from itertools import combinations, pairwise, product
 import numpy as np
 from numpy.typing import NDArray
 
-from fusionai.graph.cuts import cut
-from fusionai.graph.model import OpDag, WeightKey
+from fusionai.graph.model import WeightKey
 from fusionai.scheduling.partition import Line, Split, best_of_order, frontier, make_split, split
-from fusionai.scheduling.segments import Segments
-from fusionai.scheduling.sticky.moves import Haulage, Holders
+from fusionai.scheduling.search.segment_costs import SegmentCosts
+from fusionai.scheduling.transfers import Holders, TransferSchedule
 
 Floats = NDArray[np.float64]
 
@@ -63,10 +62,10 @@ class Weighing:
     """What a split costs: the solver's step and its moves. `peers` are the line's machines."""
 
     def __init__(
-        self, line: Line, groups: Sequence[Group], peers: Sequence[str], haulage: Haulage, steps_left: int
+        self, line: Line, groups: Sequence[Group], peers: Sequence[str], transfers: TransferSchedule, steps_left: int
     ) -> None:
         self.line, self.steps_left, self.few_steps = line, steps_left, min(steps_left, FEW_STEPS)
-        self._peers, self._haulage, self._groups = peers, haulage, groups
+        self._peers, self._transfers, self._groups = peers, transfers, groups
         self._by_segment: list[list[int]] = [[] for _ in range(line.positions - 1)]
         for index, group in enumerate(groups):
             for segment in group.segments:
@@ -81,7 +80,7 @@ class Weighing:
         for group in self._groups:
             if peer in group.holders:
                 continue
-            wait_s = group.nbytes * self._haulage.byte_s(group.holders, peer)
+            wait_s = group.nbytes * self._transfers.byte_s(group.holders, peer)
             seconds[list(group.segments)] += wait_s
             shared.append((wait_s, group.segments))
         total = np.concatenate([[0.0], np.cumsum(seconds)])
@@ -106,19 +105,20 @@ class Weighing:
             for index in {index for segment in range(start, stop) for index in self._by_segment[segment]}:
                 group = self._groups[index]
                 if peer not in group.holders:
-                    way = self._haulage.source(group.holders, peer), peer
+                    way = self._transfers.source(group.holders, peer), peer
                     loads[way] = loads.get(way, 0) + group.nbytes
         step_s = make_split(self.line, machines, bounds).objective_s(self.line.microbatches)
-        return steps * step_s + self._haulage.moves_s(loads)
+        return steps * step_s + self._transfers.moves_s(loads)
 
 
-def weight_groups(graph: OpDag, segments: Segments, before: Holders, nbytes: Mapping[WeightKey, int]) -> list[Group]:
+def weight_groups(costs: SegmentCosts, before: Holders, nbytes: Mapping[WeightKey, int]) -> list[Group]:
     """Return the weights that the segments read, in groups."""
-    inner = [position for position in segments.positions if 0 < position < len(graph.nodes)]
-    first = int(segments.positions[0] > 0)
+    problem = costs.problem
+    inner = [position for position in costs.positions if 0 < position < len(problem.graph.nodes)]
+    stages = problem.costs.cut(problem.graph, problem.sizes, inner).stages
     readers: dict[WeightKey, list[int]] = {}
-    for segment, subdag in enumerate(cut(graph, inner)[first : first + len(segments.costs)]):
-        for key in {weight.key for weight in subdag.weights}:
+    for segment, stage in enumerate(stages[costs.before : costs.before + costs.count]):
+        for key in stage.keys:
             readers.setdefault(key, []).append(segment)
     sums: dict[tuple[tuple[int, ...], frozenset[str]], int] = {}
     for key, places in readers.items():
@@ -141,7 +141,7 @@ def splits(weighing: Weighing, counts: Sequence[int], orders: Sequence[tuple[int
     found: set[Placed] = set()
     best: tuple[float, tuple[int, ...]] | None = None
     tried: set[tuple[int, ...]] = set()
-    # The last line ignores the bytes: `plan_training` has searched it.
+    # The last line ignores the bytes: the planner of fresh jobs has searched it.
     lines = weighing.with_moves()[:-1]
     waiting = list(orders)
     for _ in range(_ROUNDS):

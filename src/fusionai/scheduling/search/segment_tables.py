@@ -1,4 +1,4 @@
-"""Costs a task's graph in segments on every machine: how a `Work` is made."""
+"""Costs the graph of a problem in segments on every machine: how `SegmentCosts` is made."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from fusionai.graph.cost import StageCost
-from fusionai.graph.cuts import Cutter, cut_points, thinned
+from fusionai.graph.cuts import cut_points, thinned
 from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling.estimator import deferred_s, flops_rate
 from fusionai.scheduling.links import Floats
+from fusionai.scheduling.problem import TrainingProblem
 from fusionai.scheduling.profile import DeviceProfile
+from fusionai.scheduling.search.segment_costs import Crossing, SegmentCosts
 from fusionai.scheduling.segments import make_segments
-from fusionai.scheduling.swarm.task import SwarmTask
-from fusionai.scheduling.swarm.work import Crossing, Work
+from fusionai.scheduling.stage_costs import StageWeights, trained_weights
 
 _MOST_POSITIONS = 128
 _MOST_POSITIONS_OF_MANY = 64
@@ -23,61 +24,64 @@ _MOST_POSITIONS_OF_MANY = 64
 _MANY_MACHINES = 1000
 
 
-def make_work(task: SwarmTask) -> Work:
-    """Cost a task's graph in segments on every machine.
+def costs_in_segments(problem: TrainingProblem, positions: Sequence[int] | None = None) -> SegmentCosts:
+    """Cost a problem's graph in segments on every machine.
+
+    `positions`: the node positions considered, both ends of the distributed part among them; None: the best of each
+    stretch of the graph.
 
     Raises PlacementError for a device whose rates are not known, and GraphError for a graph that cannot be costed.
     """
-    cutter = Cutter(task.graph)
-    positions = _positions(task, cutter)
-    segments = make_segments(task.graph, task.sizes, positions, optimizer_states=task.optimizer_states, cutter=cutter)
-    subdags = cutter.cut([position for position in positions if 0 < position < len(task.graph.nodes)])
+    graph, sizes, cutter = problem.graph, problem.sizes, problem.costs.cutter(problem.graph)
+    if positions is None:
+        most = _MOST_POSITIONS if len(problem.members) <= _MANY_MACHINES else _MOST_POSITIONS_OF_MANY
+        positions = cut_positions(problem, most)
+    segments = make_segments(graph, sizes, positions, optimizer_states=problem.optimizer_states, cutter=cutter)
+    inner = [position for position in positions if 0 < position < len(graph.nodes)]
+    subdags = cutter.cut(inner)
     before = len(segments.outer) - segments.outer_after
-    all_costs = (*segments.outer[:before], *segments.costs, *segments.outer[before:])
     crossings = [
-        Crossing(each.value, each.source, each.target, type_bytes(each.type, task.sizes), each.gradient)
+        Crossing(each.value, each.source, each.target, type_bytes(each.type, sizes), each.gradient)
         for subdag in subdags
         for each in subdag.sends
     ]
-    users: dict[str, tuple[int, list[int]]] = {}
-    for part, subdag in enumerate(subdags):
-        for weight in {weight.key: weight for weight in subdag.weights if weight.trainable}.values():
-            users.setdefault(weight.key, (type_bytes(weight.type, task.sizes), []))[1].append(part)
-    tables = _device_tables(task, segments.costs)
-    return Work(
-        task=task,
-        cutter=cutter,
+    tables = _device_tables(problem, segments.costs)
+    return SegmentCosts(
+        problem=problem,
         segments=segments,
-        all_costs=all_costs,
+        all_costs=(*segments.outer[:before], *segments.costs, *segments.outer[before:]),
         crossings=tuple(crossings),
-        weights=tuple((size, tuple(parts)) for size, parts in users.values()),
+        trained=trained_weights(
+            (0, *inner, len(graph.nodes)), [StageWeights(subdag.weights) for subdag in subdags], sizes
+        ),
         forward_NS=tables[0],
         backward_NS=tables[1],
         forward_starts_NS=tables[2],
         backward_starts_NS=tables[3],
-        deferred_NS=tables[4],
-        additive_N=np.asarray([float(each.device.device == "cpu") for each in task.machines]),
-        stage_costs={},
-        schedules={},
+        deferred_NS=tables[4] if problem.split_backward else np.zeros_like(tables[4]),
+        additive_N=np.asarray([float(each.device.device == "cpu") for each in problem.machines]),
     )
 
 
-def _positions(task: SwarmTask, cutter: Cutter) -> list[int]:
-    """Return the positions considered, the cheapest of each stretch where there are too many."""
-    points = cut_points(task.graph, task.sizes, within=(task.front, task.back), cutter=cutter)
-    most = _MOST_POSITIONS if len(task.members) <= _MANY_MACHINES else _MOST_POSITIONS_OF_MANY
-    return [task.front, *thinned(task.graph, task.sizes, points, most), task.back]
+def cut_positions(problem: TrainingProblem, most: int) -> list[int]:
+    """Return the node positions considered, both ends of the distributed part among them.
+
+    Of more than `most` that are worth cutting at, the cheapest of each stretch.
+    """
+    cutter = problem.costs.cutter(problem.graph)
+    points = cut_points(problem.graph, problem.sizes, within=(problem.front, problem.back), cutter=cutter)
+    return [problem.front, *thinned(problem.graph, problem.sizes, points, most), problem.back]
 
 
-def _device_tables(task: SwarmTask, costs: Sequence[StageCost]) -> list[Floats]:
+def _device_tables(problem: TrainingProblem, costs: Sequence[StageCost]) -> list[Floats]:
     """Return (N, S): computing forward and backward, starting operators forward and backward, and deferred seconds."""
     found: dict[tuple[object, ...], list[list[float]]] = {}
     rows: list[list[list[float]]] = []
-    for member in task.machines:
+    for member in problem.machines:
         device = member.device
         key = (*sorted(device.flops_per_s.items()), device.memory_bytes_per_s, device.overhead_s)
         if key not in found:
-            found[key] = _device_rows(device, task.precision, costs)
+            found[key] = _device_rows(device, problem.precision, costs)
         rows.append(found[key])
     return list(np.asarray(rows, dtype=np.float64).transpose(1, 0, 2))
 

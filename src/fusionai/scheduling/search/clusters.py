@@ -11,7 +11,7 @@ import networkx as nx
 import numpy as np
 
 from fusionai.scheduling.links import Floats, Indices
-from fusionai.scheduling.swarm.task import SwarmTask
+from fusionai.scheduling.problem import TrainingProblem
 
 _MOST_VERTICES = 96
 """Machines, or classes of them, in the graph given to Louvain: its edges grow with the square."""
@@ -25,26 +25,26 @@ _NEAR = 1.3
 _SEED = 0
 
 
-def clustered(task: SwarmTask, machines: Indices) -> list[Indices]:
+def clustered(problem: TrainingProblem, machines: Indices) -> list[Indices]:
     """Return the clusters of `machines`, the largest first; members of equal links lie next to each other."""
-    classes = _vertices(task, machines)
+    classes = _vertices(problem, machines)
     if len(classes) == 1:
         return classes
-    graph = _bandwidth_graph(task, classes)
+    graph = _bandwidth_graph(problem, classes)
     found = nx.community.louvain_communities(graph, weight="weight", seed=_SEED)
     return _largest_first([np.concatenate([classes[vertex] for vertex in sorted(each)]) for each in found])
 
 
-def near_clusters(task: SwarmTask, machines: Indices, hop_bytes: float) -> list[Indices]:
+def near_clusters(problem: TrainingProblem, machines: Indices, hop_bytes: float) -> list[Indices]:
     """Return smaller clusters of `machines`: who is about as near to each other as to the nearest of all.
 
     Louvain's communities join two sites that a good link joins. Between sites a pipeline should not be cut, and which
     sites sum their gradients with which is a question of its own. `hop_bytes` are those that a link is weighed by.
     """
-    classes = _vertices(task, machines)
+    classes = _vertices(problem, machines)
     first, last = (np.asarray([each[place] for each in classes]) for place in (0, -1))
     with np.errstate(divide="ignore"):
-        hop_s = hop_bytes / task.bandwidths(first[:, None], last[None]) + task.delays(first[:, None], last[None])
+        hop_s = hop_bytes / problem.bandwidths(first[:, None], last[None]) + problem.delays(first[:, None], last[None])
     hop_s = np.maximum(hop_s, hop_s.T)
     alone = np.asarray([len(each) == 1 for each in classes])
     hop_s[alone, alone] = np.inf
@@ -57,13 +57,13 @@ def near_clusters(task: SwarmTask, machines: Indices, hop_bytes: float) -> list[
     )
 
 
-def _vertices(task: SwarmTask, machines: Indices) -> list[Indices]:
+def _vertices(problem: TrainingProblem, machines: Indices) -> list[Indices]:
     """Return machines one by one, or classes of those with about equal links where there are too many."""
     classes = [machines[k : k + 1] for k in range(len(machines))]
     for steps_per_octave in (2.0, 1.0, 0.5, 0.25):
         if len(classes) <= _MOST_VERTICES:
             break
-        classes = _classes(task, machines, steps_per_octave)
+        classes = _classes(problem, machines, steps_per_octave)
     if len(classes) > _MOST_VERTICES:
         # What is still told apart is small: the rest is one class, so that nobody is lost.
         classes.sort(key=len, reverse=True)
@@ -75,13 +75,13 @@ def _largest_first(clusters: list[Indices]) -> list[Indices]:
     return sorted(clusters, key=lambda each: (-len(each), int(each.min())))
 
 
-def _bandwidth_graph(task: SwarmTask, classes: list[Indices]) -> nx.Graph:
+def _bandwidth_graph(problem: TrainingProblem, classes: list[Indices]) -> nx.Graph:
     first = np.asarray([each[0] for each in classes])
     sizes = np.asarray([len(each) for each in classes], dtype=np.float64)
-    out = task.bandwidths(first[:, None], first[None])
+    out = problem.bandwidths(first[:, None], first[None])
     bandwidth = np.minimum(out, out.T)
     for vertex, each in enumerate(classes):
-        bandwidth[vertex, vertex] = float(task.bandwidths(int(each[0]), int(each[-1]))) if len(each) > 1 else 0.0
+        bandwidth[vertex, vertex] = float(problem.bandwidths(int(each[0]), int(each[-1]))) if len(each) > 1 else 0.0
     weights = bandwidth * sizes[:, None] * sizes[None]
     np.fill_diagonal(weights, np.diag(bandwidth) * sizes * (sizes - 1) / 2)
     weights /= max(float(weights.max()), 1e-300)
@@ -96,7 +96,7 @@ def _bandwidth_graph(task: SwarmTask, classes: list[Indices]) -> nx.Graph:
     return graph
 
 
-def _classes(task: SwarmTask, machines: Indices, steps_per_octave: float) -> list[Indices]:
+def _classes(problem: TrainingProblem, machines: Indices, steps_per_octave: float) -> list[Indices]:
     """Return machines by class of links: alike, in steps of a logarithmic scale, to each of a few probes.
 
     The next probe is always one of the largest class that has none yet.
@@ -116,20 +116,20 @@ def _classes(task: SwarmTask, machines: Indices, steps_per_octave: float) -> lis
         probe = int(np.flatnonzero(label == value)[0])
         probed.add(probe)
         label = np.unique(
-            np.stack([label, _steps(task, machines, probe, steps_per_octave)]), axis=1, return_inverse=True
+            np.stack([label, _steps(problem, machines, probe, steps_per_octave)]), axis=1, return_inverse=True
         )[1].ravel()
     return [machines[label == value] for value in np.unique(label)]
 
 
-def _steps(task: SwarmTask, machines: Indices, probe: int, steps_per_octave: float) -> Indices:
+def _steps(problem: TrainingProblem, machines: Indices, probe: int, steps_per_octave: float) -> Indices:
     """Return each machine's links with a probe as one number of steps; the probe itself is as its best neighbours."""
     source = np.full(len(machines), machines[probe])
 
     def steps(values: Floats) -> Indices:
         return np.round(steps_per_octave * np.log2(np.clip(values, 1e-9, 1e18))).astype(np.int64)
 
-    out, home = steps(task.bandwidths(source, machines)), steps(task.bandwidths(machines, source))
-    delay = steps(np.maximum(task.delays(source, machines), 1e-4))
+    out, home = steps(problem.bandwidths(source, machines)), steps(problem.bandwidths(machines, source))
+    delay = steps(np.maximum(problem.delays(source, machines), 1e-4))
     others = np.arange(len(machines)) != probe
     best = int(np.argmax(np.where(others, out, -(1 << 40))))
     for table in (out, home, delay):

@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 
 from fusionai.graph.cost import StageCost
-from fusionai.graph.cuts import Cutter
-from fusionai.scheduling.estimator import backward_s, forward_s, heap_microbatches, update_bytes_per_s
+from fusionai.scheduling.estimator import backward_s, forward_s, heap_microbatches
 from fusionai.scheduling.links import Floats, Indices
-from fusionai.scheduling.partition import Line
-from fusionai.scheduling.pipeline import Round
+from fusionai.scheduling.partition import NO_LIMIT, Line
+from fusionai.scheduling.problem import TrainingProblem
+from fusionai.scheduling.search.clusters import near_clusters
 from fusionai.scheduling.segments import MEMORY_MARGIN, Segments
-from fusionai.scheduling.swarm.clusters import near_clusters
-from fusionai.scheduling.swarm.task import SwarmTask
+from fusionai.scheduling.stage_costs import TrainedWeights
+from fusionai.scheduling.worked_pipeline import PipelineChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +35,16 @@ class Crossing:
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class SegmentCosts:
     """The graph in segments, and each machine's seconds on each of them."""
 
-    task: SwarmTask
-    cutter: Cutter
-    """Of the task's graph."""
+    problem: TrainingProblem
     segments: Segments
     all_costs: tuple[StageCost, ...]
     """Of all segments, the owner's among them."""
     crossings: tuple[Crossing, ...]
-    weights: tuple[tuple[int, tuple[int, ...]], ...]
-    """Bytes of each weight that trains, and the segments (all of them counted) that use it."""
+    trained: TrainedWeights
+    """Where the trained weights are, by segment, the owner's among them."""
     forward_NS: Floats
     backward_NS: Floats
     """Seconds of computing, the cost of starting operators apart."""
@@ -56,10 +53,6 @@ class Work:
     deferred_NS: Floats
     additive_N: Floats
     """1 where starting operators adds to computing, 0 where the larger of both counts (`estimator.pass_s`)."""
-    stage_costs: dict[tuple[int, int], StageCost]
-    """Costs of ranges of positions that were really cut, as they are asked for."""
-    schedules: dict[tuple[object, ...], Round]
-    """Schedules that were worked through: pipelines of like machines and links have the same."""
     round_trips: dict[bytes, tuple[Floats, Floats]] = field(default_factory=dict)
     """What `rings` found for links between clusters."""
     _most_weight_bytes: dict[tuple[int, ...], float] = field(default_factory=dict)
@@ -83,8 +76,8 @@ class Work:
     def whole_s(self) -> Floats:
         """Return, by machine, the seconds of one microbatch if the machine did all that may be distributed."""
         parts = [
-            additive * (work + starts) + (1 - additive) * np.maximum(work, starts)
-            for work, starts, additive in (
+            additive * (computing + starts) + (1 - additive) * np.maximum(computing, starts)
+            for computing, starts, additive in (
                 (self.forward_NS.sum(1), self.forward_starts_NS.sum(1), self.additive_N),
                 (self.backward_NS.sum(1), self.backward_starts_NS.sum(1), self.additive_N),
             )
@@ -94,20 +87,20 @@ class Work:
     @cached_property
     def owner_s(self) -> float:
         """Return the seconds of one microbatch in the owner's own stages."""
-        owner = self.task.owner
+        owner = self.problem.owner
         if owner is None:
             return 0.0
-        precision = self.task.precision
+        precision = self.problem.precision
         costs = self.segments.outer
         return sum(forward_s(c, owner.device, precision) + backward_s(c, owner.device, precision) for c in costs)
 
     @cached_property
     def owner_after_s(self) -> float:
         """Return the seconds of one microbatch in the owner's last stage, if it has one after the others."""
-        owner, costs = self.task.owner, self.segments.outer[self.before :]
+        owner, costs = self.problem.owner, self.segments.outer[self.before :]
         if owner is None:
             return 0.0
-        precision = self.task.precision
+        precision = self.problem.precision
         return sum(forward_s(c, owner.device, precision) + backward_s(c, owner.device, precision) for c in costs)
 
     @cached_property
@@ -141,37 +134,22 @@ class Work:
     @cached_property
     def budget_bytes(self) -> Floats:
         """Return, by machine, what stages may take there by the estimate."""
-        return np.asarray([each.device.memory_bytes for each in self.task.machines]) / MEMORY_MARGIN
-
-    @cached_property
-    def update_bytes_per_s(self) -> Floats:
-        """Return, by machine, the bandwidth at which it updates weights."""
-        return np.asarray([update_bytes_per_s(each.device) for each in self.task.machines])
+        return np.asarray([each.device.memory_bytes for each in self.problem.machines]) / MEMORY_MARGIN
 
     @cached_property
     def heap_N(self) -> Floats:
         """Return, by machine, the microbatches that its allocator holds besides those in flight."""
-        return np.asarray([heap_microbatches(each.device) for each in self.task.machines], dtype=np.float64)
-
-    def chain_costs(self, bounds: Sequence[int]) -> tuple[StageCost, ...]:
-        """Return the costs of the stages between positions (indices), really cut; those cut before are not again."""
-        ranges = list(pairwise(bounds))
-        if missing := [each for each in ranges if each not in self.stage_costs]:
-            places = {self.positions[bound] for bound in bounds}
-            subdags = self.cutter.cut(sorted(place for place in places if 0 < place < len(self.task.graph.nodes)))
-            stages = [subdags[ranges.index(each) + self.before] for each in missing]
-            self.stage_costs.update(zip(missing, self.cutter.costs(self.task.sizes).stages(stages), strict=True))
-        return tuple(self.stage_costs[each] for each in ranges)
+        return np.asarray([heap_microbatches(each.device) for each in self.problem.machines], dtype=np.float64)
 
     def range_s(self, machines: Indices) -> Floats:
         """Return (D, P, P): seconds of both passes of each range on each machine; inf where a range is empty."""
         additive = self.additive_N[machines][:, None, None]
         total = np.zeros((len(machines), self.count + 1, self.count + 1))
-        for work, starts in (
+        for computing, starts in (
             (self.forward_NS, self.forward_starts_NS),
             (self.backward_NS, self.backward_starts_NS),
         ):
-            work_DPP, starts_DPP = _ranges(work[machines]), _ranges(starts[machines])
+            work_DPP, starts_DPP = _ranges(computing[machines]), _ranges(starts[machines])
             total += np.where(additive > 0, work_DPP + starts_DPP, np.maximum(work_DPP, starts_DPP))
         total[:, np.tri(self.count + 1, dtype=bool)] = np.inf
         return total
@@ -181,15 +159,15 @@ class Work:
 
         `sharing` says how many times slower the owner's links are, other pipelines using them too.
         """
-        task = self.task
-        owner = task.owner_index
-        around = np.append(machines, owner if owner is not None and task.pinned else machines[0])
-        out = task.bandwidths(around[:, None], around[None])
-        if owner is not None and task.pinned:
+        problem = self.problem
+        owner = problem.owner_index
+        around = np.append(machines, owner if owner is not None and problem.pinned else machines[0])
+        out = problem.bandwidths(around[:, None], around[None])
+        if owner is not None and problem.pinned:
             out = out.copy()
             out[-1] /= sharing
             out[:, -1] /= sharing
-        delay = task.delays(around[:, None], around[None])
+        delay = problem.delays(around[:, None], around[None])
         np.fill_diagonal(out, 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
             forward = np.nan_to_num(position_bytes[0] / out[:, :, None], nan=0.0, posinf=np.inf)
@@ -198,7 +176,7 @@ class Work:
         hop = forward + gradient + delay[:, :, None] * (position_bytes[0] > 0)
         hop += delay.T[:, :, None] * (position_bytes[1] > 0)
         hop[out == 0] = np.inf
-        if not task.pinned:
+        if not problem.pinned:
             hop[-1], hop[:, -1] = 0.0, 0.0
             forward[-1], forward[:, -1], gradient[-1], gradient[:, -1] = 0.0, 0.0, 0.0, 0.0
         return hop, np.maximum(forward, gradient)
@@ -208,12 +186,12 @@ class Work:
         """Return clusters of candidates that are near each other, by what a typical cut sends."""
         inner = slice(1, -1) if self.count > 1 else slice(None)
         typical = float(np.median(self.segments.forward_bytes_P[inner]))
-        return near_clusters(self.task, self.task.candidates, typical)
+        return near_clusters(self.problem, self.problem.candidates, typical)
 
     @cached_property
     def cluster_N(self) -> Indices:
         """Return, by machine, the number of its cluster of near machines; -1 for who is no candidate."""
-        found = np.full(len(self.task.machines), -1, dtype=np.int64)
+        found = np.full(len(self.problem.machines), -1, dtype=np.int64)
         for number, each in enumerate(self.near_clusters):
             found[each] = number
         return found
@@ -225,41 +203,28 @@ class Work:
         rows = np.concatenate([*tables, self.additive_N[:, None]], axis=1)
         return np.asarray(np.unique(rows, axis=0, return_inverse=True)[1].ravel(), dtype=np.int64)
 
-    @cached_property
+    @property
     def tied(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """Return those of `weights` that several segments use."""
-        return tuple((size, parts) for size, parts in self.weights if len(parts) > 1)
+        """Return the bytes of each weight that several segments use, and these segments (all of them counted)."""
+        return self.trained.tied
 
-    @cached_property
-    def both_ends_bytes(self) -> int:
-        """Return the bytes of weights that both of the owner's stages use, as tied embeddings are."""
-        ends = {0, len(self.all_costs) - 1}
-        return sum(size for size, parts in self.tied if ends <= set(parts)) if len(self.segments.outer) > 1 else 0
-
-    @cached_property
+    @property
     def single_bytes(self) -> Floats:
         """Return, by segment (all of them counted), the bytes of weights that no other segment uses."""
-        found = np.zeros(len(self.all_costs))
-        for size, parts in self.weights:
-            if len(parts) == 1:
-                found[parts[0]] += size
-        return found
+        return self.trained.single_bytes
 
     @cached_property
     def counted_bytes(self) -> Floats:
         """Return, by segment (all of them counted), the bytes of weights, one that several use in the first of them."""
-        found = np.zeros(len(self.all_costs))
-        for size, parts in self.weights:
+        found = self.single_bytes.copy()
+        for size, parts in self.tied:
             found[parts[0]] += size
         return found
 
     @cached_property
     def weights_P(self) -> Floats:
         """Return the bytes of weights that train in all segments before each position, one used in several once."""
-        size_S = np.zeros(self.count)
-        for size, parts in self.weights:
-            if 0 <= (first := parts[0] - self.before) < self.count:
-                size_S[first] += size
+        size_S = self.counted_bytes[self.before : self.before + self.count]
         return np.concatenate([[0.0], np.cumsum(size_S)])
 
     def stage_weight_bytes(self, bounds: Indices) -> Floats:
@@ -289,11 +254,19 @@ class Work:
         *,
         sharing: float = 1.0,
         sum_s_per_byte: float = 0.0,
+        budget_bytes: Floats | None = None,
+        in_flight_limit: int = NO_LIMIT,
+        hide_deferred: bool = True,
     ) -> Line:
         """Return the partition solver's numbers for a chain's machines.
 
         `sum_s_per_byte` are seconds of summing gradients at the end of the step for each byte that a machine holds;
         a stage is charged for its part of them with every microbatch, so that weights are divided as work is.
+        `budget_bytes`: by machine of the chain, what its stages may take; None: what its memory and the margin allow.
+
+        With `hide_deferred`, what a stage computes after its gradients have left delays no microbatch. That is so
+        except for the last one of a step: its stages end with it. So where microbatches are few the other numbers may
+        find more.
         """
         segments = self.segments
         summing_PP = sum_s_per_byte / microbatches * (self.weights_P[None] - self.weights_P[:, None])
@@ -301,7 +274,9 @@ class Work:
         alike = np.asarray([machines[np.flatnonzero(kind_D == kind)[0]] for kind in range(len(kinds))])
         seconds = self.range_s(alike)
         hidden = np.minimum(_ranges(self.deferred_NS[alike]), np.where(np.isfinite(seconds), seconds, 0.0))
-        if not self.before:
+        if not hide_deferred:
+            hidden[:] = 0.0
+        elif not self.before:
             hidden[:, 0] = 0.0  # nobody waits for the first stage's gradients
         hop, busy = self.hops(machines, (segments.forward_bytes_P, segments.gradient_bytes_P), sharing)
         return Line(
@@ -310,12 +285,34 @@ class Work:
             fixed_bytes_PP=segments.fixed_bytes_PP,
             flight_bytes_PP=segments.flight_bytes_PP,
             heap_microbatches_D=self.heap_N[machines],
-            budget_bytes_D=self.budget_bytes[machines],
+            budget_bytes_D=self.budget_bytes[machines] if budget_bytes is None else budget_bytes,
             hop_s_EEP=hop,
             hop_busy_s_EEP=busy,
             microbatches=microbatches,
             outer_s=self.owner_s * sharing,
             outer_stages_after=segments.outer_after,
+            in_flight_limit=in_flight_limit,
+        )
+
+    def choice(
+        self,
+        machines: Sequence[int],
+        bounds: Sequence[int],
+        microbatches: int,
+        in_flight_limit: int,
+        widest: int | None = None,
+    ) -> PipelineChoice:
+        """Return the pipeline of a chain, the owner's stages added; `bounds` are indices of `positions`."""
+        problem, owner = self.problem, self.problem.owner_index
+        last = len(problem.graph.nodes)
+        ends = [self.positions[bound] for bound in bounds]
+        before, after = ends[0] > 0, ends[-1] < last
+        everyone = [int(each) for each in machines]
+        if owner is not None:
+            everyone = [*[owner] * before, *everyone, *[owner] * after]
+        cuts = tuple(end for end in ends if 0 < end < last)
+        return PipelineChoice(
+            tuple(everyone), cuts, microbatches, in_flight_limit, in_flight_limit if widest is None else widest
         )
 
 
