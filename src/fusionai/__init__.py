@@ -1,7 +1,7 @@
 """FusionAI: pool ordinary GPUs over the internet to train models that none of them could hold alone.
 
-The Python API is `train`, `load_weights` and `local_pool`, with the types of their arguments; `fusionai.errors` holds
-what they raise. All are imported when first used, so that the command line starts without torch.
+The Python API is `train`, `load_weights` and `local_pool`, with the types of their arguments. `fusionai.errors` has the
+errors that they raise. Each name is imported when it is first used, so that the command line starts without torch.
 """
 
 from __future__ import annotations

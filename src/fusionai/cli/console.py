@@ -15,7 +15,7 @@ def console(arguments: argparse.Namespace) -> Console:
 
 
 def print_result(arguments: argparse.Namespace, result: object) -> None:
-    """With `--json`, print a result (a mapping or a msgspec struct) as one line; numbers that JSON lacks are null."""
+    """With `--json`, print a result (a mapping or a msgspec struct) as one line. NaN and infinity become null."""
     if arguments.json:
         sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Where state is kept when the user does not say."""
+"""Default folders for state."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import platformdirs
 
 
 def data_folder() -> Path:
-    """Return the user's folder for FusionAI's data, after the custom of the system."""
+    """Return the user's folder for FusionAI's data, where the operating system keeps such data."""
     return Path(platformdirs.user_data_dir("fusionai", appauthor=False))

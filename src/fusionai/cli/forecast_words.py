@@ -1,4 +1,4 @@
-"""A forecast in sentences, for people who have never read a plan."""
+"""Writes a forecast as sentences, for people who have never read a plan."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from fusionai.units.money import usd_text
 from fusionai.units.token_rates import rate_text
 
 _AS_FAST = 0.02
-"""Of a speed: what differs by less is called as fast. Predictions are not that good."""
+"""Relative difference below which two speeds are called equally fast. Predictions are not more accurate than that."""
 
 _IDLE = 0.5
-"""Share of a step below which what is busiest does not really limit the speed."""
+"""If the busiest machine or link is busy for a smaller share of a step than this, it does not really limit the
+speed."""
 
 _MOST_NAMED = 5
-"""Machines that a sentence names."""
+"""Most machines that a sentence names."""
 
 
 def sentences(found: Forecast) -> Iterator[str]:
-    """Yield what a forecast says, a sentence a line."""
+    """Yield a forecast, one sentence on each line."""
     yield ""
     yield (
         f"A step takes about {seconds_text(found.predicted_step_s)}: {rate_text(found.tokens_per_s)}. "
@@ -69,7 +70,7 @@ def assumed_line(each: Assumed) -> str:
 
 
 def _left_out(found: Forecast) -> Iterator[str]:
-    """Yield who has no part in the plan, and why; of a pool that was searched in part, how many of all."""
+    """Yield the machines that the plan does not use, and why. For a pool that was searched in part, yield counts."""
     lines = [line.removeprefix("left out: ") for line in found.plan.explanation if line.startswith("left out: ")]
     if found.considered < found.offered:
         unused = found.offered - len({stage.peer for stage in found.plan.stages} - {found.plan.owner})
@@ -79,7 +80,7 @@ def _left_out(found: Forecast) -> Iterator[str]:
 
 
 def _pipelines(found: Forecast) -> Iterator[str]:
-    """Yield what the planner of many pipelines would give, if it is faster."""
+    """Yield the plan of many pipelines, if it is faster."""
     count, step_s = len(found.pipelines), found.pipelines_step_s
     if step_s is None or not count or found.predicted_step_s < (1 + _AS_FAST) * step_s:
         return
@@ -104,7 +105,7 @@ def _pipelines(found: Forecast) -> Iterator[str]:
 
 
 def _alone(found: Forecast) -> str:
-    """Return whether a single machine would do as well."""
+    """Return a sentence about the best single machine: whether it would be as fast as the pool."""
     fitting = [each for each in found.alone if each.speedup is not None]
     if not fitting:
         return "No machine could train this job alone: it fits into none of them."
@@ -123,7 +124,7 @@ def _alone(found: Forecast) -> str:
 
 
 def _offloaded(found: Forecast) -> Iterator[str]:
-    """Yield what the best machine that holds too little would reach with the state in main memory."""
+    """Yield the speed of the best machine with too little memory, if it kept weights and states in main memory."""
     best = next((each for each in found.alone if each.offload is not None), None)
     alone_s = min((each.predicted_step_s for each in found.alone if each.predicted_step_s is not None), default=None)
     if best is None or best.offload is None or (alone_s is not None and alone_s < best.offload.step_s):
@@ -146,7 +147,7 @@ def _offloaded(found: Forecast) -> Iterator[str]:
 
 
 def _rented(found: Forecast) -> Iterator[str]:
-    """Yield what the cheapest and the fastest rented card would do, and what the pool's electricity costs."""
+    """Yield the speeds and prices of the cheapest and the fastest rented card, and the pool's cost of electricity."""
     if not found.rented:
         return
     cheapest, fastest = found.rented[0], max(found.rented, key=lambda each: each.tokens_per_s)

@@ -27,17 +27,17 @@ def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
 
 
 def add_job_and_pool(parser: argparse.ArgumentParser) -> None:
-    """Declare what a job is planned from before anybody joins: a job file, a pool file, and overrides."""
+    """Declare the arguments of commands that plan without a pool: a job file, a pool file, and overrides."""
     parser.add_argument("job", type=Path, help="job file (TOML); neither weights nor text are read")
     parser.add_argument("--pool", type=Path, required=True, metavar="POOL", help="pool file (TOML)")
     add_overrides(parser, "training.microbatches=64")
 
 
 def job_and_pool(arguments: argparse.Namespace) -> tuple[JobConfig, WhatIfPool]:
-    """Return what the options of `add_job_and_pool` name. Raises ConfigError naming the file and the field."""
+    """Return the job and the pool that the options name. Raises ConfigError naming the file and the field."""
     from fusionai.simulation.hardware.pool_file import read_pool
 
-    # The pool first: its mistakes are found quickly, and reading a job loads torch, which takes seconds.
+    # Read the pool first: its mistakes are found at once, but reading a job loads torch, which takes seconds.
     what_if = read_pool(arguments.pool)
     from fusionai.owner.job_file import job_of
 
@@ -45,7 +45,7 @@ def job_and_pool(arguments: argparse.Namespace) -> tuple[JobConfig, WhatIfPool]:
 
 
 def check_writable(files: Mapping[str, Path | None]) -> None:
-    """Raise ConfigError naming the option whose file could not be written, before anything is computed for it."""
+    """Raise ConfigError naming the option whose file cannot be written. Call it before computing anything."""
     for option, path in files.items():
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{option} {path}: {path.parent} is no folder; name a file in a folder")
@@ -54,7 +54,7 @@ def check_writable(files: Mapping[str, Path | None]) -> None:
 
 
 def write_file(option: str, path: Path, text: str) -> None:
-    """Write a file that an option names. Raises ConfigError where that does not work."""
+    """Write a file that an option names. Raises ConfigError when the file cannot be written."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

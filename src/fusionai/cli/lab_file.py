@@ -35,7 +35,7 @@ class _LabFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Lab(msgspec.Struct, frozen=True):
-    """What a lab file says."""
+    """The contents of a lab file."""
 
     network: LabConfig
     slowdown: dict[str, float]

@@ -1,4 +1,4 @@
-"""Where logs go: short lines on standard error, and everything as JSON lines in a file if wanted."""
+"""Sets up logging: short lines on standard error, and with `--log-file` everything as JSON lines in a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fusionai.errors import StorageError
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a record."""
+    """Writes each record as one JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as a line."""

@@ -1,6 +1,6 @@
-"""The entry of the command line: arguments, errors and exit statuses; the commands are one file each.
+"""The entry of the command line: arguments, errors and exit statuses. Each command has a file of its own.
 
-Nothing heavy is imported before a command runs: `fusionai --help` must answer at once.
+No large package is imported before a command runs, because `fusionai --help` must answer at once.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import NoReturn
 from fusionai.errors import ConfigError, FusionError
 
 COMMANDS = ("demo", "broker", "join", "plan", "simulate", "paper", "train", "generate", "status")
-"""Each is a module of `fusionai.cli` with `add_parser(subparsers)` and `run(arguments) -> int`."""
+"""Modules of `fusionai.cli`, each with `add_parser(subparsers)` and `run(arguments) -> int`."""
 
 INTERRUPTED = 130
 UNEXPECTED = 1
 
 
 class _CommandParser(argparse.ArgumentParser):
-    """Bad arguments are errors like any other, so that `--json` holds for them too."""
+    """Raises ConfigError for bad arguments, so that `--json` applies to them too."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see `{self.prog} --help`")
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     if getattr(arguments, "exit_with_parent", False):
-        # Before anything slow: a parent may die while its child still imports torch.
+        # This comes before anything slow: a parent may die while its child still imports torch.
         from fusionai.cli.parent_watch import watch_parent
 
         watch_parent()
@@ -70,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Have SIGTERM unwind a command as Ctrl-C does, so that its job and its child processes end in order."""
+    """Make SIGTERM end a command as Ctrl-C does, so that its job and its child processes end in order."""
 
     def handler(number: int, frame: FrameType | None) -> None:
         on_interrupt = signal.getsignal(signal.SIGINT)

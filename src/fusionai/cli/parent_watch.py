@@ -1,7 +1,7 @@
-"""Ending with the parent process, however that ends, on every system.
+"""Ends this process when its parent process ends, for whatever reason, on every operating system.
 
-The parent holds the other end of this process's standard input and writes nothing. When it is gone, even killed, the
-system closes the pipe, and reading it ends.
+The parent holds the other end of this process's standard input and writes nothing. When the parent ends, even by a
+kill, the system closes the pipe, and reading it ends.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 
 GRACE_S = 5.0
-"""What a process may take to end in order before it is ended at once."""
+"""Seconds that a process may take to end in order. After them it is ended at once."""
 
 _gone = threading.Event()
 _callbacks: list[Callable[[], None]] = []
@@ -19,12 +19,12 @@ _lock = threading.Lock()
 
 
 def watch_parent() -> None:
-    """Have this process end when its standard input does: in order where `on_parent_gone` was called, else at once."""
+    """End this process when its standard input ends: in order if `on_parent_gone` was called before, else at once."""
     threading.Thread(target=_watch, name="parent-watch", daemon=True).start()
 
 
 def on_parent_gone(callback: Callable[[], None]) -> None:
-    """Have `callback` called, in another thread, when the parent is gone; at once if it is."""
+    """Call `callback` in another thread when the parent is gone; call it at once if the parent is gone already."""
     with _lock:
         _callbacks.append(callback)
         gone = _gone.is_set()
@@ -34,7 +34,7 @@ def on_parent_gone(callback: Callable[[], None]) -> None:
 
 def _watch() -> None:
     try:
-        # Not through sys.stdin: its lock, held by a waiting daemon thread, would break the interpreter's shutdown.
+        # Do not use sys.stdin here: a waiting daemon thread would hold its lock and break the interpreter's shutdown.
         while os.read(0, 4096):
             pass
     except OSError:

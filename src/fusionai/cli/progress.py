@@ -19,9 +19,9 @@ from fusionai.units.byte_counts import bytes_text
 
 
 class LiveProgress(Observer):
-    """Shows loss, tokens/s, what each machine holds and how busy it is, and the bytes on each link.
+    """Shows the loss, tokens/s, the share and the business of each machine, and the bytes on each link.
 
-    On a terminal it redraws in place; elsewhere it prints a line now and then. Use as a context manager.
+    On a terminal it redraws in place. Elsewhere it prints a line from time to time. Use it as a context manager.
     """
 
     def __init__(self, console: Console) -> None:
@@ -80,7 +80,7 @@ class LiveProgress(Observer):
             self._console.print(f"step {event.step}/{event.steps}  {note}")
 
     def replanned(self, event: ReplanEvent) -> None:
-        """Say what became of a new plan, and show its machines from now on."""
+        """Print the outcome of a search for a new plan, and show the new plan's machines from now on."""
         if event.error is not None:
             text = f"step {event.step}: no new plan ({event.reason}): {event.error}"
             self._console.print(text, style="yellow", highlight=False, soft_wrap=True)

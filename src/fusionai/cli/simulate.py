@@ -1,4 +1,4 @@
-"""`fusionai simulate`: a job's plan for the machines of a pool file, executed step by step without any of them."""
+"""`fusionai simulate`: execute a job's plan step by step in a simulator, for the machines of a pool file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from fusionai.training.config import JobConfig
 
 _MOST_STEPS = 100
-"""Steps that are simulated unless said otherwise; the whole job is reckoned from them."""
+"""Most steps that are simulated by default. The figures of the whole job are computed from them."""
 
 _FACTORS = 7
-"""Points of a sweep."""
+"""Number of bandwidths in a sweep."""
 
 _DEFAULT_SWEEP = "0.1-10"
 
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from fusionai.cli.console import console, print_result
 
-    # The quick mistakes first: torch takes seconds to load.
+    # Check the options first, because torch takes seconds to load.
     files = {"--timeline": arguments.timeline, "--bandwidth-picture": arguments.bandwidth_picture}
     check_writable({**files, "--write": arguments.write})
     if any(path is not None for path in files.values()):
@@ -160,7 +160,7 @@ def _circumstances(arguments: argparse.Namespace, steps: int) -> Circumstances:
         seed=arguments.seed,
         mean_up_s=mean_up_s,
         mean_down_s=mean_down_s,
-        # Without churn nothing dies, and snapshots would only be in the way of every figure.
+        # Without churn no machine dies, and snapshots would only slow every step down.
         recovery=recovery if mean_up_s is not None else Replay(),
         top_k=_top_k(arguments.codec),
         jitter=jitter,
@@ -197,7 +197,7 @@ def _jitter(text: str) -> tuple[float, float]:
 
 
 def _factors(text: str) -> tuple[float, ...]:
-    """Return the factors of a sweep, evenly apart on a logarithmic scale, 1 among them if it lies between."""
+    """Return the factors of a sweep, evenly spaced on a logarithmic scale. 1 is among them if it lies in the range."""
     from fusionai.errors import ConfigError
 
     # The first "-" may be of an exponent: 1e-3-10.

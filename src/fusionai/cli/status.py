@@ -1,4 +1,4 @@
-"""`fusionai status`: what a pool has and does."""
+"""`fusionai status`: show a pool's compnodes, links and jobs."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _disk(disk: DiskProfile | None) -> tuple[str, str]:
 
 
 def _access(access: AccessProfile | None) -> str:
-    """Return what a machine sends and receives at all, estimated."""
+    """Return the estimated bandwidth of a machine's access to the network, up and down."""
     return "" if access is None else f"{_mbit(access.up_bytes_per_s)} / {_mbit(access.down_bytes_per_s)} Mbit/s"
 
 

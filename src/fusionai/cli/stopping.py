@@ -1,4 +1,4 @@
-"""How commands that serve until stopped are stopped: Ctrl-C, SIGTERM, or the end of a watched parent."""
+"""Stops commands that run until they are stopped: by Ctrl-C, SIGTERM, or the end of a watched parent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Stop(asyncio.Event):
     """Set when the process is asked to end."""
 
     orphaned = False
-    """Whether the watched parent has gone: nobody waits for this process, and what it works with goes, too."""
+    """Whether the watched parent has gone. Then nobody waits for this process, and its peers end as well."""
 
 
 def stop_event() -> Stop:
@@ -53,7 +53,7 @@ def _handle(loop: asyncio.AbstractEventLoop, number: signal.Signals, request: Ca
     try:
         loop.add_signal_handler(number, request)
     except (NotImplementedError, RuntimeError):
-        # Windows: the handler runs between byte codes of the main thread; the loop is woken to see the event.
+        # On Windows the handler runs between byte codes of the main thread, so the loop must be woken to see the event.
         def handler(_number: int, _frame: FrameType | None) -> None:
             _call(loop, request)
 
@@ -61,7 +61,7 @@ def _handle(loop: asyncio.AbstractEventLoop, number: signal.Signals, request: Ca
 
 
 def _call(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
-    """Run `work` on the loop; a loop that is closed needs no stopping."""
+    """Run `work` on the loop. A closed loop needs no stopping."""
     try:
         loop.call_soon_threadsafe(work)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""`fusionai train`: train a job on a pool, driving it from this machine."""
+"""`fusionai train`: train a job on a pool. This machine drives the job."""
 
 from __future__ import annotations
 

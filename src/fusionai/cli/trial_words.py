@@ -1,4 +1,4 @@
-"""A simulated job in sentences, for people."""
+"""Writes the result of a simulated job as sentences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fusionai.units.durations import duration_text, seconds_text
 from fusionai.units.money import usd_text
 
 _AS_LONG = 0.005
-"""Of a step: what differs by less needs no explanation."""
+"""Relative difference between simulated and predicted step that needs no explanation."""
 
 _DISTURBANCES = {
     "--churn": "machines that leave, and the snapshots made because they may (--churn)",
@@ -21,7 +21,7 @@ _DISTURBANCES = {
 
 
 def sentences(found: Trial) -> Iterator[str]:
-    """Yield what a trial says, a sentence a line."""
+    """Yield a simulated job's result, one sentence on each line."""
     report, job = found.report, found.job
     yield ""
     if found.pipelines > 1:
@@ -54,7 +54,7 @@ def sentences(found: Trial) -> Iterator[str]:
 
 
 def _steps(found: Trial) -> str:
-    """Say how long a step takes, and why that is not what the planner predicted."""
+    """Return how long a step takes, and why that differs from the planner's prediction."""
     text = f"The planner predicted {seconds_text(found.predicted_step_s)} for a step"
     if not found.report.step_s:
         return f"{text}."

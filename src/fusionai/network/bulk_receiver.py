@@ -1,4 +1,4 @@
-"""The receiving half of a link's bulk: one message after the other, whose credit returns once it has been handled."""
+"""The receiving half of a link's bulk: handles one message after the other, and returns credit for each handled one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fusionai.network.messages import Bulk
 
 
 class BulkReceiver:
-    """Queues what has come, within the window that the peer was granted.
+    """Queues received messages, within the window that the peer was granted.
 
     Args:
-        window_bytes: what the peer may have sent and this side not handled.
-        return_credit: tells the peer that it may send so many bytes more.
+        window_bytes: most bytes that the peer may have sent and this side has not handled yet.
+        return_credit: tells the peer how many more bytes it may send.
     """
 
     def __init__(self, window_bytes: int, *, return_credit: Callable[[int], None]) -> None:
@@ -26,17 +26,17 @@ class BulkReceiver:
         self._arrived = asyncio.Event()
 
     def admit(self, header_bytes: int, body_bytes: int) -> None:
-        """Count a message that begins to arrive. Raises ProtocolError where it passes the window."""
+        """Count a message that begins to arrive. Raises ProtocolError if it exceeds the window."""
         self._owed.admit(header_bytes + body_bytes)
 
     def put(self, message: Bulk, frame: Frame) -> None:
-        """Add a message that is here."""
-        # The body is the handler's, which may change it: its size is taken now.
+        """Add a message that has arrived completely."""
+        # The handler gets the body and may change it, so its size is taken now.
         self._waiting.append((message, frame.body, len(frame.header) + len(frame.body)))
         self._arrived.set()
 
     async def run(self, handle: Callable[[Bulk, bytearray], Awaitable[None]]) -> None:
-        """Hand over messages for ever. Raises what `handle` raises."""
+        """Give messages to the handler for ever. Raises what `handle` raises."""
         while True:
             while not self._waiting:
                 self._arrived.clear()
@@ -47,7 +47,7 @@ class BulkReceiver:
             self.finish(size)
 
     def finish(self, message_bytes: int) -> None:
-        """Return the credit of a message with so many bytes of header and body."""
+        """Return the credit for a message of so many bytes, header and body together."""
         self._return_credit(self._owed.finish(message_bytes))
 
     def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""The sending half of a link's bulk: one message after the other, each when the peer's window has room for it."""
+"""The sending half of a link's bulk: sends one message after the other, when the peer's window has room for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fusionai.network.transport import Channel
 
 @dataclass(slots=True)
 class _Waiting:
-    """A message, and the caller who waits until it is out."""
+    """A message, and the caller who waits until it is sent."""
 
     kind: str
     header: bytes
@@ -25,10 +25,10 @@ class _Waiting:
 
 
 class BulkSender:
-    """Queues callers, not bytes: everybody who sends keeps their own body and waits.
+    """Queues callers, not bytes: a caller keeps its body and waits until it is sent.
 
-    Writing is done by one task (`run`) and not by the callers, because a caller that is cancelled halfway through a
-    body would leave the stream corrupt.
+    One task (`run`) writes, not the callers, because a caller that is cancelled halfway through a body would leave the
+    stream corrupt.
     """
 
     def __init__(self, channel: Channel, window_bytes: int, statistics: LinkStatistics) -> None:
@@ -46,13 +46,13 @@ class BulkSender:
         try:
             await done
         except asyncio.CancelledError:
-            # Not begun yet: `run` skips it. Begun: it goes on.
+            # `run` skips a message that it has not begun. A begun message is sent to its end.
             if not done.cancel() and not done.cancelled():
                 done.exception()
             raise
 
     async def run(self) -> None:
-        """Send for ever. Raises the reason when the channel is gone."""
+        """Send queued messages for ever. Raises the channel's error when the channel is gone."""
         while True:
             while not self._waiting:
                 self._filled.clear()
@@ -70,7 +70,7 @@ class BulkSender:
             del message
 
     def fail(self, error: NetworkError) -> None:
-        """Give every caller this error. The owner ends `run`."""
+        """Raise this error in every waiting caller. The owner of this object must end `run`."""
         for message in self._waiting:
             if not message.done.done():
                 message.done.set_exception(type(error)(str(error)))

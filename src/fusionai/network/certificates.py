@@ -1,12 +1,12 @@
-"""TLS 1.3 where a key is the whole identity: no authority, no host name, no file to install.
+"""TLS 1.3 with keys as identities: no certificate authority, no host name, no file to install.
 
-The standard `ssl` module cannot say "take any certificate, I shall look at its key": with verification off it
-does not even ask a dialler for one. So every node's certificate is issued under one issuer whose private key
-is *public*: it is derived from the constant below. That issuer says nothing about anybody and is no secret.
-It only makes `ssl` accept every well-formed certificate, and with that TLS 1.3 proves, in its
-CertificateVerify message, that the other side holds the private key of the certificate it showed. Who may be
-at the other end is decided after it, by key alone and before any application byte is sent or read: the
-dialler compares the key with the one it meant to reach, the listener asks its `authorise`.
+The standard `ssl` module cannot accept any certificate and leave the check of its key to us: with verification off it
+does not even ask a dialler for a certificate. So every node's certificate is issued by one issuer whose private key
+is *public*: it is derived from the constant below. A certificate of that issuer proves nothing about its owner. It
+only makes `ssl` accept every well-formed certificate. TLS 1.3 then proves, in its CertificateVerify message, that the
+other side holds the private key of the certificate it showed. Afterwards, and before any application byte is sent or
+read, the key alone decides who may be at the other end: the dialler compares it with the key that it wants to reach,
+and the listener asks its `authorise`.
 
 Which cipher is used is OpenSSL's choice (AES-256-GCM first); Python before 3.15 cannot reorder the ciphers of
 TLS 1.3.
@@ -30,10 +30,10 @@ from cryptography.x509.oid import NameOID
 from fusionai.errors import AuthenticationError
 
 ALPN = "fusionai"
-"""Named in the handshake, so that a stray client or server of another protocol is told from a node."""
+"""The name of our protocol in the handshake. It tells a node from a client or server of another protocol."""
 
 _ISSUER_SEED = hashlib.sha256(b"FusionAI: this issuer carries no trust").digest()
-# Fixed far limits instead of "now": a home machine's clock may be years off, and validity carries no meaning here.
+# Fixed dates far away instead of "now": a home machine's clock may be wrong by years, and validity means nothing here.
 _NOT_BEFORE = datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)
 _NOT_AFTER = datetime.datetime(2999, 12, 31, tzinfo=datetime.UTC)
 

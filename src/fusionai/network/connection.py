@@ -4,9 +4,9 @@ asyncio's BufferedProtocol lets the TLS layer decrypt straight into the decoder'
 cores of an AMD EPYC over loopback: 0.7 to 1.4 GB/s, as much as blocking sockets in two processes; streams,
 which copy twice more, reached 0.1.
 
-Life: made by the TLS handshake, which proves the peer's key; one frame of greeting; then `start` hands it to
-a link. In between the connection does not read, so an unauthenticated peer can make this side hold 64 KiB of
-staging and no more.
+Life of a connection: the TLS handshake makes it and proves the peer's key. The peer sends one frame of greeting. Then
+`start` hands the connection to a link. In between the connection does not read, so an unauthenticated peer can make
+this side hold no more than 64 KiB.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from fusionai.network.transport import Buffer, Channel
 log = logging.getLogger(__name__)
 
 WRITE_CHUNK_BYTES = 256 << 10
-"""Bulk is handed to TLS in such pieces: about 0.2 ms of work, so control is never kept waiting for long."""
+"""Bytes of bulk that are handed to TLS at a time: about 0.2 ms of work. Larger pieces keep control messages waiting for
+longer; smaller ones cost throughput."""
 _HIGH_WATER_BYTES = 512 << 10
 _JOIN_BYTES = 64 << 10
 _GREETINGS = {FrameType.HELLO: 0, FrameType.WELCOME: 0, FrameType.REFUSE: 0}
@@ -56,7 +57,7 @@ class Connection(asyncio.BufferedProtocol, Channel):
         self._lane: ShapedConnection | None = None
         self.heard_s = now_s()
         self.peer = PeerId("")
-        """Set when the handshake is done."""
+        """The peer's id; empty until the handshake is done."""
         self.remote_host = ""
 
     # --- asyncio's side -----------------------------------------------------------------------------------
@@ -130,9 +131,9 @@ class Connection(asyncio.BufferedProtocol, Channel):
         on_lost: Callable[[NetworkError], None],
         admit: Admit | None = None,
     ) -> None:
-        """Read on: `receive` gets every further frame, `on_lost` the reason when there will be no more, once.
+        """Continue reading. `receive` gets every further frame; `on_lost` gets the error when there are no more, once.
 
-        Both are called from the event loop; `receive` may raise ProtocolError, which counts as a corrupt stream.
+        Both are called from the event loop. If `receive` raises ProtocolError, the stream counts as corrupt.
         """
         self._decoder.expect(body_limits, self._limits.header_bytes, admit)
         self._receive = receive
@@ -145,12 +146,12 @@ class Connection(asyncio.BufferedProtocol, Channel):
         self.resume_reading()
 
     def pause_reading(self) -> None:
-        """Stop reading until `resume_reading`; TCP then holds the peer back."""
+        """Stop reading until `resume_reading`. TCP then makes the peer wait."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Read again."""
+        """Continue reading after `pause_reading`."""
         if self._transport is not None and not self._transport.is_closing() and self._failure is None:
             self._transport.resume_reading()
 
@@ -172,9 +173,9 @@ class Connection(asyncio.BufferedProtocol, Channel):
         return len(prefix) + len(raw) + len(payload)
 
     async def send_large(self, kind: FrameType, raw: bytes, body: memoryview) -> int:
-        """Write a frame with an encoded header piece by piece, each when the one before is out; return its bytes.
+        """Write a frame with an encoded header in pieces, one when the one before is sent. Return the frame's bytes.
 
-        `body` is one-dimensional bytes. A cancelled call leaves the stream corrupt: close the connection then.
+        `body` is one-dimensional bytes. A cancelled call leaves the stream corrupt; close the connection then.
         """
         prefix = frame_prefix(kind, len(raw), len(body))
         await self.drain()
@@ -189,7 +190,7 @@ class Connection(asyncio.BufferedProtocol, Channel):
         return len(prefix) + len(raw) + len(body)
 
     async def drain(self) -> None:
-        """Wait until the connection takes more. Raises the reason when it is gone."""
+        """Wait until the connection takes more bytes. Raises the connection's error when it is gone."""
         if self._lane is not None:
             await self._lane.drain()
         await self._drain_transport()
@@ -242,7 +243,7 @@ class Connection(asyncio.BufferedProtocol, Channel):
 
     @property
     def failure(self) -> NetworkError | None:
-        """Why the connection is of no further use; None while it is."""
+        """The error that ended the connection; None while it is usable."""
         return self._failure
 
     # --- inner --------------------------------------------------------------------------------------------
@@ -263,7 +264,7 @@ class Connection(asyncio.BufferedProtocol, Channel):
             self._fail(error)
 
     def _fail(self, error: NetworkError) -> None:
-        """The peer broke the protocol: hear no more of it, and leave it to the owner to say so and close."""
+        """Stop reading because the peer broke the protocol. The owner tells the peer and closes the connection."""
         if self._failure is None:
             self._failure = error
         self.pause_reading()

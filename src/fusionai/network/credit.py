@@ -1,8 +1,8 @@
-"""Credits: how far bulk may run ahead of the receiver's handler.
+"""Credits: they bound how many bulk bytes may wait for the receiver's handler.
 
-A message is charged its bytes, but at least `LEAST_CHARGE` (so that a window bounds the number of messages
-too) and at most the whole window (so that a body larger than the window passes when the window is entirely
-free). Both sides compute the same charge, so a sender that overdraws is found out.
+The charge of a message is its bytes, but at least `LEAST_CHARGE`, so that a window bounds the number of messages too.
+It is at most the whole window, so that a body larger than the window passes when the window is entirely free. Both
+sides compute the same charge, so the receiver notices a sender that exceeds its window.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def charge_bytes(message_bytes: int, window_bytes: int) -> int:
 
 
 class SendCredit:
-    """The sender's view of the peer's window. For one waiting sender."""
+    """The sender's count of the free bytes in the peer's window. Only one sender may wait at a time."""
 
     def __init__(self, window_bytes: int) -> None:
         self.window_bytes = window_bytes
@@ -38,7 +38,7 @@ class SendCredit:
         self.free_bytes -= count_bytes
 
     def give(self, count_bytes: int) -> None:
-        """Put back what the receiver has finished with."""
+        """Add bytes that the receiver has finished with."""
         if not 0 < count_bytes <= self.window_bytes - self.free_bytes:
             raise ProtocolError(
                 f"the peer returned {count_bytes:,} bytes of credit, {self.window_bytes - self.free_bytes:,} are owed"
@@ -53,7 +53,7 @@ class SendCredit:
 
 
 class ReceiveCredit:
-    """The receiver's account of what it has not finished with."""
+    """The receiver's count of the bytes that its handler has not finished with."""
 
     def __init__(self, window_bytes: int) -> None:
         self.window_bytes = window_bytes
@@ -74,7 +74,7 @@ class ReceiveCredit:
         self.held_bytes += charge
 
     def finish(self, message_bytes: int) -> int:
-        """Account for a message that the handler has finished with; return the credit to give back."""
+        """Remove a message that the handler has finished with. Return the credit to give back."""
         charge = charge_bytes(message_bytes, self.window_bytes)
         self.held_bytes -= charge
         return charge

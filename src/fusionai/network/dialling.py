@@ -1,4 +1,4 @@
-"""Reaching a peer: its addresses raced, TLS, the pinned key, and the greeting on both connections."""
+"""Reaching a peer: tries its addresses, opens TLS, checks the peer's key, and greets on both connections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from fusionai.network.messages import Hello, Refuse, decode, encode
 from fusionai.units.addresses import split_address
 
 HEAD_START_S = 0.3
-"""How long an address is tried alone before the next one is tried too."""
+"""Seconds that an address is tried alone before the next one is tried as well. Less wastes connections; more makes a
+peer whose first address is wrong slow to reach."""
 _WORST_FIRST = (AuthenticationError, ProtocolError, FusionError)
 
 

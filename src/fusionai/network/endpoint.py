@@ -1,10 +1,10 @@
 """A node on the network: dials, listens, and keeps exactly one link to every peer.
 
-Whoever can be dialled is dialled, by either side. When both dial at once, one link survives by this rule: the
-node with the smaller id refuses the other's dialling while its own is under way, and the other one then waits
-for it. A node that has admitted a peer's greeting starts no dialling of its own. A peer whose process
-restarted, or that dials again although it dialled the link there is, has lost that link: the new one replaces
-it, and the old one's `on_close` comes before the new one's `on_link`.
+Either side may dial the other. When both dial at once, one link survives by this rule: the node with the smaller id
+refuses the other's dialling while its own is under way, and the other node waits for that link. A node that has
+admitted a peer's greeting does not dial that peer. A peer whose process restarted has lost its old link, and so has a
+peer that dials again after it dialled the present link: the new link replaces the old one, and the old link's
+`on_close` comes before the new link's `on_link`.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Endpoint:
         authorise: see `Authorise`; not asked about peers that this side dials.
         limits: bounds on what peers may cost.
         lab: emulated links; None for real ones only.
-        name: what peers are told; lab mode and logs go by it. May be changed, for links to come.
-        release: what this node speaks; tests change it.
-        transport: what carries the frames; None for TLS over TCP.
+        name: this node's name for peers, lab mode and logs. A change applies to later links.
+        release: the versions that this node speaks; tests change it.
+        transport: carries the frames; None for TLS over TCP.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class Endpoint:
         return link
 
     async def _start_after(self, link: Link, before: Sequence[Link]) -> None:
-        """Start a link when its predecessors are gone, so that the upper layer sees one after the other."""
+        """Start a link when earlier links with the peer have ended, so that the upper layer sees only one at a time."""
         for other in before:
             await other.wait_closed()
         link.start()
@@ -284,7 +284,8 @@ class Endpoint:
                 del self._waiting[peer]
 
     async def _change_or_pause(self, peer: PeerId) -> None:
-        """After "duplicate": the peer's link should appear; if it does not, it is worth dialling again."""
+        """Wait, after the answer "duplicate", for the peer's own link. If it does not appear, the caller dials
+        again."""
         if self.link(peer) is not None:
             return
         try:

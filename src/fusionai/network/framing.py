@@ -1,4 +1,4 @@
-"""Frames: a fixed prefix, a small header, a raw body. Pure: bytes in, frames out, no socket and no clock.
+"""Frames: a fixed prefix, a small header, a raw body. Pure code: bytes in, frames out, no socket and no clock.
 
     offset  bytes  field
     0       1      magic 0xFA
@@ -8,10 +8,9 @@
     8       8      body length, big-endian
     16      ...    header (MessagePack), then body
 
-The decoder lends out its own memory to be read into (`buffer`, then `advance`), so the body of a large
-message goes from the TLS layer straight to where it stays. It allocates a body only after its length has
-passed the limit of its type and the owner's `admit`, and grows it as bytes arrive, so that a length alone
-costs a peer's victim nothing.
+The TLS layer writes into the decoder's memory (`buffer`, then `advance`), so the body of a large message is never
+copied. The decoder allocates a body only after its length has passed the limit of its type and the owner's `admit`. The
+body's memory grows as bytes arrive, so a peer that only announces a large length costs no memory.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _ZEROS = bytes(_MOST_STEP_BYTES)
 
 
 class FrameType(IntEnum):
-    """What a frame is; the number is what travels."""
+    """Type of a frame. The number travels in the prefix."""
 
     HELLO = 1
     WELCOME = 2
@@ -83,7 +82,7 @@ class FrameDecoder:
         header_limit: longest header in bytes.
         admit: see `Admit`.
 
-    After a ProtocolError the decoder is of no further use, and says so.
+    After a ProtocolError the decoder cannot be used any more: `next` then raises ProtocolError again.
     """
 
     def __init__(self, body_limits: Mapping[FrameType, int], header_limit: int, admit: Admit | None = None) -> None:
@@ -112,7 +111,7 @@ class FrameDecoder:
         return len(self._body) if self._body is not None else 0
 
     def buffer(self) -> memoryview:
-        """Return memory to read into; never empty. PeerVersion it before the next call of any method but `advance`."""
+        """Return memory for received bytes, never empty. Release it before calling any method but `advance`."""
         body = self._body
         if body is not None and self._start == self._end:
             remaining = self._body_bytes() - self._filled
@@ -154,7 +153,7 @@ class FrameDecoder:
             raise
 
     def feed(self, data: bytes) -> list[Frame]:
-        """Take `data` and return the frames that it completes: for tests and tools, at the price of a copy."""
+        """Take `data` and return the frames that it completes. It copies the data, so it is for tests and tools."""
         frames = []
         view = memoryview(data)
         while len(view):
@@ -203,7 +202,7 @@ class FrameDecoder:
         return self._prefix[2]
 
     def _grow(self, body: bytearray, remaining: int) -> None:
-        """Make room behind what has arrived: at most as much again, so memory follows the bytes of the peer."""
+        """Grow the body's memory to at most twice what has arrived, so memory follows the bytes that the peer sent."""
         if self._filled == len(body):
             body += memoryview(_ZEROS)[: min(remaining, _MOST_STEP_BYTES, max(self._filled, _FIRST_STEP_BYTES))]
 

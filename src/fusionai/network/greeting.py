@@ -24,12 +24,12 @@ _DUPLICATE = "Duplicate"
 
 
 class DuplicateLink(NetworkError):
-    """The peer has a link with this node already, or prefers its own dialling; its link will appear by itself."""
+    """The peer has a link with this node already, or is dialling this node itself. Its link will appear."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Announcement:
-    """What this endpoint says of itself in every greeting."""
+    """What this endpoint tells every peer in its greeting."""
 
     release: PeerVersion
     instance: bytes
@@ -52,7 +52,7 @@ class Announcement:
 
 
 def check_release(header: bytes, mine: PeerVersion, peer: PeerId) -> None:
-    """Check that a greeting's sender can be understood; works on greetings of any version.
+    """Check that a greeting's sender speaks a compatible protocol. Works on greetings of any version.
 
     Raises:
         ProtocolError: another major version of the protocol; the text names both.
@@ -76,7 +76,7 @@ def check_greeting(hello: Hello) -> None:
 
 
 def refuse(error: FusionError, mine: PeerVersion) -> Refuse:
-    """Return what a refused dialler is told."""
+    """Return the message that tells a dialler why it is refused."""
     name = _DUPLICATE if isinstance(error, DuplicateLink) else error_name(error)
     return Refuse(error=name, text=short_text(error)[:1000], release=mine)
 

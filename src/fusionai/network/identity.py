@@ -54,7 +54,7 @@ def verify(peer: PeerId, signature: bytes, message: bytes) -> None:
 
 
 class Identity:
-    """This node's key, with what TLS needs of it."""
+    """This node's key, and the TLS contexts made from it."""
 
     def __init__(self, private_key: Ed25519PrivateKey) -> None:
         self._private_key = private_key

@@ -1,4 +1,4 @@
-"""Control messages that wait for the handler, and the point from which the peer is held back."""
+"""The queue of control messages that wait for the handler. When it is full, this side stops reading."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fusionai.network.messages import Call, Notice
 
 
 class Inbox:
-    """A queue whose filling stops the reading, and whose emptying to the half resumes it.
+    """A queue that stops the reading when it is full, and resumes it when it is half empty.
 
     Args:
-        limits: messages and bytes from which the peer is held back.
+        limits: the number of messages and bytes at which the queue is full.
         pause, resume: stop and resume the reading of the control connection.
     """
 
@@ -31,7 +31,7 @@ class Inbox:
         return len(self._messages)
 
     def put(self, message: Call | Notice, payload: bytes) -> None:
-        """Add a message; what has been read already is always taken."""
+        """Add a message. A message that was read already is taken even when the queue is full."""
         self._messages.append((message, payload))
         self._bytes += len(payload)
         self._filled.set()
@@ -50,7 +50,7 @@ class Inbox:
         return message, payload
 
     def drop_call(self, number: int) -> None:
-        """Drop a request that nobody waits for any longer."""
+        """Drop a request that its sender no longer waits for."""
         for message in self._messages:
             if isinstance(message[0], Call) and message[0].number == number:
                 self._messages.remove(message)

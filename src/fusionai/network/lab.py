@@ -1,7 +1,7 @@
 """Lab mode: links with a chosen rate, delay, jitter and loss, for tests, benchmarks and what-if runs.
 
-Off unless an endpoint is given a `LabConfig`. Pairs are named by the nodes' names, which they exchange when
-they connect; each side shapes what it sends. `shaping` says what exactly is emulated.
+It is off unless an endpoint is given a `LabConfig`. Pairs are named by the names that nodes exchange when they connect.
+Each side delays what it sends. The module `shaping` describes exactly what is emulated.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class EmulatedLink(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """One direction of a link."""
 
     rate_mbit: float | None = None
-    """Megabits (10^6 bits) per second; None: as fast as the machine."""
+    """Megabits (10^6 bits) per second; None: no limit."""
     one_way_ms: float = 0.0
     jitter_ms: float = 0.0
-    """Each piece is delayed by up to this much more, uniformly; TCP keeps the order."""
+    """Most additional delay of a piece, drawn uniformly from 0 to this value. Pieces keep their order, as in TCP."""
     loss_pct: float = 0.0
     """Packets lost, in percent."""
 
@@ -38,15 +38,15 @@ class EmulatedLink(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def rtt_s(self) -> float:
-        """Round trip in seconds if the way back is alike, without jitter."""
+        """Round trip in seconds without jitter, if the other direction is alike."""
         return 2 * self.one_way_ms / 1e3
 
     @property
     def rate_bytes_per_s(self) -> float:
-        """What TCP gets out of this link: its rate, or what loss leaves of it.
+        """The rate that TCP reaches on this link: the link's rate, or less because of loss.
 
-        Loss halves a TCP sender's window each time, which holds it to about 1.22 segments per round trip over the
-        square root of the loss (Mathis et al., 1997), on average. A round trip is taken to be at least 1 ms.
+        A loss halves a TCP sender's window, which on average limits it to about 1.22 segments per round trip, divided
+        by the square root of the loss (Mathis et al., 1997). A round trip is taken to be at least 1 ms.
         """
         rate = math.inf if self.rate_mbit is None else self.rate_mbit * 1e6 / 8
         if self.loss_pct == 0:
@@ -66,7 +66,7 @@ class LabConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     default: EmulatedLink | None = None
     """For pairs not in `links`; None: not emulated."""
     seed: int = 0
-    """Of the jitter and the losses."""
+    """Seed of the jitter and the losses."""
 
     def __post_init__(self) -> None:
         for key in self.links:

@@ -1,7 +1,8 @@
-"""The listening side: accepts connections, bounds those that are not authenticated, and pairs them to links.
+"""The listening side: accepts connections, bounds the unauthenticated ones, and joins pairs of them to links.
 
-Every accepted connection is a task with one deadline from TCP to link. When too many are unfinished, the
-oldest is dropped: an honest peer needs a few round trips, so what is old is broken or hostile.
+Every accepted connection is a task with one deadline, which covers everything from TCP to the link. When too many
+connections are unfinished, the oldest is dropped: an honest peer needs only a few round trips, so an old unfinished
+connection is broken or hostile.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _FAREWELL_S = 1.0
 
 @dataclass
 class _Pairing:
-    """The two connections of a link on their way to each other."""
+    """The two connections of a link that is not complete yet."""
 
     bulk: asyncio.Future[Connection] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     taken: asyncio.Future[bool] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -98,10 +99,11 @@ class Listener(Listening):
         loop = asyncio.get_running_loop()
         while True:
             try:
-                # Cancelled in the very turn of an accept, this drops the new socket, which closes itself.
+                # If this is cancelled in the same turn of the loop as an accept, the new socket is dropped and closes
+                # itself.
                 accepted, _ = await loop.sock_accept(listening)
             except OSError as error:
-                # Out of file descriptors, or the peer was gone already: neither ends the listening.
+                # No file descriptors are left, or the peer has gone already. Listening goes on in both cases.
                 log.warning("accepting a connection failed: %s", error)
                 await asyncio.sleep(0.1)
                 continue
@@ -118,7 +120,7 @@ class Listener(Listening):
     def _forget(self, accepted: socket.socket, task: asyncio.Task[None]) -> None:
         self._unfinished.pop(task, None)
         if accepted in self._untouched:
-            # Displaced before its task had run at all: no transport owns the socket yet.
+            # The connection was dropped before its task ran, so no transport owns the socket yet.
             self._untouched.discard(accepted)
             accepted.close()
 
@@ -172,7 +174,7 @@ class Listener(Listening):
             await self._pair(key, pairing, connection, hello)
 
     async def _offer(self, key: tuple[PeerId, bytes], pairing: _Pairing, connection: Connection) -> None:
-        """Lend a bulk connection to its control connection, until that takes it or fails."""
+        """Keep a bulk connection until its control connection takes it or fails."""
         if pairing.bulk.done():
             raise ProtocolError("a second bulk connection came for one session")
         pairing.bulk.set_result(connection)

@@ -1,7 +1,7 @@
-"""Whether the peer still lives: pings on the control connection, and the patience with silence.
+"""Judges whether the peer is still there: it pings on the control connection and measures silence.
 
-A process that dies closes its sockets, which the link sees at once. This is for what closes nothing: a pulled
-cable, a crashed machine, a NAT that forgot. Any byte on either connection counts as a sign of life.
+A process that dies closes its sockets, which the link sees at once. This module is for losses that close no socket: a
+pulled cable, a crashed machine, a NAT that dropped the connection. Any byte on either connection is a sign of life.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Liveness:
     """Pings one peer and judges its silence.
 
     Args:
-        limits: for the interval and the patience.
+        limits: the interval of pings, and the silence after which the peer counts as dead.
         send: writes a ping with a number.
         heard_s: when bytes last arrived, by `clock.now_s`.
-        listening: false while this side does not read: silence then says nothing.
+        listening: false while this side does not read. Silence means nothing then.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Liveness:
                 reply.exception()
 
     def on_pong(self, number: int) -> None:
-        """Take a reply; one that nobody waits for any longer is ignored."""
+        """Take a reply. A reply that nobody waits for any longer is ignored."""
         sent_s, reply = self._waiting.get(number, (0.0, None))
         if reply is None or reply.done():
             return
@@ -83,8 +83,8 @@ class Liveness:
     async def watch(self, who: str) -> NetworkError:
         """Ping for ever; return the error when the peer has been silent for too long.
 
-        When this process itself was stopped (a sleeping laptop, a starved machine), the peer's bytes may still lie
-        unread: the time that a wait overran is not held against the peer.
+        When this process itself was stopped (a sleeping laptop, a busy machine), bytes of the peer may lie unread. So
+        the time by which a wait took too long is not counted as the peer's silence.
         """
         forgiven_s = now_s()
         interval_s = min(self._limits.ping_interval_s, self._limits.silence_s / 4)

@@ -10,7 +10,7 @@ _Result = TypeVar("_Result")
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return what makes the fastest event loop of this machine; None stands for asyncio's default."""
+    """Return the function that makes the fastest event loop of this machine; None stands for asyncio's default."""
     try:
         import uvloop
     except ImportError:

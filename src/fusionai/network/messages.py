@@ -1,8 +1,7 @@
-"""The headers of frames: what two endpoints say to each other, as MessagePack maps and arrays.
+"""The headers of frames between two endpoints, as MessagePack maps and arrays.
 
-Structs travel either as maps (the greeting, which must stay readable across versions) or as arrays
-(everything after it). Both may gain fields with defaults at their end in a minor version; a decoder skips
-what it does not know.
+The greeting travels as a map, because every version must be able to read it. Everything after it travels as arrays. A
+minor version may add fields with defaults at the end of either. A decoder skips fields that it does not know.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ def _package_version() -> str:
 
 
 class PeerVersion(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node speaks. Equal major numbers of the protocol work together; all else may differ."""
+    """The versions that a node speaks. Nodes with equal major numbers work together; everything else may differ."""
 
     major: int = PROTOCOL_MAJOR
     minor: int = PROTOCOL_MINOR
     package: str = msgspec.field(default_factory=_package_version)
     features: tuple[str, ...] = ()
-    """Abilities beyond the protocol's version; a feature is used on a link when both sides name it."""
+    """Optional features of the protocol. A link uses a feature when both sides name it."""
 
     def __str__(self) -> str:
         return f"protocol {self.major}.{self.minor} (fusionai {self.package})"
@@ -53,9 +52,9 @@ class Hello(Greeting, frozen=True, kw_only=True):
 
     channel: Literal["control", "bulk"]
     session: bytes
-    """16 random bytes of the dialler, which tie the two connections of a link together."""
+    """16 random bytes of the dialler. Both connections of one link carry the same ones."""
     instance: bytes
-    """8 random bytes of the process: a peer that restarted is told from one that dials twice."""
+    """8 random bytes of the process. They tell a peer that restarted from a peer that dials twice."""
     name: str = ""
     window_bytes: int
     """Bulk bytes that the sender of this is ready to hold."""
@@ -63,11 +62,11 @@ class Hello(Greeting, frozen=True, kw_only=True):
     bulk_body_bytes: int
     """The longest payloads that the sender of this accepts."""
     credential: bytes = b""
-    """What the listener's `authorise` judges, such as a join token; empty on the bulk channel."""
+    """Bytes that the listener's `authorise` judges, such as a join token; empty on the bulk channel."""
 
 
 class Refuse(msgspec.Struct, frozen=True, kw_only=True):
-    """REFUSE: the listener closes; also what BYE carries."""
+    """REFUSE: the listener refuses the dialler and closes. BYE carries the same header."""
 
     error: str
     """Class of the error, or "Duplicate": a link with this peer is there or on its way already."""
@@ -76,7 +75,7 @@ class Refuse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True):
-    """REQUEST."""
+    """REQUEST: a message that the peer answers."""
 
     number: int
     kind: str
@@ -89,7 +88,7 @@ class Reply(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
-    """FAILURE: the peer's handler raised."""
+    """FAILURE: the peer's handler raised an error for the request of this number."""
 
     number: int
     error: str
@@ -97,7 +96,7 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Notice(msgspec.Struct, frozen=True, array_like=True):
-    """NOTICE."""
+    """NOTICE: a message without an answer."""
 
     kind: str
 
@@ -169,6 +168,6 @@ def short_text(error: BaseException) -> str:
 
 def error_from(name: str, text: str) -> FusionError:
     """Return the error that a peer described; a class not in `fusionai.errors` becomes NetworkError."""
-    # It will be shown to people: no control characters for their terminals.
+    # People will see the text, so control characters for terminals are removed.
     shown = "".join(each if each.isprintable() or each == "\n" else " " for each in text[:_MAX_TEXT])
     return _ERRORS.get(name, NetworkError)(shown)

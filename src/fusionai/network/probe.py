@@ -1,9 +1,8 @@
 """Measures a link: round-trip time, and bandwidth each way.
 
-Bandwidth is measured by bursts that grow fourfold until time is up for larger ones, timed by their
-receiver from the first message to the last: so neither the round trip nor what the sender's system buffers is
-counted as speed. A slow link is not flooded: it fails to finish small bursts quickly, so it never gets large
-ones.
+Bandwidth is measured by bursts. Each burst is four times as large as the one before, until a larger one would take too
+long. The receiver times a burst from the first message to the last, so neither the round trip nor the sender's system
+buffers distort the result. A slow link is not flooded: it takes long for small bursts, so it never gets large ones.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ class LinkProbe(msgspec.Struct, frozen=True):
 
 
 async def probe_link(link: Link, *, seconds: float = 1.0, max_bytes: int = 32 << 20) -> LinkProbe:
-    """Measure a link while it may be in use; what else goes over it lowers the result.
+    """Measure a link, which may be in use. Other traffic on it lowers the result.
 
     Args:
-        link: to measure.
-        seconds: about how long the probe may take on any link, at most 10; a very slow one takes up to twice as long.
+        link: the link to measure.
+        seconds: about how long the probe may take, at most 10. A very slow link takes up to twice as long.
         max_bytes: most bytes to send in one burst, each way.
 
     Raises:
@@ -71,8 +70,8 @@ async def probe_link(link: Link, *, seconds: float = 1.0, max_bytes: int = 32 <<
 async def _rate(link: Link, seconds: float, rtt_s: float, max_bytes: int, burst: _Burst) -> float:
     """Return bytes per second: the median of a few bursts of the largest size that fits the time.
 
-    A size is given up as too large only after two bursts of it: one alone may have met a moment in which either
-    process did not run.
+    A size counts as too large only after two slow bursts of it: during a single one, one of the processes may not have
+    run for a moment.
     """
     began_s = now_s()
     size = _FIRST_BURST_BYTES
@@ -81,7 +80,7 @@ async def _rate(link: Link, seconds: float, rtt_s: float, max_bytes: int, burst:
         measures.append(await burst(link, size))
         shortest_s = min(measure.seconds for measure in measures)
         left_s = seconds - (now_s() - began_s)
-        # Three round trips: the request, the burst under way, and TCP still opening its window.
+        # Three round trips: for the request, for the burst, and for TCP while it opens its window.
         if _GROWTH * shortest_s + 3 * rtt_s <= left_s and size * _GROWTH <= max_bytes:
             size *= _GROWTH
             measures.clear()

@@ -1,7 +1,6 @@
-"""The answering half of a link probe: receives bursts and times them, and sends bursts when asked.
+"""The answering half of a link probe: receives and times bursts, and sends bursts when asked.
 
-A probe runs inside a link, under kinds that begin with "link.", so it needs nothing of the upper layer's
-handler:
+A probe runs inside a link, under kinds of message that begin with "link.", so the upper layer's handler is not needed:
 
     link.probe.expect   {bytes}         the receiver prepares to measure a burst of so many body bytes
     link.probe          bulk            the burst, in equal messages, dropped on arrival
@@ -36,7 +35,7 @@ class BurstSize(msgspec.Struct, frozen=True):
 
 
 class BurstMeasure(msgspec.Struct, frozen=True):
-    """What a receiver saw: bytes that came after the first message of the burst, and in how many seconds."""
+    """A receiver's measurement: the bytes that came after the first message of a burst, and the seconds they took."""
 
     bytes: int
     seconds: float
@@ -81,7 +80,7 @@ class ProbeResponder:
         self._complete.clear()
 
     def on_burst(self, count_bytes: int) -> None:
-        """Count a message of a burst; what nobody expects is ignored."""
+        """Count a message of a burst. A message that nobody expects is ignored."""
         if self._arrived >= self._expected:
             return
         arrived_s = now_s()

@@ -1,4 +1,4 @@
-"""Requests on a link: those of this side that wait for their answers, and those of the peer that are worked on."""
+"""Requests on a link: this side's requests that wait for answers, and the peer's requests that are worked on."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from fusionai.network.transport import Channel
 log = logging.getLogger(__name__)
 
 _LATE = "link.late"
-"""What answers count as in the statistics when nobody waits for them any longer."""
+"""Kind under which statistics count answers that nobody waits for any longer."""
 
 
 class Asking:
-    """This side's requests, each from its number to its answer, its failure or the end of the link."""
+    """This side's open requests. A request is open until its answer, its failure or the end of the link."""
 
     def __init__(self) -> None:
         self._numbers = 0
         self._waiting: dict[int, tuple[str, asyncio.Future[bytes]]] = {}
 
     def open(self, kind: str) -> tuple[int, asyncio.Future[bytes]]:
-        """Return a new request's number, and what its answer will be set on. Whoever opens it closes it."""
+        """Open a request: return its number, and a future for its answer. The caller must close it again."""
         self._numbers += 1
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._waiting[self._numbers] = (kind, answer)
         return self._numbers, answer
 
     def close(self, number: int) -> None:
-        """Forget a request: what comes for it is late."""
+        """Close a request. An answer that comes later is ignored."""
         _, answer = self._waiting.pop(number)
         if answer.done() and not answer.cancelled():
             answer.exception()  # whoever asked may be gone: it is no error that nobody looks at it
 
     def kind(self, number: int) -> str:
-        """Return the kind of a request, as what its answer counts."""
+        """Return the kind of a request, under which its answer is counted."""
         return self._waiting[number][0] if number in self._waiting else _LATE
 
     def answered(self, number: int, body: bytes) -> None:
@@ -57,24 +57,24 @@ class Asking:
             answer.set_exception(error_from(failure.error, failure.text))
 
     def fail(self, error: NetworkError) -> None:
-        """Wake everybody who waits: the link is gone."""
+        """Raise the link's error in everybody who waits."""
         for _, answer in self._waiting.values():
             if not answer.done():
-                # Anew for each: one exception object raised by several waiters would mix their tracebacks.
+                # Each waiter gets an exception of its own: a shared one would mix their tracebacks.
                 answer.set_exception(type(error)(str(error)))
 
 
 class Answering:
-    """The peer's requests in work, each in a task of its own; what comes of it is sent back.
+    """The peer's requests that are worked on, one task for each. The task sends the answer or the failure back.
 
     Args:
-        control: where answers and failures go.
-        limits: requests and bytes in work from which further ones are refused.
+        control: the channel for answers and failures.
+        limits: most requests and bytes that are worked on; further requests are refused.
         answer_bytes: the longest answer that the peer takes.
-        work: answers a request by kind and payload. A FusionError is raised by the peer's `request`.
+        work: answers a request by kind and payload. If it raises a FusionError, the peer's `request` raises it too.
         spawn: starts a task that ends with the link.
-        closed: whether the link has ended, and nothing is to be sent any more.
-        who: the peer, for people.
+        closed: whether the link has ended; then nothing is sent any more.
+        who: the peer's name for people.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Answering:
         self._bytes = 0
 
     def begin(self, call: Call, payload: bytes) -> None:
-        """Start to work on a request, or refuse it where too many are in work. Raises ProtocolError."""
+        """Start to work on a request, or refuse it. Raises ProtocolError for a repeated number or too many requests."""
         if call.number in self._tasks:
             raise ProtocolError(f"request number {call.number} is used twice")
         full = self._bytes + len(payload) > self._limits.queued_bytes
@@ -116,7 +116,7 @@ class Answering:
         task.add_done_callback(lambda _: self._ended(call.number, size))
 
     def cancel(self, number: int) -> bool:
-        """Stop to work on a request; return whether it was in work."""
+        """Stop working on a request. Return whether it was worked on."""
         task = self._tasks.get(number)
         if task is not None:
             task.cancel()

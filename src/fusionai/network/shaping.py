@@ -1,16 +1,15 @@
-"""The emulation behind lab mode: what one side of a link sends, held back as a slow link would.
+"""The emulation behind lab mode: delays what one side of a link sends, as a slow link would.
 
 Both connections of a link share one emulated wire. A piece of data passes three stations:
 
-1. the serialiser: one piece at a time at the link's rate, control ahead of bulk; bulk is cut into pieces of
-   about 2 ms, so control waits for one such piece at most;
-2. the line: one-way delay plus jitter; each connection keeps its order, as TCP does;
-3. loss: a piece that loses a packet comes one round trip (and 10 ms for its detection) later, and all that
-   follows on its connection waits for it, as with TCP's retransmission. What loss costs in rate is in
-   `EmulatedLink.rate_bytes_per_s`.
+1. The serialiser sends one piece at a time at the link's rate, control before bulk. Bulk is cut into pieces of about
+   2 ms, so control waits for one such piece at most.
+2. The line adds the one-way delay and the jitter. Each connection keeps its order, as TCP does.
+3. Loss: a piece that loses a packet arrives one round trip (and 10 ms for the detection) later, and everything that
+   follows on its connection waits for it, as in TCP. `EmulatedLink.rate_bytes_per_s` contains the rate that loss costs.
 
-The serialiser keeps its own clock: a piece begins when the one before it ended, even if this process woke
-late, so the rate is exact over time although timers are not. TLS and connection set-up are not delayed.
+The serialiser keeps its own clock: a piece begins when the piece before it ended, even if this process woke up late. So
+the rate is exact over time although timers are not. TLS and connection set-up are not delayed.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from fusionai.network.clock import now_s
 from fusionai.network.lab import EmulatedLink
 
 Deliver = Callable[[bytes], Awaitable[None]]
-"""Writes to the real connection; waits while that is full."""
+"""Writes to the real connection, and waits while that is full."""
 
 _PIECE_S = 0.002
 _QUEUE_S = 0.05
 _DETECTION_S = 0.010
 _DELIVERY_GRAIN_S = 2e-5
 _SERIALISER_GRAIN_S = 2e-4
-"""The serialiser reckons by its own clock, so it may wake early and need not spin."""
+"""Seconds by which the serialiser may wake too early. It goes by its own clock, so it need not spin."""
 
 
 class ShapedConnection:
@@ -44,7 +43,7 @@ class ShapedConnection:
         self._deliver = deliver
         self.urgent = urgent
         self.waiting: deque[tuple[float, bytes]] = deque()
-        """Pieces not yet serialised, each with the time it came."""
+        """Pieces not yet serialised, and the time when each was queued."""
         self.waiting_bytes = 0
         self._line: deque[tuple[float, bytes]] = deque()
         self._line_filled = asyncio.Event()
@@ -74,7 +73,7 @@ class ShapedConnection:
             await self._moved.wait()
 
     def send(self, due_s: float, data: bytes) -> None:
-        """Put a serialised piece on the line, to be delivered at `due_s` or when those before it are."""
+        """Put a serialised piece on the line. It is delivered at `due_s`, but not before earlier pieces."""
         self._last_due_s = max(self._last_due_s, due_s)
         self._line.append((self._last_due_s, data))
         self.waiting_bytes -= len(data)
@@ -86,7 +85,7 @@ class ShapedConnection:
         self._moved.set()
 
     async def run(self) -> None:
-        """Deliver what is on the line, each piece when it is due."""
+        """Deliver the pieces on the line when they are due."""
         try:
             while True:
                 while not self._line:
@@ -130,7 +129,7 @@ class LinkShaper:
         return lane
 
     def wake(self) -> None:
-        """Say that a lane has something waiting."""
+        """Tell the serialiser that a connection has data waiting."""
         self._filled.set()
 
     async def sleep_until(self, at_s: float, *, grain_s: float) -> None:
@@ -139,7 +138,7 @@ class LinkShaper:
             await asyncio.sleep(left_s)
 
     def stop(self) -> None:
-        """Drop everything and let nobody wait any longer."""
+        """Drop all data and wake everybody who waits."""
         self.closed = True
         for lane in self._lanes:
             lane.release()

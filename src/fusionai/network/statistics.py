@@ -1,11 +1,11 @@
-"""What went over a link, by kind of message."""
+"""Counts the messages and bytes on a link, by kind of message."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 MOST_KINDS = 256
-"""A peer may invent kinds; beyond so many they are counted together."""
+"""Most kinds that are counted apart. A peer may invent kinds, so further ones are counted together."""
 OTHER = "other"
 
 _RECORD_BYTES = 1 << 14
@@ -13,19 +13,20 @@ _RECORD_OVERHEAD_BYTES = 22
 
 
 def tls_bytes(frame_bytes: int) -> int:
-    """Return what a frame of `frame_bytes` takes on the wire: TLS 1.3 adds 22 bytes to every 16 KiB record."""
+    """Return the bytes of a frame on the wire: TLS 1.3 adds 22 bytes to every record of 16 KiB."""
     return frame_bytes + _RECORD_OVERHEAD_BYTES * -(-frame_bytes // _RECORD_BYTES)
 
 
 @dataclass(slots=True)
 class MessageTotals:
-    """A sum over messages of one kind in one direction."""
+    """Sums over the messages of one kind in one direction."""
 
     messages: int = 0
     payload_bytes: int = 0
-    """What the upper layer handed over: a control payload, or the body of a bulk message."""
+    """Bytes from the upper layer: control payloads, or bodies of bulk messages."""
     wire_bytes: int = 0
-    """Frame and TLS records; without TCP and IP headers (about 4 % more on Ethernet) and retransmissions."""
+    """Bytes of frames and TLS records. TCP and IP headers (about 4 % more on Ethernet) and retransmissions are not
+    in."""
 
     def add(self, payload_bytes: int, frame_bytes: int) -> None:
         """Count one message."""
@@ -42,11 +43,11 @@ class LinkStatistics:
     received: dict[str, MessageTotals] = field(default_factory=dict)
 
     def count_sent(self, kind: str, payload_bytes: int, frame_bytes: int) -> None:
-        """Count a message that was handed to the connection."""
+        """Count a message that was given to the connection."""
         _entry(self.sent, kind).add(payload_bytes, frame_bytes)
 
     def count_received(self, kind: str, payload_bytes: int, frame_bytes: int) -> None:
-        """Count a message that arrived whole."""
+        """Count a message that arrived completely."""
         _entry(self.received, kind).add(payload_bytes, frame_bytes)
 
     @property

@@ -14,7 +14,7 @@ from fusionai.network.transport import Arrivals, Channel, Transport
 
 
 class TlsTransport(Transport):
-    """Sockets of this computer, opened with a node's identity."""
+    """Opens sockets of this computer with a node's identity."""
 
     def __init__(self, identity: Identity, limits: Limits) -> None:
         self._limits = limits
@@ -30,7 +30,7 @@ class TlsTransport(Transport):
     async def dial(
         self, peer: PeerId, addresses: Sequence[str], *, announcement: Announcement, credential: bytes
     ) -> tuple[Hello, Channel, Channel]:
-        """Race the addresses, and greet on two TLS connections of the first that leads to the peer."""
+        """Try the addresses, and greet on two TLS connections to the first one that leads to the peer."""
         return await dial(
             peer,
             addresses,

@@ -1,8 +1,8 @@
 """Join tokens: one word that lets a machine into a pool.
 
-A token names the broker's key and addresses, so that a joining machine can reach the right broker and notice
-a wrong one, and carries a capability signed by that key: a role and an expiry. Whoever holds it may join
-until then; hand it on as you would a password. The broker needs to keep nothing to check one.
+A token names the broker's key and addresses, so that a joining machine can reach the right broker and notice a wrong
+one. It also carries a role and an expiry, signed by the broker's key. Anybody who holds the token may join until it
+expires, so treat it like a password. The broker can check a token without keeping a list of tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PREFIX = "fusion-"
 
 _LONGEST = 4096
 _CONTEXT = b"FusionAI join token 1\n"
-"""Goes in front of what is signed, so that no other signature of the broker's key can pass for a token."""
+"""Prefix of the signed bytes, so that no other signature of the broker's key can pass for a token."""
 
 
 class _Claims(NamedTuple):

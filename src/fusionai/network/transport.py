@@ -1,4 +1,4 @@
-"""What endpoints and links need of whatever carries their frames: one small interface, several ways to do it.
+"""The interface between endpoints and links on one side, and what carries their frames on the other.
 
 A `Transport` reaches other nodes and is reached by them; a link between two nodes has two `Channel`s, one for control
 and one for bulk. `tls_transport` carries frames over TLS connections, `memory` inside one process.
@@ -23,10 +23,10 @@ Buffer = bytes | bytearray | memoryview
 
 
 class Channel(ABC):
-    """An ordered, reliable way to one proven peer that carries frames. For the event loop's thread only."""
+    """Carries frames to and from one authenticated peer, reliably and in order. For the event loop's thread only."""
 
     peer: PeerId
-    """Who is at the other end."""
+    """The id of the peer."""
     remote_host: str
     """The address from which the other end is seen, without its port; "" when unknown."""
     heard_s: float
@@ -35,7 +35,7 @@ class Channel(ABC):
     @property
     @abstractmethod
     def failure(self) -> NetworkError | None:
-        """Why the channel is of no further use; None while it is."""
+        """The error that ended the channel; None while it is usable."""
 
     @abstractmethod
     def start(
@@ -45,19 +45,19 @@ class Channel(ABC):
         on_lost: Callable[[NetworkError], None],
         admit: Admit | None = None,
     ) -> None:
-        """Read on: `receive` gets every further frame, `on_lost` the reason when there will be no more, once.
+        """Continue reading. `receive` gets every further frame; `on_lost` gets the error when there are no more, once.
 
-        Both are called from the event loop; `receive` may raise ProtocolError, which counts as a corrupt stream.
-        Frames of a type not in `body_limits`, or with a longer body, are refused as corrupt too.
+        Both are called from the event loop. If `receive` raises ProtocolError, the stream counts as corrupt. So do
+        frames whose type is not in `body_limits`, or whose body is longer.
         """
 
     @abstractmethod
     def pause_reading(self) -> None:
-        """Stop reading until `resume_reading`; the peer is held back then."""
+        """Stop reading until `resume_reading`. The peer must wait then."""
 
     @abstractmethod
     def resume_reading(self) -> None:
-        """Read again."""
+        """Continue reading after `pause_reading`."""
 
     @abstractmethod
     def shape(self, shaper: LinkShaper, *, urgent: bool) -> None:
@@ -69,11 +69,11 @@ class Channel(ABC):
 
     @abstractmethod
     async def send_large(self, kind: FrameType, raw: bytes, body: memoryview) -> int:
-        """Write a frame with an encoded header, and wait until it is out; return its bytes."""
+        """Write a frame with an encoded header, and wait until it is sent. Return the frame's bytes."""
 
     @abstractmethod
     async def drain(self) -> None:
-        """Wait until the channel takes more. Raises the reason when it is gone."""
+        """Wait until the channel takes more bytes. Raises the channel's error when it is gone."""
 
     @abstractmethod
     def abort(self, error: NetworkError) -> None:
@@ -92,13 +92,13 @@ Established = Callable[[Hello, Channel, Channel], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arrivals:
-    """How an endpoint treats those who dial it."""
+    """How an endpoint treats peers that dial it."""
 
     announcement: Callable[[], Announcement]
     admit: Admission
     established: Established
     ended: Callable[[PeerId, Hello], None]
-    """Called once for each greeting that was judged, whether a link came of it or not."""
+    """Called once for each judged greeting, whether it led to a link or not."""
 
 
 class Listening(ABC):
@@ -109,11 +109,11 @@ class Listening(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Stop listening, and drop what is not a link yet."""
+        """Stop listening, and drop connections that are no link yet."""
 
 
 class Transport(ABC):
-    """How one endpoint reaches others and is reached."""
+    """Lets one endpoint reach others and be reached."""
 
     @abstractmethod
     async def listen(self, host: str, port: int, arrivals: Arrivals) -> Listening:

@@ -1,4 +1,4 @@
-"""Checkpoints of a running job: tensors go from each compnode straight to disk, one at a time."""
+"""Writes checkpoints of a running job: tensors go from each compnode straight to disk, one at a time."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fusionai.training.checkpoint import CheckpointWriter, Manifest, TensorSpec
 from fusionai.training.driver import Driver
 
 SHARD_BYTES = 1 << 30
-"""Weights are split into files of about this size, as the Hugging Face format does."""
+"""Size of the files that weights are split into, as in the Hugging Face format."""
 
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """What stands beside the weights."""
+    """What a checkpoint contains besides the weights."""
 
     extra: Callable[[Path], None] = field(default=lambda folder: None)
     """Writes further files (config.json, tokenizer) into the folder."""

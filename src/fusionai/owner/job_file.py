@@ -59,8 +59,8 @@ def train_job(
 ) -> TrainingResult:
     """Train a job on a pool, and return how it went. Blocks.
 
-    Results go to the folder `run`, by default a new one under "runs"; when resuming, to the folder of the run that is
-    resumed. Raises UserError for bad input, PlacementError when no plan fits, NetworkError, StorageError or JobError.
+    Results go to the folder `run`, by default a new one under "runs". A resumed run goes on in its own folder. Raises
+    UserError for bad input, PlacementError when no plan fits, NetworkError, StorageError or JobError.
     """
     if run is not None:
         folder = RunFolder(run)
@@ -75,7 +75,7 @@ async def _train(
     job: JobConfig, owner: OwnerOptions, folder: RunFolder, resume: Path | None, observer: Observer | None
 ) -> TrainingResult:
     checkpoint = newest_checkpoint(resume) if resume is not None else None
-    # Join first: a wrong token is told before minutes are spent on the model.
+    # Join first, so that a wrong token is reported before the model takes minutes.
     async with joined(owner) as member:
         folder.write("job.toml", to_toml(job))
         prepared = await asyncio.to_thread(

@@ -1,4 +1,4 @@
-"""From a job file to a job: the transformers model, its tokenizer and its packed text."""
+"""Makes a job from a job file: loads the transformers model and its tokenizer, and packs the text."""
 
 from __future__ import annotations
 
@@ -104,10 +104,10 @@ def _packed_text(job: JobConfig, tokenizer: Any, folder: RunFolder) -> PackedTex
 
 
 def _model(job: JobConfig, config: Any, source: Path | None) -> tuple[Any, WeightSource | None]:
-    """Return the module to capture, and where its weights come from unless they are its own.
+    """Return the module to capture, and the source of its weights (None: the module holds them itself).
 
-    Weights in files are read one at a time when they are sent out, so the model itself stays on the meta device.
-    Where the files name them otherwise than the module does, transformers loads and converts them.
+    Weights in files are read one at a time when they are sent out, so the model itself stays on the meta device. If the
+    files use other names than the module, transformers loads and converts them.
     """
     kind = MODEL_CLASSES[job.model.task]
     try:
@@ -126,5 +126,5 @@ def _model(job: JobConfig, config: Any, source: Path | None) -> tuple[Any, Weigh
     except FusionError:
         raise
     except Exception as error:
-        # As for an empty model, memory that does not suffice included.
+        # The same errors as for a model without weights, and too little memory as well.
         raise cannot_be_made(job.model, config, error) from error

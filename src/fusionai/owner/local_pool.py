@@ -1,6 +1,6 @@
 """A pool on this machine: a broker and compnodes as child processes, for the demo, examples and tests.
 
-The children watch the pipe to their parent, so they end with it, however it ends.
+The children watch the pipe to their parent, so they end when it ends, even if it is killed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fusionai.errors import JobError
 log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 120.0
-"""How long a child may take to import torch and measure the machine, on a busy machine."""
+"""Seconds that a child may take to import torch and to measure the machine, when the machine is busy."""
 
 _STOP_TIMEOUT_S = 10.0
 
@@ -115,7 +115,7 @@ class LocalPool:
         )
 
     def close(self) -> None:
-        """End every child: first by closing its pipe, then, if it does not go, by killing it."""
+        """End every child: close its pipe, and kill it if it does not end by itself."""
         for child in reversed(self._children):
             if child.process.stdin is not None:
                 child.process.stdin.close()

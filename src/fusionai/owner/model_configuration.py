@@ -1,4 +1,4 @@
-"""From the model table of a job file to a transformers configuration, and to a model without weights."""
+"""Makes a transformers configuration, and a model without weights, from the model table of a job file."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ MODEL_CLASSES: dict[str, Any] = {
 }
 
 ALL_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt")
-"""What is fetched of a model on the hub to train it: no code, and no pickled weights."""
+"""Files of a model on the hub that are fetched to train it: no code, and no pickled weights."""
 
 CONFIGURATION_FILES = ("config.json",)
-"""What is fetched to plan for it."""
+"""Files of a model on the hub that are fetched to plan for it."""
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
-"""Fields that name an activation, in whatever kind of configuration."""
+"""Fields that name an activation, in all kinds of configuration."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What a configuration takes from a tokenizer."""
+    """The values that a configuration takes from a tokenizer."""
 
     size: int
     bos_token_id: int | None = None
@@ -65,7 +65,7 @@ def model_folder(model: ModelConfig, files: Sequence[str]) -> Path | None:
     try:
         return Path(huggingface_hub.snapshot_download(model.path, allow_patterns=list(files)))
     except Exception as error:
-        # The hub's client raises many kinds, of several libraries; each means that the model cannot be had.
+        # The hub's client raises errors of several libraries. All of them mean that the model cannot be fetched.
         raise ConfigError(
             f"model.path {model.path!r} is no folder here and cannot be fetched from the hub ({first_line(error)}); "
             "check the name and the connection, or give a folder"
@@ -77,9 +77,9 @@ def configuration(model: ModelConfig, data: DataConfig, vocabulary: Vocabulary |
 
     Args:
         model: the table of the job file.
-        data: its neighbour; the sequence length is its.
-        vocabulary: of the tokenizer; None leaves a configuration in `source` unchecked. [model.config] needs one.
-        source: folder of a pretrained model, whose configuration is taken then.
+        data: the data table of the same job file, for the sequence length.
+        vocabulary: the tokenizer's. None leaves a configuration in `source` unchecked. [model.config] needs one.
+        source: folder of a pretrained model, whose configuration is used then.
 
     Raises:
         ConfigError: a field is unknown, or does not suit the tokenizer or the sequence length.
@@ -123,7 +123,7 @@ def _from_fields(fields: dict[str, Any], vocabulary: Vocabulary) -> Any:
         unknown = sorted(name for name in fields if not hasattr(plain, name) or callable(getattr(plain, name)))
         config = transformers.AutoConfig.for_model(kind, **fields)
     except Exception as error:
-        # transformers raises whatever its many configurations do; the text says which field it is about.
+        # Each configuration of transformers raises errors of its own. Their texts name the field.
         raise ConfigError(f"model.config is no configuration of {kind!r}: {_message(error)}") from error
     if unknown:
         raise ConfigError(f"model.config.{unknown[0]} is no field of {kind!r} configurations")
@@ -132,7 +132,7 @@ def _from_fields(fields: dict[str, Any], vocabulary: Vocabulary) -> Any:
 
 
 def _check_fields(fields: Mapping[str, Any], config: Any) -> None:
-    """Refuse, by name, what transformers takes into a configuration and stumbles over in the model."""
+    """Refuse values that transformers accepts in a configuration and cannot make a model of. Errors name the field."""
     for name in _ACTIVATIONS:
         if isinstance(given := fields.get(name), str) and given not in ACT2FN:
             near = difflib.get_close_matches(given, ACT2FN, n=3) or ["gelu", "relu", "silu"]
@@ -155,7 +155,7 @@ def empty_model(job: JobConfig, config: Any) -> Any:
         with torch.device("meta"):
             return MODEL_CLASSES[job.model.task].from_config(config)
     except Exception as error:
-        # As for configurations: transformers and torch raise whatever the code of a model runs into.
+        # As with configurations, the code of a model may raise any error.
         raise cannot_be_made(job.model, config, error) from error
 
 
@@ -175,7 +175,7 @@ def captured_model(job: JobConfig, model: Any) -> Captured:
 
 
 def cannot_be_made(model: ModelConfig, config: Any, error: BaseException) -> ConfigError:
-    """Return what is to be said when transformers or torch refuse to make a model, or to run it."""
+    """Return the error for a model that transformers or torch refuse to make or to run."""
     log.debug("no model", exc_info=error)
     where = "[model.config]" if model.path is None else f"the configuration of {model.path}"
     kind = type(config).__name__
@@ -192,7 +192,7 @@ def cannot_be_made(model: ModelConfig, config: Any, error: BaseException) -> Con
 
 
 def _named(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the texts in a configuration by their fields, those of its tables too."""
+    """Yield the texts in a configuration and in its tables, by field."""
     for name, value in fields.items():
         if isinstance(value, str):
             yield f"{prefix}{name}", value

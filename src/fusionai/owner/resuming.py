@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: its weights and optimizer state as what training starts from."""
+"""Resuming from a checkpoint: training starts from its weights and optimizer state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fusionai.training.driver import WeightSource
 
 
 class CheckpointWeights:
-    """Tensors of a checkpoint; constants, which no checkpoint holds, come from the captured model."""
+    """Tensors of a checkpoint. A checkpoint holds no constants, so they come from the captured model."""
 
     def __init__(self, reader: CheckpointReader, captured: WeightSource) -> None:
         self._reader = reader

@@ -1,8 +1,8 @@
 """The run folder: what a training run leaves behind.
 
 RUN/job.toml          the job as run, every default written out
-RUN/plan.json         who held what, and what the planner predicted
-RUN/metrics.jsonl     one JSON object a step, appended as it happens
+RUN/plan.json         which machine held which stages, and what the planner predicted
+RUN/metrics.jsonl     one JSON object for each step, appended when the step ends
 RUN/data/             the packed text
 RUN/checkpoints/      step-000100, step-000200, ...
 """

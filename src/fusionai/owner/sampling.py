@@ -1,4 +1,4 @@
-"""Sampling from a checkpoint on one machine, with transformers."""
+"""Samples text from a checkpoint on one machine, with transformers."""
 
 from __future__ import annotations
 

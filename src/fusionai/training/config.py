@@ -1,6 +1,6 @@
-"""The job file: everything an owner says about a training job, as self-validating data.
+"""The job file: everything that an owner decides about a training job, as data that validates itself.
 
-A job file is TOML; every table here is one of its tables. Nothing is read from the environment.
+A job file is TOML, and every class here is one of its tables. Nothing is read from the environment.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _at_least(field: str, value: int, least: int) -> None:
 
 
 def _check_sizes(config: dict[str, Any]) -> None:
-    """Refuse sizes that no model has, by name: transformers takes most, and fails far from the cause or not at all."""
+    """Refuse sizes below 1 by name. transformers accepts most of them, and fails later or not at all."""
     for name in _SIZES:
         value = config.get(name)
         # Other types are for transformers to refuse: a field may be a list of each layer's.
@@ -76,7 +76,7 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     tokenizer: str | None = None
     """A folder or hub name; without it the model's own tokenizer, or one trained on the text."""
     vocabulary_size: int = 4096
-    """Of a tokenizer trained on the text."""
+    """Size of the vocabulary of a tokenizer that is trained on the text."""
     sequence_length: int = 128
     """Tokens in a sequence."""
     heldout_fraction: float = 0.02
@@ -93,24 +93,24 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How long and in which portions."""
+    """Length of the training, batches, precision, and when to evaluate and to write checkpoints."""
 
     steps: int = 100
-    """Of the whole run; a run that is resumed does what is left of them."""
+    """Steps of the whole run. A resumed run does the steps that are left."""
     batch_size: int = 4
     """Sequences in a microbatch."""
     microbatches: int = 4
     """Microbatches in a step: the step's batch is batch_size x microbatches sequences."""
     learning_rate: float = 1e-3
-    """The full rate; the schedule says what of it a step takes."""
+    """The full rate. The schedule gives the share of it that a step uses."""
     gradient_clip: float = 1.0
     """Largest global norm of the gradients; 0 switches clipping off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: operators run under autocast; weights, gradients and optimizer state stay in fp32."""
     compile: bool = False
-    """Let the plane compile each stage (`torch.compile`); a stage that does not compile runs eagerly."""
+    """Whether the plane compiles each stage (`torch.compile`). A stage that cannot be compiled runs without."""
     seed: int = 0
-    """Of the initial weights, the order of the text, masking and dropout."""
+    """Seed of the initial weights, the order of the text, masking and dropout."""
     evaluate_every: int = 0
     """Steps between evaluations on held-out text; 0: only at the end."""
     evaluation_batches: int = 4
@@ -118,7 +118,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept; older ones of the run are removed."""
+    """Number of newest checkpoints that are kept. Older ones of the run are removed."""
 
     def __post_init__(self) -> None:
         for field in ("steps", "batch_size", "microbatches", "keep_checkpoints"):
@@ -134,18 +134,18 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class PlacementConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who runs what."""
+    """Which machines run which operators."""
 
     privacy: Literal["private", "open"] = "private"
     """`private`: every operator that touches raw inputs or labels stays on the owner's machine."""
     compnodes: int = 0
     """How many compnodes to use; 0: as many as serve the job best."""
     cuts: tuple[int, ...] | None = None
-    """Cut positions in the OP-DAG instead of the planner's; for experiments."""
+    """Cut positions in the OP-DAG that replace the planner's choice; for experiments."""
     replan: bool = True
     """Whether a running job may go over to a better plan when a machine becomes slower or faster than planned."""
     machines: tuple[str, ...] = ()
-    """Names of the only compnodes to be used; with `cuts` those of the shares, in their order. Empty: any."""
+    """Names of the only compnodes to use. With `cuts`, they take the shares in this order. Empty: any compnodes."""
 
     def __post_init__(self) -> None:
         _at_least("placement.compnodes", self.compnodes, 0)
@@ -196,7 +196,7 @@ def job_from(table: dict[str, Any], *, source: str) -> JobConfig:
 
 
 def _explained(text: str) -> str:
-    """Return msgspec's words with the field's plain name, and what would have been right there."""
+    """Return msgspec's message with the field's plain name and the values that are allowed there."""
     path = match[1] if (match := re.search(r"`\$\.?([^`]*)`$", text)) else ""
     kind: Any = JobConfig
     for part in filter(None, path.split(".")):

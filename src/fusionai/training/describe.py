@@ -1,4 +1,4 @@
-"""What a stage holds, in one line for people."""
+"""Describes a stage's contents in one line for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _BLOCK = re.compile(r"^(?P<list>.*?)\.(?P<index>\d+)(?:\.|$)")
 
 
 def stage_line(subdag: SubDag) -> str:
-    """Return such as "stage 1: model.layers.0-5, model.norm" from the module scopes of a stage's operators."""
+    """Return a line such as "stage 1: model.layers.0-5, model.norm", from the module scopes of a stage's operators."""
     blocks: dict[str, list[int]] = {}
     others: list[str] = []
     for node in subdag.nodes:

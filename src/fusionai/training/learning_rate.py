@@ -15,9 +15,9 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     kind: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = 0
-    """Steps before the full rate is reached. The first of them already trains, at 1 / (warmup_steps + 1)."""
+    """Steps before the full rate is reached. The first of them already uses 1 / (warmup_steps + 1) of the rate."""
     minimum_ratio: float = 0.1
-    """Where `linear` and `cosine` end, as a share of the full rate."""
+    """Rate at the end of `linear` and `cosine`, as a share of the full rate."""
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
@@ -29,8 +29,8 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 def learning_rate(schedule: ScheduleConfig, base: float, step: int, total_steps: int) -> float:
     """Return the rate of the update that ends step `step` (from 0) of a run of `total_steps`.
 
-    `base` is the full rate. As in torch and transformers, decay would reach its minimum at `total_steps`, one past
-    the last step; beyond that the rate stays there.
+    `base` is the full rate. As in torch and transformers, the decay reaches its minimum at `total_steps`, one step
+    after the last one. After that the rate does not change.
     """
     if step < schedule.warmup_steps:
         return base * (step + 1) / (schedule.warmup_steps + 1)

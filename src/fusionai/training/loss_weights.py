@@ -1,8 +1,8 @@
 """The share of each microbatch in a step's loss.
 
-A loss that averages over counted labels, as language models' do, must be weighted by how many each microbatch
-has, or the step's loss would depend on how its batch was cut into microbatches. A causal model shifts its labels by
-one inside the graph, so that the first label of a row does not count; the graph says so.
+Language models average the loss over the labels that count. So a microbatch's loss must be weighted by the number of
+its counted labels. Otherwise the step's loss would depend on how its batch was cut into microbatches. A causal model
+shifts its labels by one inside the graph, so the first label of a row does not count. The graph shows how many.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IGNORED_LABEL = -100
 
 
 def loss_weights(graph: OpDag, batch: Sequence[Batch]) -> tuple[float, ...]:
-    """Return each microbatch's share, adding up to 1: by counted labels, or equal where labels are no classes.
+    """Return the microbatches' shares, which add up to 1: by counted labels, or equal if labels are not classes.
 
     Raises DataError when no label of the whole batch counts.
     """

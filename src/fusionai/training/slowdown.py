@@ -1,4 +1,4 @@
-"""Lab mode's emulated speed of a machine: a factor by which its passes are stretched, which may change at a step."""
+"""Lab mode's emulated speed of a machine: its passes take longer by a factor, which may change at a step."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from fusionai.errors import ConfigError
 
 
 class Throttle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A machine that becomes slower while it trains, as one that grows too hot does."""
+    """A machine that becomes slower while it trains, as a machine does that grows too hot."""
 
     after_steps: int
-    """Steps of the job, counted from its very first, that run at full speed."""
+    """Steps of the job, counted from its first, that run at full speed."""
     factor: float
-    """Passes take so many times as long from then on, on top of a slowdown."""
+    """From then on passes take this many times as long, in addition to a slowdown."""
 
     def __post_init__(self) -> None:
         if self.after_steps < 0:
@@ -23,13 +23,13 @@ class Throttle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Slowdown(msgspec.Struct, frozen=True):
-    """How much slower than its hardware a machine is to be."""
+    """The factors that make a machine slower than its hardware."""
 
     factor: float = 1.0
     throttle: Throttle | None = None
 
     def at(self, step: int) -> float:
-        """Return the factor in a step, the job's first being 0."""
+        """Return the factor in a step. The job's first step is 0."""
         throttled = self.throttle is not None and step >= self.throttle.after_steps
         return self.factor * (self.throttle.factor if throttled and self.throttle is not None else 1.0)
 

@@ -1,1 +1,1 @@
-"""Units, and what people write and read: durations, amounts of memory, addresses."""
+"""Units as people write and read them: durations, amounts of memory, addresses."""

@@ -10,7 +10,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10,
 
 
 def parse_memory(text: str) -> int:
-    """Return the bytes of such as "8GB", "512MiB" or "2e9".
+    """Return the bytes of a text such as "8GB", "512MiB" or "2e9".
 
     Raises:
         ConfigError: the text is no amount of memory.
@@ -26,7 +26,7 @@ def parse_memory(text: str) -> int:
 
 
 def bytes_text(size_bytes: float, digits: int = 3) -> str:
-    """Return bytes for people, in decimal units and with so many significant digits."""
+    """Return bytes as people read them, in decimal units, with the given number of significant digits."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size_bytes >= factor:
             return f"{size_bytes / factor:.{digits}g} {unit}"

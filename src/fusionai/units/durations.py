@@ -13,10 +13,10 @@ _LONG_S = {"years": 365.25 * 86400.0, "d": 86400.0, "h": 3600.0}
 
 
 def parse_duration(text: str, *, name: str) -> float:
-    """Return the seconds of such as "90s", "20min", "1.5h" or "2d".
+    """Return the seconds of a text such as "90s", "20min", "1.5h" or "2d".
 
     Raises:
-        ConfigError: the text is no duration above 0; `name` says whose it is.
+        ConfigError: the text is no duration above 0. The error calls the value `name`.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(ms|s|min|h|d)\s*", text)
     seconds = float(match[1]) * _UNITS_S[match[2]] if match else math.nan
@@ -28,7 +28,7 @@ def parse_duration(text: str, *, name: str) -> float:
 
 
 def duration_text(seconds: float) -> str:
-    """Return seconds for people, in the largest unit of which there are two, or one of milliseconds."""
+    """Return seconds as people read them: in the largest unit that fits at least twice, or in milliseconds."""
     if seconds >= 2 * _UNITS_S["h"]:
         return seconds_text(seconds)
     for unit in ("min", "s"):
@@ -38,7 +38,7 @@ def duration_text(seconds: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """Return seconds for people: from two hours on in the largest of hours, days and years of which there are two."""
+    """Return seconds as people read them; from two hours on in hours, days or years, the largest that fits twice."""
     for unit, length_s in _LONG_S.items():
         if seconds >= 2 * length_s:
             return f"{_three_digits(seconds / length_s)} {unit}"

@@ -1,12 +1,12 @@
-"""Checkpoints of a run: which is the newest, and which may go.
+"""The checkpoints of a run: finds the newest one, and deletes old ones.
 
-They stand in RUN/checkpoints/step-000123. A name with a leading dot is a checkpoint in the making, or on its way out:
+A checkpoint is a folder RUN/checkpoints/step-000123. A name with a leading dot is no complete checkpoint:
 
-    .step-000123.partial     being written
-    .step-000123.replaced    stepping aside for a new one of the same step
-    .step-000123.removed     being deleted
+    .step-000123.partial     is being written
+    .step-000123.replaced    is being replaced by a new one of the same step
+    .step-000123.removed     is being deleted
 
-A crash may leave any of them; whoever comes next cleans up.
+A crash may leave any of them. The next run cleans up.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _steps(parent: Path) -> list[tuple[int, Path]]:
         return []
     for replaced in entries:
         if re.fullmatch(r"\.step-\d+\.replaced", replaced.name):
-            # Reading must work on a disk that cannot be written, too.
+            # Reading must also work on a disk that cannot be written.
             with contextlib.suppress(OSError):
                 restore(replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced")))
     found = ((_STEP.fullmatch(path.name), path) for path in parent.iterdir())
@@ -79,8 +79,8 @@ def latest(run_folder: Path) -> Path | None:
 def prune(run_folder: Path, keep: int) -> list[Path]:
     """Delete all but the newest `keep` complete checkpoints of a run; return what was deleted.
 
-    Also clears what a crash left. Must not run while a checkpoint of the run is being written. What cannot be
-    deleted (a file in use on Windows) stays for the next time.
+    It also removes what a crash left. It must not run while a checkpoint of the run is being written. A file that
+    cannot be deleted (on Windows, a file in use) stays until the next time.
     """
     if keep < 1:
         raise ValueError(f"at least one checkpoint must be kept, got keep={keep}")
@@ -92,7 +92,7 @@ def prune(run_folder: Path, keep: int) -> list[Path]:
         if kept and step < kept[-1]:
             gone = path.with_name(f".{path.name}.removed")
             try:
-                # First out of sight, at once: a half deleted folder must not look like a checkpoint.
+                # Rename it first, in one step: a half deleted folder must not look like a checkpoint.
                 shutil.rmtree(gone, ignore_errors=True)
                 path.rename(gone)
             except OSError as error:

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it is of, and size and hash of every file in it."""
+"""The manifest of a checkpoint: its job, its graph, its step, and the size and hash of every file in it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What `fusionai.json` says. The writer fills in `files` and `checksum`."""
+    """The contents of `fusionai.json`. The writer fills in `files` and `checksum`."""
 
     format: int = FORMAT
     step: int
@@ -34,9 +34,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     graph_hash: str
     """Content hash of the OP-DAG that was trained."""
     files: dict[str, FileRecord] = {}
-    """By path inside the folder, with "/" between parts. The manifest itself is not among them."""
+    """Files by path inside the folder, with "/" between parts. The manifest itself is not among them."""
     checksum: str = ""
-    """SHA-256 of this manifest with an empty checksum, so that damage to itself shows too."""
+    """SHA-256 of this manifest with an empty checksum. It shows damage to the manifest itself."""
 
 
 def sealed(manifest: Manifest, files: dict[str, FileRecord]) -> bytes:
@@ -64,7 +64,7 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
-        # The format first: a newer one may have fields of other types.
+        # Check the format first: a newer one may have fields of other types.
         found = msgspec.json.decode(text, type=_Format).format
         manifest = msgspec.json.decode(text, type=Manifest) if found == FORMAT else None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -110,7 +110,7 @@ class CheckpointReader(_TensorFiles):
 
 
 class WeightFiles(_TensorFiles):
-    """Weights of a folder in the Hugging Face layout, whoever wrote it: one safetensors file, or several."""
+    """Weights of a folder in the Hugging Face layout, written by any program: one safetensors file, or several."""
 
     def __init__(self, folder: Path) -> None:
         """Find the files and read their headers. Raises CheckpointError saying what is missing or damaged."""

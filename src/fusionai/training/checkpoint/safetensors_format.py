@@ -1,7 +1,7 @@
 """The safetensors file format: eight bytes of header length, a JSON header, then the tensors without gaps.
 
-Written here rather than by the library because the library wants all tensors of a file at once, and a checkpoint's
-tensors arrive one at a time, in any order.
+This module writes the format itself, because the safetensors library needs all tensors of a file at once, but the
+tensors of a checkpoint arrive one at a time, in any order.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor stands in a file."""
+    """The place of a tensor in a file."""
 
     word: str
-    """Element type as the format spells it; it need not be one that FusionAI knows."""
+    """Element type in the format's spelling. FusionAI need not know it."""
     shape: tuple[int, ...]
     start: int
-    """Byte in the file, the header included."""
+    """First byte in the file, counted with the header."""
     stop: int
 
     @property
@@ -77,7 +77,7 @@ class _TensorEntry(msgspec.Struct):
 
 
 def make_header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, Place]]:
-    """Return the bytes before the tensors, and where each tensor is to be written.
+    """Return the bytes before the tensors, and the place of each tensor.
 
     Tensors with larger elements come first, so that each starts at a multiple of its element's size. Raises
     ValueError when two tensors have one name.
@@ -105,10 +105,10 @@ def make_header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, Place]]:
 
 
 def read_header(path: Path) -> dict[str, Place]:
-    """Return where each tensor of a file stands.
+    """Return the place of each tensor of a file.
 
-    Raises CheckpointError when the file is missing or cut short, or its header is not one; nothing is allocated
-    for what a damaged header claims.
+    Raises CheckpointError when the file is missing or cut short, or its header is damaged. A damaged header cannot make
+    it allocate much memory.
     """
     try:
         size = path.stat().st_size

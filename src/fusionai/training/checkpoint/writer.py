@@ -1,4 +1,4 @@
-"""Writing a checkpoint: tensors go to their places on disk as they arrive; the folder appears when all are there."""
+"""Writes a checkpoint: tensors go to their places on disk as they arrive. The folder appears when all are there."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ log = logging.getLogger(__name__)
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}\.safetensors")
 
 _SPARE_BYTES = 1 << 20
-"""Room for what stands beside the weights (configuration, index, manifest) when free space is checked."""
+"""Bytes that the check of free space allows for files besides the weights (configuration, index, manifest)."""
 
 
 class CheckpointWriter:
-    """Writes one checkpoint, into a hidden folder beside its place; `commit` renames it there, `abort` removes it.
+    """Writes one checkpoint into a hidden folder beside its final place. `commit` renames it, `abort` removes it.
 
-    No more than one tensor is in memory. A crash at any moment leaves earlier checkpoints as they were. All methods
-    block; they may be called from any thread, and wait for each other.
+    At most one tensor is in memory. A crash at any moment leaves earlier checkpoints as they were. All methods block.
+    They may be called from any thread, and wait for each other.
     """
 
     def __init__(self, folder: Path, specs: Mapping[str, Sequence[TensorSpec]]) -> None:
-        """Lay out the shards: `specs` says which tensors each holds, by the shard's path inside the folder.
+        """Lay out the shards. `specs` gives the tensors of each shard, by the shard's path inside the folder.
 
         Raises StorageError when the disk has not enough space, or cannot be written.
         """
@@ -82,7 +82,7 @@ class CheckpointWriter:
         for shard, header in headers.items():
             path = self._partial / shard
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: each tensor is one write, and a refusal comes from the call that caused it.
+            # Unbuffered: each tensor is one write, so a refusal comes from the call that caused it.
             file = path.open("wb", buffering=0)
             self._files[shard] = file
             _write_all(file, header)
@@ -122,9 +122,9 @@ class CheckpointWriter:
                 write_files(self._partial)
 
     def commit(self, manifest: Manifest) -> None:
-        """Finish: flush everything to the disk, then let the checkpoint appear, in place of one of the same name.
+        """Flush everything to the disk, then make the checkpoint appear. It replaces a checkpoint of the same name.
 
-        Raises CheckpointError when a tensor has not come, and StorageError when the disk refuses; then `abort`.
+        Raises CheckpointError when a tensor has not come, and StorageError when the disk refuses. Call `abort` then.
         """
         with self._lock:
             self._require_open()
@@ -173,7 +173,7 @@ class CheckpointWriter:
         shutil.rmtree(replaced, ignore_errors=True)
 
     def abort(self) -> None:
-        """Give up and remove what was written. Does nothing after `commit`, or a second time."""
+        """Remove what was written. Does nothing after `commit`, or when called a second time."""
         with self._lock:
             if self._state != "open":
                 return
@@ -193,7 +193,7 @@ class CheckpointWriter:
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
-        """Turn what the system says into a StorageError with the figures."""
+        """Turn an error of the operating system into a StorageError with the needed and the free bytes."""
         try:
             yield
         except OSError as error:
@@ -233,7 +233,7 @@ def _flush(path: Path) -> None:
 
 
 def _flush_folder(path: Path) -> None:
-    """Make renames and new names in a folder durable, where the system can (Windows cannot open folders)."""
+    """Make renames and new files of a folder durable, where the system can do so (Windows cannot open folders)."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""What a job's driver needs of its data: microbatches by step and index, and held-out ones."""
+"""The data of a job as its driver reads it: microbatches by step and index, and held-out microbatches."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from fusionai.errors import DataError
 from fusionai.tensor import ITEM_BYTES, DType, TensorData
 
 Batch = Mapping[str, TensorData]
-"""One microbatch: a tensor for each input of the graph that is not derivable, by the input's name."""
+"""One microbatch: tensors by input name, for every input of the graph but positions, which stages derive."""
 
 ArrayFunction = Callable[[int, int], Mapping[str, Any]]
 """A user's data: from step and index to torch tensors or numpy arrays by input name."""
 
 
 class Batches(Protocol):
-    """A job's data. Both methods block, and are called from any thread, one call at a time."""
+    """A job's data. Both methods block. They may be called from any thread, one call at a time."""
 
     def microbatch(self, step: int, index: int) -> Batch:
-        """Return a microbatch: the same content whenever it is asked for the same step and index."""
+        """Return a microbatch. The same step and index always give the same content."""
 
     def heldout(self) -> Sequence[Batch]:
-        """Return the microbatches to evaluate on; none where nothing is held out."""
+        """Return the microbatches to evaluate on. There are none when nothing is held out."""
 
 
 class TensorBatches:
@@ -72,7 +72,7 @@ def tensor_data(value: Any, name: str) -> TensorData:
     if array.dtype.name not in ITEM_BYTES:
         raise DataError(f"{name} has dtype {array.dtype.name}; convert it to one of {', '.join(ITEM_BYTES)}")
     little = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
-    # A copy on purpose: a user's function may fill the same array again for the next microbatch.
+    # Copied, because a user's function may fill the same array again for the next microbatch.
     return TensorData(cast(DType, array.dtype.name), array.shape, little.tobytes())
 
 

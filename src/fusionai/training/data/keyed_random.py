@@ -1,4 +1,4 @@
-"""Randomness that is a pure function of what it is for: no state, any element at once.
+"""Random numbers as a pure function of their purpose: no state, and any element can be computed directly.
 
 The bits come from Philox and BLAKE2 alone, which are the same on every machine and in every version of numpy.
 """
@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 _ROUNDS = 6
-"""Of the Feistel network. Four already make it a good permutation; two more cost next to nothing."""
+"""Rounds of the Feistel network. Four already give a good permutation; two more cost almost nothing. With fewer than
+four, the order of blocks would show patterns."""
 
 
 def _key(*purpose: int | str) -> bytes:
-    """Return 16 bytes from what the randomness is for, such as ("mask", seed, step)."""
+    """Return 16 bytes that depend on the purpose of the random numbers, such as ("mask", seed, step)."""
     return hashlib.blake2b("/".join(map(str, purpose)).encode(), digest_size=16).digest()
 
 
@@ -27,7 +28,7 @@ def uniform_bits(count: int, *purpose: int | str) -> npt.NDArray[np.uint64]:
 
 
 class Permutation:
-    """A pseudo-random order of 0..size-1 that takes no memory: a Feistel network, walked until inside the range."""
+    """A pseudo-random order of 0..size-1 that takes no memory: a Feistel network, repeated until inside the range."""
 
     def __init__(self, size: int, *purpose: int | str) -> None:
         """`size` is at most 2**62; the order depends on it and on `purpose` only."""
@@ -41,8 +42,8 @@ class Permutation:
     def __getitem__(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the elements at these positions."""
         values = self._walk(positions.astype(np.uint64))
-        # The network permutes a power of four; an element outside the range goes round again. At most
-        # three of four are outside, so this ends after a few rounds.
+        # The network permutes a power of four. An element outside the range goes through the network again. At most
+        # three of four elements are outside, so a few repetitions suffice.
         while (outside := values >= self.size).any():
             values[outside] = self._walk(values[outside])
         return values.astype(np.int64)
@@ -63,5 +64,5 @@ def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(size: int, seed: int, epoch: int) -> Permutation:
-    """Return the order of `size` blocks in an epoch; the last few are kept, as steps ask for one over and over."""
+    """Return the order of `size` blocks in one pass over the data. The last few are kept for further steps."""
     return Permutation(size, "epoch", seed, epoch)

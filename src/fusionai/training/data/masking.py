@@ -1,4 +1,4 @@
-"""Masking for masked language models, as BERT's: which tokens to guess, and what stands in their place."""
+"""Masking for masked language models, as in BERT: which tokens to guess, and what stands in their place."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Masking:
     mask_token: int
     vocabulary_size: int
     special_tokens: tuple[int, ...]
-    """Never to be guessed."""
+    """Tokens that the model never has to guess."""
     share: float = 0.15
 
     def __post_init__(self) -> None:
@@ -32,13 +32,13 @@ class Masking:
             raise ValueError(f"mask token {self.mask_token} is outside a vocabulary of {self.vocabulary_size}")
 
     def apply(self, tokens_BT: Ids, *purpose: int | str) -> tuple[Ids, Ids]:
-        """Return inputs and labels, both (B, T) int64; which tokens are chosen depends on `purpose` only.
+        """Return inputs and labels, both (B, T) int64. The choice of tokens depends on `purpose` only.
 
-        Every sequence has at least one token to guess, or its mean loss would be 0/0.
+        Every sequence has at least one token to guess. Without one its mean loss would be 0/0.
         """
         draws = uniform_bits(3 * tokens_BT.size, "mask", *purpose).reshape(3, *tokens_BT.shape)
         chance_BT, fate_BT = (draws[:2] >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        # Special tokens come last in the order of who is chosen, so they are only if there is nothing else.
+        # Special tokens come last in the order of choice, so they are chosen only if there is nothing else.
         chance_BT += np.isin(tokens_BT, self.special_tokens)
         first_B1 = chance_BT.argmin(axis=1, keepdims=True)
         chosen_BT = chance_BT < self.share

@@ -1,7 +1,7 @@
 """Packed text: documents as one long row of tokens on disk, cut into blocks of one length.
 
-A batch is found by arithmetic alone: the blocks of a step depend on seed, step and index, and no iterator has a
-state to save. Every block is seen once in an epoch. Every `period`-th block is held out and never trained on.
+The blocks of a batch are computed from seed, step and index, so no iterator has a state that must be saved. Every block
+is used once in each pass over the data. Every `period`-th block is held out and never trained on.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BUFFER_TOKENS = 1 << 18
-"""Tokens gathered before they are written."""
+"""Tokens that are collected before they are written. More of them take more memory; fewer make more writes."""
 
 
 def pack_documents(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, path: Path) -> int:
     """Tokenize documents into a .npy file of uint16 (uint32 for a larger vocabulary); return how many tokens.
 
-    Each document is followed by the end token. The file appears at `path` only when it is complete; no more than
-    one long document and a buffer of tokens is in memory. Raises StorageError when the disk refuses.
+    Each document is followed by the end token. The file appears at `path` only when it is complete. At most one long
+    document and a buffer of tokens are in memory. Raises StorageError when the disk refuses a write.
     """
     dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
     partial = path.with_name(f".{path.name}.partial")
@@ -47,7 +47,7 @@ def pack_documents(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase,
                     file.write(tokens.data)
                     count += len(tokens)
                 file.seek(0)
-                # The header is padded for any length, so it can be written again over itself.
+                # numpy pads the header, so it has the same size for any length and can be overwritten.
                 if _write_header(file, dtype, count) != start:
                     raise AssertionError("the header of a .npy file has changed its length")
             partial.replace(path)
@@ -77,7 +77,7 @@ def _arrays(rows: Iterable[list[int]], dtype: np.dtype[np.generic]) -> Iterable[
 
 
 class PackedText:
-    """Blocks of a packed text, as batches. The tokens stay on disk; only those asked for are read."""
+    """Blocks of a packed text, as batches. The tokens stay on disk, and only the needed ones are read."""
 
     def __init__(
         self,
@@ -87,10 +87,10 @@ class PackedText:
         heldout_fraction: float = 0.02,
         masking: Masking | None = None,
     ) -> None:
-        """Open what `pack_documents` wrote. With `masking`, batches are for a masked language model.
+        """Open a file that `pack_documents` wrote. With `masking`, batches are for a masked language model.
 
         About `heldout_fraction` of the blocks is held out: one in round(1 / fraction), and at least one. Raises
-        DataError when the text is too short for one block to train on and, where some are held out, one of those.
+        DataError when the text is too short for one training block and, if some are held out, one held-out block.
         """
         if sequence_length < 1:
             raise ValueError(f"sequence_length must be at least 1, got {sequence_length}")
@@ -128,14 +128,14 @@ class PackedText:
         )
 
     def __len__(self) -> int:
-        """Sequences to train on in an epoch."""
+        """Sequences to train on in one pass over the data."""
         return self.training_blocks
 
     def microbatch(self, seed: int, step: int, index: int, *, microbatches: int, batch_size: int) -> Batch:
         """Return microbatch `index` of a step: `input_ids` and `labels`, both int64 (batch_size, sequence_length).
 
         The content depends on the arguments and the text only. For a causal model the labels are the inputs (the
-        model shifts them); for a masked one they are -100 but where a token is to be guessed.
+        model shifts them). For a masked model a label is -100, except where the token is to be guessed.
         """
         if not 0 <= index < microbatches:
             raise ValueError(f"microbatch {index} is outside a step of {microbatches}")
@@ -147,14 +147,14 @@ class PackedText:
             inside = epochs == epoch
             chosen[inside] = epoch_order(self.training_blocks, seed, int(epoch))[places[inside]]
         if self._period:
-            # After every period - 1 blocks to train on stands one that is held out: step over them.
+            # After every period - 1 training blocks comes a held-out block, which is skipped.
             chosen += chosen // (self._period - 1)
         return self._batch(chosen, seed, step, index)
 
     def heldout_batches(self, batch_size: int, limit: int) -> list[Batch]:
         """Return at most `limit` batches spread evenly over the held-out blocks, the same ones every time.
 
-        All have `batch_size` sequences; where there are fewer held-out blocks, they repeat to fill one batch.
+        Every batch has `batch_size` sequences. If there are fewer held-out blocks than that, blocks repeat.
         """
         if not self.heldout_blocks or limit < 1:
             return []

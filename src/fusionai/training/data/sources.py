@@ -21,12 +21,12 @@ TEXT_SUFFIXES = frozenset(
     {".c", ".cpp", ".go", ".h", ".htm", ".html", ".java", ".jl", ".js", ".jsonl", ".md", ".ndjson", ".py"}
     | {".rs", ".rst", ".sh", ".sql", ".tex", ".text", ".ts", ".txt", ".xml"}
 )
-"""Files of a folder that are read; others (images, archives) are passed over."""
+"""Endings of the files of a folder that are read. Other files (images, archives) are skipped."""
 
 JSON_LINES_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 
 PIECE_CHARACTERS = 1 << 18
-"""A text file longer than this is given as several documents, cut at line ends, so none fills the memory."""
+"""A text file longer than this becomes several documents, cut at line ends, so that none of them fills the memory."""
 
 LINE_BYTES = 16 << 20
 """The longest line of a .jsonl file."""
@@ -39,9 +39,9 @@ def text_documents(source: str, *, field: str = "text") -> Iterator[str]:
     """Return the documents of a source: a text file, a folder (recursive), a .jsonl file or "stdlib".
 
     Files are read as UTF-8 and line ends become "\\n"; `field` is the field of each JSON object that holds the text.
-    Files of a folder come in the order of their paths; names with a leading dot are passed over. Documents of
-    white space only are left out. Raises DataError at once when the source does not exist, and while reading when
-    a file cannot be decoded (naming file and line), or when the source turns out to hold no text at all.
+    Files of a folder come in the order of their paths. Names with a leading dot are skipped, and so are documents of
+    white space only. Raises DataError at once when the source does not exist. Raises it while reading when a file
+    cannot be decoded (the error names file and line), and when the source has no text at all.
     """
     if source == STANDARD_LIBRARY:
         return _documents(_standard_library_files(), "the standard library", field)
@@ -74,7 +74,7 @@ def _folder_files(folder: Path) -> list[Path]:
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         return not hidden and path.suffix.lower() in TEXT_SUFFIXES and path.is_file()
 
-    # By parts, not by Path: its order depends on the system's path separator and case rules.
+    # Sorted by parts: the order of Path objects depends on the system's path separator and case rules.
     files = sorted(filter(readable, folder.rglob("*")), key=lambda path: path.relative_to(folder).parts)
     if not files:
         raise DataError(
@@ -85,7 +85,7 @@ def _folder_files(folder: Path) -> list[Path]:
 
 
 def _standard_library_files() -> list[Path]:
-    """Return the library's modules, without tests and what a distribution adds or builds."""
+    """Return the library's modules, without tests and without files that a distribution adds or builds."""
     folder = Path(sysconfig.get_path("stdlib"))
 
     def part_of_library(path: Path) -> bool:
@@ -112,7 +112,7 @@ def _text_pieces(path: Path) -> Iterator[str]:
             try:
                 held += decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                # The decoder may have held back some bytes of the block before: they hold no line end.
+                # The decoder may still hold some bytes of the block before. They contain no line end.
                 line = lines + error.object[: error.start].count(b"\n")
                 raise DataError(_not_utf8(path, line, error)) from error
             if not block:
@@ -152,7 +152,7 @@ def _field_of(text: str, field: str, place: str) -> str:
     value = record[field]
     if not isinstance(value, str):
         raise DataError(f"{place}: the field {field!r} must be text, is a {type(value).__name__}")
-    # JSON can hold half a surrogate pair, which is no text that a tokenizer takes.
+    # JSON can contain half of a surrogate pair, which no tokenizer accepts.
     return value.encode("utf-8", "replace").decode() if "\\u" in text else value
 
 

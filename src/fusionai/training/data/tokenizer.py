@@ -1,4 +1,4 @@
-"""Tokenizers: one of the Hugging Face format, or one trained on the job's own text."""
+"""Tokenizers: loaded from the Hugging Face format, or trained on the job's own text."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ log = logging.getLogger(__name__)
 END = "<|endoftext|>"
 MASK = "<|mask|>"
 END_ID = 0
-"""Of `END`, in every tokenizer that is trained here."""
+"""Id of `END` in every tokenizer that is trained here."""
 
 LEAST_VOCABULARY = 258
-"""Every byte, the end of a document, and the mask: with these any text can be tokenized."""
+"""Tokens for every byte, the end of a document, and the mask. With these any text can be tokenized."""
 
 TRAINING_CHARACTERS = 4_000_000
-"""How much text a tokenizer is trained on. More costs seconds and hardly changes the merges."""
+"""Characters of text that a tokenizer is trained on. More of them cost seconds and hardly change the merges; with much
+less the merges fit the rest of the text badly."""
 
 _HUB_NAME = re.compile(r"(?:[\w.-]+/)?[\w.-]+")
 
@@ -69,7 +70,7 @@ def _load(name: str, place: str, remedy: str, *, local: bool) -> PreTrainedToken
 
 
 def _hub_resolves() -> bool:
-    """Tell whether it is worth asking the hub: its address resolves, or a proxy does that for us."""
+    """Return whether the hub may be reachable: its address resolves, or a proxy resolves it."""
     from huggingface_hub import constants
 
     host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
@@ -85,9 +86,9 @@ def _hub_resolves() -> bool:
 def train_tokenizer(documents: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with an end-of-document (id 0) and a mask token (id 1).
 
-    Uses the first TRAINING_CHARACTERS of the text; the same text gives the same tokenizer. The vocabulary is
-    smaller than asked where the text has no more pairs to merge. Raises DataError when there is no text, or
-    the vocabulary could not hold every byte.
+    Uses the first TRAINING_CHARACTERS of the text. The same text gives the same tokenizer. The vocabulary is smaller
+    than `size` where the text has no more pairs to merge. Raises DataError when there is no text, or when the
+    vocabulary is too small for all bytes.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -127,7 +128,7 @@ def _first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id that ends a document: of the end-of-text token, or of BERT's separator.
+    """Return the id of the token that ends a document: the end-of-text token, or BERT's separator.
 
     Raises DataError when the tokenizer has neither.
     """
@@ -138,7 +139,7 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def masking(tokenizer: PreTrainedTokenizerBase) -> Masking:
-    """Return how this tokenizer's sequences are masked for a masked language model.
+    """Return the masking of this tokenizer's sequences for a masked language model.
 
     Raises DataError when the tokenizer has no mask token.
     """
@@ -154,12 +155,12 @@ def masking(tokenizer: PreTrainedTokenizerBase) -> Masking:
 
 
 CHARACTERS_AT_ONCE = 1 << 19
-"""Text given to the tokenizer in one call: enough for its threads, little enough for the memory (an encoding in the
-making takes some hundred bytes a token)."""
+"""Characters given to the tokenizer in one call: enough for its threads, and few enough for the memory (an unfinished
+encoding takes some hundred bytes a token)."""
 
 
 def token_ids(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Yield each document's token ids, ended by the end token. Text that spells a special token stays text."""
+    """Yield each document's token ids and the end token. Text that looks like a special token stays text."""
     end = end_token(tokenizer)
     for group in _groups(documents, CHARACTERS_AT_ONCE):
         encoded = tokenizer(
