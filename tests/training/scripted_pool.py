@@ -85,6 +85,12 @@ class Seen:
     """The other end of a message; "" for a transition of the ledger."""
 
 
+class _Numbered(msgspec.Struct):
+    """What a message says of its round."""
+
+    round: int = -1
+
+
 class Faults:
     """What a script does at which point, and the points that the run has come by."""
 
@@ -224,11 +230,11 @@ class ScriptedPool:
             closing = asyncio.ensure_future(driver.close("the test is over"))
             await asyncio.wait({closing}, timeout=5)
             closing.cancel()  # on a dead machine it waits for ever
-        if self.owner.alive:
-            await self.until(lambda: not self.holding(), within_s=5)
         for machine in self.machines.values():
             for host in machine.hosts.values():
                 await host.close("the test is over")
+        await self.until(lambda: not self.holding(), within_s=5)  # a share that is ending already
+        for machine in self.machines.values():
             await machine.endpoint.close()
         await asyncio.sleep(0)
         left = asyncio.all_tasks() - {asyncio.current_task()} - self._callers
@@ -254,8 +260,11 @@ class ScriptedPool:
         if message.frame.name in ("ANSWER", "FAILURE"):
             self.faults.come_by(machine, f"{verb} answer to {kind}", -1, other)
         else:
-            header = msgspec.msgpack.decode(message.content)
-            self.faults.come_by(machine, f"{verb} {kind}", header.get("round", -1), other)
+            try:
+                number = msgspec.msgpack.decode(message.content, type=_Numbered).round
+            except msgspec.MsgspecError:
+                number = -1  # a test sends nonsense
+            self.faults.come_by(machine, f"{verb} {kind}", number, other)
 
     # --- jobs -------------------------------------------------------------------------------------------------
 
