@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fake_plane import FakePlane, FakeProgram
+from fusionai.training.wire import JobWire
 from toy_pipelines import OPTIONS, OWNER, STATES, Pipeline, Start, batch
 
 from fusionai.errors import NetworkError
@@ -40,7 +41,6 @@ from fusionai.training.driver import Driver, Machine, RoundResult
 from fusionai.training.messages import Assignment, Neighbour
 from fusionai.training.scripted_compute import ScriptedCompute, Transition
 from fusionai.training.stage_host import StageHost
-from fusionai.training.wire import JobWire
 
 JOB = JobId("toy")
 LAN = LabConfig(default=EmulatedLink(rate_mbit=800, one_way_ms=1.0))
