@@ -21,6 +21,7 @@ from fusionai.graph.model import ValueName, WeightKey
 from fusionai.network.clock import now_s, run_scripted
 from fusionai.network.identity import PeerId
 from fusionai.network.limits import Limits
+from fusionai.pool.contacts import LINK_TIMEOUT_S
 from fusionai.pool.identifiers import FIRST_EPOCH, JobEpoch
 from fusionai.tensor import TensorData
 from fusionai.training.messages import (
@@ -40,7 +41,7 @@ from fusionai.training.messages import (
     TiedGradient,
     WeightTensor,
 )
-from fusionai.training.stage_host import LINK_TIMEOUT_S, NEIGHBOUR_GRACE_S, StageHost
+from fusionai.training.stage_host import NEIGHBOUR_GRACE_S, StageHost
 from fusionai.training.weight_traffic import LOAD_TIMEOUT_S
 
 A, B, C, DRIVER = peer_of("a"), peer_of("b"), peer_of("c"), peer_of(OWNER)
@@ -139,7 +140,7 @@ async def stage(**options: Any) -> AsyncIterator[Stage]:
             other = pool.machines[name]
             await other.endpoint.connect(B, [b.address], timeout_s=5)
             await b.endpoint.wait_for_link(other.peer, 5)
-        host = await b.hold(pool.assignment(three_machines(), "b"), **options)
+        host = await b.hold(*pool.assignment(three_machines(), "b"), **options)
         made = Stage(pool, host)
         try:
             yield made
@@ -655,7 +656,7 @@ def test_weights_larger_than_the_machine_make_no_program() -> None:
     async def main() -> None:
         async with ScriptedPool(OWNER, "a", "b", "c") as pool:
             with pytest.raises(JobError, match="this machine offers 10"):
-                await pool.machines["b"].hold(pool.assignment(three_machines(), "b"), limit_bytes=10)
+                await pool.machines["b"].hold(*pool.assignment(three_machines(), "b"), limit_bytes=10)
             assert not pool.machines["b"].plane.programs
 
     run_scripted(main())
@@ -671,7 +672,7 @@ def test_a_program_that_cannot_be_made_leaves_nothing() -> None:
             b = pool.machines["b"]
             b.plane.on_call = on_call
             with pytest.raises(GraphError, match="no such operator here"):
-                await b.hold(pool.assignment(three_machines(), "b"))
+                await b.hold(*pool.assignment(three_machines(), "b"))
             assert not pool.holding()
 
     run_scripted(main())
@@ -680,7 +681,7 @@ def test_a_program_that_cannot_be_made_leaves_nothing() -> None:
 def test_a_neighbour_that_never_links_is_named() -> None:
     async def main() -> None:
         async with ScriptedPool(OWNER, "a", "b", "c") as pool:
-            host = await pool.machines["b"].hold(pool.assignment(three_machines(), "b"))
+            host = await pool.machines["b"].hold(*pool.assignment(three_machines(), "b"))
             began_s = now_s()
             with pytest.raises(PeerTimeout, match=r"no link to compnode a: .* has not connected within 30 s"):
                 await host.connect()  # a is the one that dials
