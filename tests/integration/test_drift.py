@@ -180,7 +180,7 @@ def test_a_compnode_killed_in_the_middle_of_a_hand_over_ends_the_job_clearly(tmp
 
             def handing_over() -> bool:
                 """Whether a further plan is held, and no step has come for long."""
-                assert owner.poll() is None, owner.communicate(timeout=10)
+                assert owner.poll() is None, owner.communicate(timeout=250)
                 metrics = folder / "metrics.jsonl"
                 if not metrics.exists() or time.time() - metrics.stat().st_mtime < 1.5:
                     return False
