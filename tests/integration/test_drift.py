@@ -19,6 +19,7 @@ from torch import nn
 import fusionai
 from fusionai.cli.lab_file import read_lab
 from fusionai.execution.plane import OptimizerConfig
+from fusionai.owner.local_pool import LocalPool
 from fusionai.owner.membership import OwnerOptions
 from fusionai.owner.replanning import ReplanEvent
 from fusionai.owner.training_run import Observer, StepEvent
