@@ -6,13 +6,15 @@ Property tests draw the same examples on every run, so that a red run comes of a
 import os
 import signal
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Before torch is imported, here and in the processes that tests start: several of them run at a time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-settings.register_profile("fixed", derandomize=True)
-settings.register_profile("random", derandomize=False, print_blob=True)
+# No example has a deadline: what it takes depends on what else the machine does.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("fixed", patient, derandomize=True)
+settings.register_profile("random", patient, derandomize=False, print_blob=True)
 settings.load_profile("fixed")
 
 # A script's background jobs ignore interrupts, and so would the processes that tests start and interrupt.

@@ -105,4 +105,4 @@ def test_imports_without_torch(package: str) -> None:
         "for name in ('torch', 'transformers'): sys.modules[name] = None\n"
         f"for name in {modules!r}: importlib.import_module(name)\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=250)

@@ -24,6 +24,7 @@ import fusionai
 from fusionai.cli.main import _parser
 from fusionai.errors import ConfigError
 from fusionai.training.config import JobConfig, job_from, parse_job, read_job
+from quick_pool import PATIENCE_S, QuickPool
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")])
@@ -273,27 +274,34 @@ def test_examples_import_and_use_the_public_api_only(path: Path) -> None:
             assert node.attr in fusionai.__all__
 
 
-def run_example(path: Path, folder: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, str(path), "--steps", "2", "--run", str(folder / "run")],
-        cwd=folder,
-        env={**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder), "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "trained on" in result.stdout
+def assert_trained(folder: Path, said: str) -> None:
+    assert "trained on" in said
     records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2]
     assert (folder / "run/checkpoints/step-000002/model.safetensors").exists()
 
 
 def test_an_example_runs(tmp_path: Path) -> None:
-    run_example(ROOT / "examples/train_cnn.py", tmp_path)
+    """As users run it: in a process of its own, which starts those of its pool."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "examples/train_cnn.py"), "--steps", "2", "--run", str(tmp_path / "run")],
+        cwd=tmp_path,
+        env={**os.environ, "HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_trained(tmp_path, result.stdout)
 
 
 @pytest.mark.parametrize("path", [each for each in EXAMPLES if each.stem != "train_cnn"], ids=name_of)
-def test_the_other_examples_run(path: Path, tmp_path: Path) -> None:
-    run_example(path, tmp_path)
+def test_the_other_examples_run(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fusionai, "local_pool", QuickPool, raising=False)
+    monkeypatch.setattr(sys, "argv", [str(path), "--steps", "2", "--run", str(tmp_path / "run")])
+    load(path).main()
+    assert_trained(tmp_path, capsys.readouterr().out)

@@ -136,7 +136,7 @@ def observer_of(token: str, name: str = "observer", **config: Any) -> AbstractAs
 
 async def status(member: PoolMember) -> Status:
     """Ask the broker."""
-    return await member.request(StatusQuery(), Status, timeout_s=5)
+    return await member.request(StatusQuery(), Status, timeout_s=60)
 
 
 def first_plan(launched: JobLaunched) -> JobEpoch:

@@ -100,9 +100,9 @@ def test_a_job_from_launch_to_end(tmp_path: Path) -> None:
             await until(shown)
             with pytest.raises(JobError, match="weights"):
                 await party.owner.wire.request(
-                    party.a.identity.peer_id, FinishLoading(launched.job, FIRST_EPOCH, 0, 0), timeout_s=5
+                    party.a.identity.peer_id, FinishLoading(launched.job, FIRST_EPOCH, 0, 0), timeout_s=60
                 )
-            await party.owner.request(JobEnded(launched.job, "finished", ""), None, timeout_s=5)
+            await party.owner.request(JobEnded(launched.job, "finished", ""), None, timeout_s=60)
             assert await party.states() == IDLE
             await until(lambda: not party.a.holds and not party.b.holds)
             again = await submit(party.owner, cuts=(1,))
@@ -138,7 +138,7 @@ def test_what_cannot_be_launched(tmp_path: Path) -> None:
             with pytest.raises(ProtocolError, match="microbatches"):
                 await submit(party.owner, microbatches=0)
             with pytest.raises(ProtocolError, match="owns no job"):
-                await party.a.request(JobEnded(JobId("none"), "failed", ""), None, timeout_s=5)
+                await party.a.request(JobEnded(JobId("none"), "failed", ""), None, timeout_s=60)
             await until_idle(party)
             # The owner is still welcome after all that.
             await submit(party.owner, cuts=(2,))
@@ -270,7 +270,7 @@ def test_a_running_job_survives_the_brokers_restart(tmp_path: Path) -> None:
                 assert broker.status().jobs[-1].state == "running"
                 assert held(a) == held(b) == [first_plan(launched)]
                 await until(lambda: owner.name and broker.status().jobs[-1].state == "running")
-                await owner.request(JobEnded(launched.job, "finished", ""), None, timeout_s=5)
+                await owner.request(JobEnded(launched.job, "finished", ""), None, timeout_s=60)
                 assert {each.state for each in broker.status().compnodes} == {"idle"}
 
     asyncio.run(main())

@@ -70,7 +70,7 @@ def test_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             assert (await party.take()).error is None
             await party.steps(1)
         await party.steps(1)
-        await party.owner.request(JobEnded(party.launched.job, "finished", ""), None, timeout_s=5)
+        await party.owner.request(JobEnded(party.launched.job, "finished", ""), None, timeout_s=60)
         assert await party.states() == dict.fromkeys("abc", "idle")
 
     losses, _ = run(tmp_path / "one", monkeypatch, lambda party: ended(party, course))
@@ -166,7 +166,7 @@ def test_a_newcomer_that_goes_before_the_hand_over(tmp_path: Path, monkeypatch: 
         assert (await party.take()).error is not None
         assert prepared.epoch is not None
         with pytest.raises(JobError, match=r"no plan .* is prepared"):
-            await party.owner.request(SwitchPlan(party.launched.job, prepared.epoch), None, timeout_s=5)
+            await party.owner.request(SwitchPlan(party.launched.job, prepared.epoch), None, timeout_s=60)
         await party.steps(3)
 
     assert run(tmp_path / "one", monkeypatch, course) == run(tmp_path / "other", monkeypatch, undisturbed)
@@ -213,22 +213,22 @@ def test_weights_come_only_from_whom_the_owner_named(tmp_path: Path, monkeypatch
                 await party.owner.wire.request(
                     c.identity.peer_id,
                     InheritWeights(party.launched.job, prepared.epoch, {key: party.peer("a")}),
-                    timeout_s=5,
+                    timeout_s=60,
                 )
             with pytest.raises(ProtocolError, match="no machine of this job"):
                 await party.owner.wire.request(
                     c.identity.peer_id,
                     InheritWeights(party.launched.job, prepared.epoch, dict.fromkeys(named, "f" * 64)),
-                    timeout_s=5,
+                    timeout_s=60,
                 )
             await party.owner.wire.request(
-                c.identity.peer_id, InheritWeights(party.launched.job, prepared.epoch, named), timeout_s=5
+                c.identity.peer_id, InheritWeights(party.launched.job, prepared.epoch, named), timeout_s=60
             )
             with pytest.raises(ProtocolError, match="which is not the driver"):
                 await party.members[party.second].wire.request(
                     c.identity.peer_id,
                     HandOverWeights(party.launched.job, prepared.epoch, prepared.epoch, {}),
-                    timeout_s=5,
+                    timeout_s=60,
                 )
             host = c.hosting.host(JobEpoch(party.launched.job, prepared.epoch))
             assert host is not None

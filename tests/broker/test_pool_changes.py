@@ -220,7 +220,7 @@ def test_a_leaving_machine_is_no_candidate_for_a_new_job(tmp_path: Path, monkeyp
 def test_only_compnodes_are_relieved_and_only_owners_decline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def course(party: Party) -> None:
         with pytest.raises(ProtocolError, match="only compnodes hold what others could take"):
-            await party.owner.request(WishToLeave("x"), None, timeout_s=5)
+            await party.owner.request(WishToLeave("x"), None, timeout_s=60)
         party.members["c"].tell(DeclineReplan(party.launched.job, "it is not its job"))
         waiting = asyncio.create_task(party.members["a"].relieve("the test wants it", 1.0))
         await asyncio.sleep(0.3)

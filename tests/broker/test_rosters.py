@@ -40,7 +40,7 @@ def test_a_job_goes_on_under_a_later_epoch(tmp_path: Path, monkeypatch: pytest.M
             assert host.share is share
         machine = party.members["a"].identity.peer_id
         with pytest.raises(ProtocolError, match=r"epoch 0 of job .* no part in"):
-            await party.owner.wire.request(machine, PullWeights(first.job, FIRST_EPOCH, ()), timeout_s=5)
+            await party.owner.wire.request(machine, PullWeights(first.job, FIRST_EPOCH, ()), timeout_s=60)
         stale = BeginRound(first.job, FIRST_EPOCH, 0, 0, True, {"s0": 2}, (1.0,))
         await party.owner.wire.notify(machine, stale)
         party.replanning.driver = party.make_driver(LATER, first.machines)

@@ -24,7 +24,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
         "assert not {'torch', 'transformers', 'numpy', 'rich', 'cryptography'} & sys.modules.keys()\n"
         "assert len(sys.modules) < 250, len(sys.modules)"  # 155, which load in 0.1 s on an idle machine
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=100)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=250)
     assert all(name in result.stdout for name in COMMANDS)
 
 

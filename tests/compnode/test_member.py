@@ -39,7 +39,7 @@ def test_a_listening_member_admits_only_whom_the_broker_names(tmp_path: Path) ->
             one.probes._expected.clear()
             assert one.address is not None
             with pytest.raises(AuthenticationError, match="only from machines of a job"):
-                await other.endpoint.connect(one.identity.peer_id, [one.address], timeout_s=5)
+                await other.endpoint.connect(one.identity.peer_id, [one.address], timeout_s=60)
         finally:
             for member in members:
                 await member.close()
@@ -61,7 +61,7 @@ def test_another_key_in_the_brokers_place_is_final(tmp_path: Path) -> None:
         usurper = Broker(Identity.ephemeral(), tmp_path / "second", port=port)
         await usurper.start()
         with pytest.raises(AuthenticationError, match="was to be reached"):
-            await asyncio.wait_for(member.wait_ended(), 20 * FIRST_PAUSE_S)
+            await asyncio.wait_for(member.wait_ended(), 400 * FIRST_PAUSE_S)
         assert usurper.status().compnodes == ()
         await member.close()
         await usurper.close()

@@ -75,7 +75,7 @@ def test_a_fast_compnode_comes_and_goes(tmp_path: Path, monkeypatch: pytest.Monk
 
         def batch(step: int, index: int) -> Any:
             if not visit.over.is_set():
-                time.sleep(0.05 if step < HURRIED else 0.5)
+                time.sleep(0.05 if step < HURRIED else 1.5)
             return content(step, index)
 
         together = language_model("llama")

@@ -28,7 +28,7 @@ def test_round_trip_as_one_short_word() -> None:
     assert token.broker == BROKER.peer_id
     assert token.role == "compnode"
     assert token.addresses == ("192.0.2.7:7700", "[2001:db8::1]:7700")
-    assert token.expires_at_s == pytest.approx(time.time() + 3600, abs=5)
+    assert token.expires_at_s == pytest.approx(time.time() + 3600, abs=60)
     assert word.startswith("fusion-")
     assert len(word) < 260
     assert not set(word) & set(" \"'$&|;<>()`\\/+=")

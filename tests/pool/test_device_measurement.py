@@ -66,7 +66,7 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
         )
         with StateFolder.first_free(tmp_path / "many") as mine:
             found = subprocess.run(
-                [sys.executable, "-c", script, str(tmp_path / "many")], capture_output=True, check=True, timeout=30
+                [sys.executable, "-c", script, str(tmp_path / "many")], capture_output=True, check=True, timeout=250
             )
             assert (mine.path.name, found.stdout.strip()) == ("1", b"2")
     StateFolder(tmp_path / "a").close()

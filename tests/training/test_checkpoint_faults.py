@@ -55,7 +55,7 @@ def save(run: Path, step: int, count: int = 1) -> Path:
 def run_script(body: str, run: Path, mode: str) -> subprocess.CompletedProcess[str]:
     script = textwrap.dedent(PREPARE) + textwrap.dedent(body)
     return subprocess.run(
-        [sys.executable, "-c", script, str(run), mode], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script, str(run), mode], capture_output=True, text=True, timeout=250, check=False
     )
 
 

@@ -78,7 +78,7 @@ class Bench:
             self.value(index)
             if current.train:
                 self.gradient(index)
-        await asyncio.wait_for(self.heard.complete.wait(), 10)
+        await asyncio.wait_for(self.heard.complete.wait(), 100)
         return current
 
 
@@ -145,7 +145,7 @@ def test_other_calls_go_before_passes(go: Go) -> None:
             second = here.compute.submit(lambda: order.append("second"))
             gate.set()
             for each in (first, second):
-                await asyncio.wait_for(asyncio.wrap_future(each), 10)
+                await asyncio.wait_for(asyncio.wrap_future(each), 100)
             await here.compute.call(lambda: None)
             if kind == "thread":
                 assert holding.result()
@@ -153,7 +153,7 @@ def test_other_calls_go_before_passes(go: Go) -> None:
             here.gradient(0)
             here.value(1)
             here.gradient(1)
-            await asyncio.wait_for(here.heard.complete.wait(), 10)
+            await asyncio.wait_for(here.heard.complete.wait(), 100)
             assert order[:3] == ["first", "second", "forward 1 of 0/0"]
 
     go(main)
@@ -186,7 +186,7 @@ def test_a_pass_that_fails_is_told_and_ends_everything(go: Go, failing: str) -> 
             here.compute.begin(here.round())
             here.value(0)
             here.gradient(0)
-            await asyncio.wait_for(here.heard.failed.wait(), 10)
+            await asyncio.wait_for(here.heard.failed.wait(), 100)
             assert [str(each) for each in here.heard.errors] == ["the device is full"]
             assert "complete" not in here.heard.events
             with pytest.raises(PeerLost, match="has ended"):
@@ -206,7 +206,7 @@ def test_a_finish_that_fails_is_told_after_the_gradients_have_left(go: Go) -> No
             here.compute.begin(here.round())
             here.value(0)
             here.gradient(0)
-            await asyncio.wait_for(here.heard.failed.wait(), 10)
+            await asyncio.wait_for(here.heard.failed.wait(), 100)
             assert here.heard.events == ["forward 0", "backward 0"]
 
     go(main)
@@ -263,7 +263,7 @@ def test_what_is_not_due_is_refused_and_repetitions_count_once(go: Go) -> None:
             for index in range(2):
                 here.value(index)
                 here.gradient(index)
-            await asyncio.wait_for(here.heard.complete.wait(), 10)
+            await asyncio.wait_for(here.heard.complete.wait(), 100)
             assert here.heard.events.count("forward 0") == 1
             here.value(1)
 
