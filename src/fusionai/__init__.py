@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fusionai.owner.api import load_weights, train
     from fusionai.owner.local_pool import LocalPool as local_pool
     from fusionai.owner.membership import OwnerOptions
-    from fusionai.owner.training_run import Observer, StepEvent, TrainingResult
+    from fusionai.owner.training_job import Observer, StepEvent, TrainingResult
     from fusionai.training.learning_rate import ScheduleConfig
 
 __all__ = [
@@ -29,12 +29,12 @@ __all__ = [
 ]
 
 _PLACES = {
-    "Observer": ("fusionai.owner.training_run", "Observer"),
+    "Observer": ("fusionai.owner.training_job", "Observer"),
     "OptimizerConfig": ("fusionai.execution.plane", "OptimizerConfig"),
     "OwnerOptions": ("fusionai.owner.membership", "OwnerOptions"),
     "ScheduleConfig": ("fusionai.training.learning_rate", "ScheduleConfig"),
-    "StepEvent": ("fusionai.owner.training_run", "StepEvent"),
-    "TrainingResult": ("fusionai.owner.training_run", "TrainingResult"),
+    "StepEvent": ("fusionai.owner.training_job", "StepEvent"),
+    "TrainingResult": ("fusionai.owner.training_job", "TrainingResult"),
     "load_weights": ("fusionai.owner.api", "load_weights"),
     "local_pool": ("fusionai.owner.local_pool", "LocalPool"),
     "train": ("fusionai.owner.api", "train"),

@@ -17,15 +17,17 @@ from fusionai.broker.broker import Broker
 from fusionai.compnode.compnode_member import CompnodeMember
 from fusionai.execution.plane import OptimizerConfig, ProgramOptions
 from fusionai.graph.model import OpDag, WeightKey
-from fusionai.owner.machines import machines_of
 from fusionai.owner.membership import OwnerMember
-from fusionai.owner.replanning import ReplanEvent, Replanning, ReplanTerms
-from fusionai.pool.identifiers import FIRST_EPOCH, Epoch, JobEpoch
+from fusionai.owner.plan_seeking import ReplanTerms
+from fusionai.owner.replan_event import ReplanEvent
+from fusionai.owner.running_job import RunningJob
+from fusionai.pool.identifiers import Epoch, JobEpoch
 from fusionai.pool.messages import JobLaunched, PlanPrepared
 from fusionai.scheduling.corrections import Corrections, Drift
 from fusionai.scheduling.evaluation import evaluated_one
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.problem import TrainingProblem
+from fusionai.scheduling.recovery import Patience
 from fusionai.scheduling.replanning import Replanned
 from fusionai.tensor import TensorData
 from fusionai.training.driver import Driver, Machine
@@ -76,7 +78,7 @@ class Party:
         self.owner: OwnerMember
         self.members: dict[str, CompnodeMember] = {}
         self.launched: JobLaunched
-        self.replanning: Replanning
+        self.running: RunningJob
         self.done = 0
         self.losses: list[float] = []
 
@@ -90,8 +92,6 @@ class Party:
             self.members[name] = await enter(member_of(token, name, with_plane=torch, **self._options))
         self.launched = await submit(self.owner, self.dag, cuts=(2,), options=OPTIONS)
         self.members["c"] = await enter(member_of(token, "c", with_plane=torch, **self._options))
-        machines = machines_of(self.dag, self.launched.plan, self.launched.names)
-        driver = self.make_driver(FIRST_EPOCH, machines)
         terms = ReplanTerms(
             graph=self.dag,
             front=0,
@@ -103,17 +103,13 @@ class Party:
             microbatches=2,
             allowed=self._allowed,
         )
-        self.replanning = Replanning(terms, self.owner, self.launched, driver, self.make_driver)
-        self.owner.on_job_lost(self.launched.job, self.replanning.fail)
-        self.owner.on_pool_changed(self.launched.job, self.replanning.reconsider)
-        self._monkeypatch.setattr("fusionai.owner.replanning.LEAST_LEFT_S", 0.0)
-        self._monkeypatch.setattr("fusionai.owner.replanning.PAUSE_STEPS", 0)
+        self._monkeypatch.setattr("fusionai.scheduling.recovery.PATIENCE", Patience(least_left_s=0.0, pause_steps=0))
+        self.running = RunningJob(terms, self.owner, self.launched, self.make_driver)
         await self.driver.prepare(Start())
         return self
 
     async def __aexit__(self, *details: Any) -> None:
-        await self.replanning.close()
-        await self.driver.close("the test is over")
+        await self.running.close("cancelled", "the test is over")
         await self._stack.aclose()
 
     def peer(self, name: str) -> str:
@@ -130,7 +126,7 @@ class Party:
 
     @property
     def driver(self) -> Driver:
-        return self.replanning.driver
+        return self.running.driver
 
     def make_driver(self, epoch: Epoch, machines: Sequence[Machine]) -> Driver:
         plan = JobEpoch(self.launched.job, epoch)
@@ -140,7 +136,7 @@ class Party:
         for _ in range(count):
             result = await self.driver.train_step(self.done, batch(self.done), [0.5, 0.5], 1e-2)
             self.losses.append(result.loss)
-            self.replanning.observe(self.done, result)
+            self.running.observe(self.done, result)
             self.done += 1
 
     async def prepare(self, cuts: Sequence[int], names: Sequence[str]) -> PlanPrepared:
@@ -156,8 +152,8 @@ class Party:
         drifted = (Drift(self.launched.plan.stages[0].peer, 2.0, 0),)
         with self._monkeypatch.context() as patch:
             patch.setattr(Corrections, "drifted", lambda corrections: drifted)
-            assert await self.replanning.between_steps(self.done) is None
-        asking = self.replanning._asking
+            assert await self.running.between_steps(self.done) is None
+        asking = self.running.seeker.asking
         assert asking is not None
         await asyncio.wait({asking})
         return asking.result()
@@ -166,14 +162,14 @@ class Party:
         """Run steps as an owner does until a new plan is taken, or fails."""
         for _ in range(steps):
             await self.steps(1)
-            if (event := await self.replanning.between_steps(self.done)) is not None:
+            if (event := await self.running.between_steps(self.done)) is not None:
                 return event
             await asyncio.sleep(0.1)
         raise AssertionError("no new plan came")
 
     async def take(self) -> ReplanEvent:
         """Have the owner do with the prepared plan what it does between two steps."""
-        event = await self.replanning.between_steps(self.done)
+        event = await self.running.between_steps(self.done)
         assert event is not None
         return event
 

@@ -195,7 +195,7 @@ def test_a_share_must_fit_beside_the_old_one(tmp_path: Path, monkeypatch: pytest
         prepared = await party.prepare((2,), (party.first, party.second))
         assert prepared.epoch is None
         assert "beside each other" in prepared.reason
-        assert await party.replanning.between_steps(party.done) is None
+        assert await party.running.between_steps(party.done) is None
         await party.steps(5)
 
     run(tmp_path, monkeypatch, course, memory_bytes=5000)

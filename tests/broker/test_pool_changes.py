@@ -13,6 +13,8 @@ from job_party import OPTIONS, STATES, WEIGHT_BYTES, Party, run, undisturbed
 from fusionai.errors import PeerLost, PlacementError, ProtocolError
 from fusionai.pool.messages import DeclineReplan, WishToLeave
 from fusionai.scheduling.corrections import Corrections
+from fusionai.scheduling.job_events import Came
+from fusionai.scheduling.recovery import Patience
 from fusionai.training.handing_over import HandOverResult, hand_over
 
 
@@ -53,7 +55,7 @@ def hand_over_fails(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
             raise PeerLost(f"failure {len(calls)}")
         return await hand_over(*arguments, **options)
 
-    monkeypatch.setattr("fusionai.owner.replanning.hand_over", failing)
+    monkeypatch.setattr("fusionai.owner.running_job.hand_over", failing)
     # Nothing else gives reason for a plan: the toy job's passes are nothing like planned, and a machine came late.
     monkeypatch.setattr(Corrections, "drifted", lambda _: ())
     monkeypatch.setattr("fusionai.broker.pool_changes.GATHER_S", 1_000.0)
@@ -98,8 +100,8 @@ def test_what_fails_again_and_again_is_declined(tmp_path: Path, monkeypatch: pyt
             assert event.error is not None
         assert "cannot go on without it: failure 3" in await relieved
         await party.steps(2)
-        assert await party.replanning.between_steps(party.done) is None
-        assert party.replanning._asking is None, "it is not sought for any more"
+        assert await party.running.between_steps(party.done) is None
+        assert party.running.seeker.asking is None, "it is not sought for any more"
 
     run(tmp_path, monkeypatch, course)
     assert len(calls) == 3
@@ -125,7 +127,7 @@ def test_a_job_whose_plan_may_not_change_says_so(tmp_path: Path, monkeypatch: py
         await party.steps(1)
         why = await party.members["b"].relieve("the test wants it", 20)
         assert "its plan may not be changed (placement.replan, placement.cuts)" in why
-        assert await party.replanning.between_steps(party.done) is None
+        assert await party.running.between_steps(party.done) is None
 
     run(tmp_path, monkeypatch, course, allowed=False)
 
@@ -148,12 +150,12 @@ def test_the_end_of_a_job_relieves(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """A job that is over before another plan would pay is not planned again."""
 
     async def course(party: Party) -> None:
-        monkeypatch.setattr("fusionai.owner.replanning.LEAST_LEFT_S", 1e9)
+        monkeypatch.setattr("fusionai.scheduling.recovery.PATIENCE", Patience(least_left_s=1e9))
         await party.steps(1)
         waiting = asyncio.create_task(party.members["a"].relieve("the test wants it", 20))
         await asyncio.sleep(0.2)
-        assert await party.replanning.between_steps(party.done) is None
-        assert party.replanning._asking is None
+        assert await party.running.between_steps(party.done) is None
+        assert party.running.seeker.asking is None
         await party.members["a"].hosting.release(first_plan(party.launched), "over")
         assert await waiting == ""
 
@@ -171,20 +173,20 @@ def test_owners_hear_of_newcomers_and_weigh_them(tmp_path: Path, monkeypatch: py
     async def course(party: Party) -> None:
         await party.steps(1)
         # The third compnode came after the launch: the first thing that an owner hears.
-        await until(lambda: party.replanning._come == "c joined")
+        await until(lambda: party.running.seeker.came == Came(("c",)))
         async with (
             member_of(party.broker.token(), "d", with_plane=plane()),
             member_of(party.broker.token(), "e", with_plane=plane()),
         ):
-            await until(lambda: party.replanning._come in together)
-            assert await party.replanning.between_steps(party.done) is None
-            assert party.replanning._noticed in together
-            assert party.replanning._come == ""
-            asking = party.replanning._asking
+            await until(lambda: party.running.seeker.came in (Came(("d", "e")), Came(("e",))))
+            assert await party.running.between_steps(party.done) is None
+            assert party.running.seeker.noticed in together
+            assert party.running.seeker.came is None
+            asking = party.running.seeker.asking
             assert asking is not None
             await asyncio.wait({asking})
             # Alike machines bring a job of four products nothing, or a little: whichever the probes say.
-            event = await party.replanning.between_steps(party.done)
+            event = await party.running.between_steps(party.done)
             assert (event is None) == (asking.result().epoch is None)
 
     async def main() -> None:
@@ -200,8 +202,8 @@ def test_newcomers_that_go_again_are_not_told_of(tmp_path: Path, monkeypatch: py
     async def course(party: Party) -> None:
         async with member_of(party.broker.token(), "d", with_plane=plane()):
             pass
-        await until(lambda: party.replanning._come != "")
-        assert party.replanning._come == "c joined"
+        await until(lambda: party.running.seeker.came is not None)
+        assert party.running.seeker.came == Came(("c",))
 
     run(tmp_path, monkeypatch, course)
 

@@ -43,7 +43,7 @@ def test_a_job_goes_on_under_a_later_epoch(tmp_path: Path, monkeypatch: pytest.M
             await party.owner.wire.request(machine, PullWeights(first.job, FIRST_EPOCH, ()), timeout_s=60)
         stale = BeginRound(first.job, FIRST_EPOCH, 0, 0, True, {"s0": 2}, (1.0,))
         await party.owner.wire.notify(machine, stale)
-        party.replanning.driver = party.make_driver(LATER, first.machines)
+        party.running.driver = party.make_driver(LATER, first.machines)
         await party.steps(6)
 
     assert run(tmp_path / "one", monkeypatch, course) == run(tmp_path / "other", monkeypatch, undisturbed)

@@ -21,9 +21,10 @@ from fusionai.cli.lab_file import read_lab
 from fusionai.execution.plane import OptimizerConfig
 from fusionai.owner.local_pool import LocalPool
 from fusionai.owner.membership import OwnerOptions
-from fusionai.owner.replanning import ReplanEvent
-from fusionai.owner.training_run import Observer, StepEvent
+from fusionai.owner.replan_event import ReplanEvent
+from fusionai.owner.training_job import Observer, StepEvent
 from fusionai.pool.messages import JobLaunched
+from fusionai.scheduling.recovery import Patience
 from fusionai.training.driver import Machine
 
 STEPS = 60
@@ -104,8 +105,8 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_a_throttled_compnode_gives_work_away_and_nothing_else_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, privacy: Any
 ) -> None:
-    monkeypatch.setattr("fusionai.owner.replanning.LEAST_LEFT_S", 0.0)  # however fast the machine is
-    monkeypatch.setattr("fusionai.owner.replanning.PAUSE_STEPS", 3)
+    # However fast the machine is, there is time left for another plan.
+    monkeypatch.setattr("fusionai.scheduling.recovery.PATIENCE", Patience(least_left_s=0.0, pause_steps=3))
     torch.set_num_threads(1)
     alone = llama(tied=tied)
     batch = token_batch("llama", 2, 48)

@@ -17,7 +17,7 @@ from torch import nn
 import fusionai
 from fusionai.execution.plane import OptimizerConfig
 from fusionai.owner.local_pool import LocalPool
-from fusionai.owner.training_run import Observer, StepEvent, TrainingResult
+from fusionai.owner.training_job import Observer, StepEvent, TrainingResult
 
 STEPS = 20
 TOLERANCE = 1e-5

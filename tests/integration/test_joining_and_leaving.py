@@ -20,9 +20,10 @@ import fusionai
 from fusionai.execution.plane import OptimizerConfig
 from fusionai.owner.local_pool import LocalPool
 from fusionai.owner.membership import OwnerOptions
-from fusionai.owner.replanning import ReplanEvent
-from fusionai.owner.training_run import Observer, StepEvent
+from fusionai.owner.replan_event import ReplanEvent
+from fusionai.owner.training_job import Observer, StepEvent
 from fusionai.scheduling.corrections import Corrections
+from fusionai.scheduling.recovery import Patience
 from quick_pool import QuickPool, keep_measurements, start
 
 STEPS = 80
@@ -65,8 +66,8 @@ class Visit(Observer):
 
 @pytest.mark.skipif(not POSIX, reason="sends POSIX signals")
 def test_a_fast_compnode_comes_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusionai.owner.replanning.LEAST_LEFT_S", 0.0)  # however fast the machine is
-    monkeypatch.setattr("fusionai.owner.replanning.PAUSE_STEPS", 2)
+    # However fast the machine is, there is time left for another plan.
+    monkeypatch.setattr("fusionai.scheduling.recovery.PATIENCE", Patience(least_left_s=0.0, pause_steps=2))
     monkeypatch.setattr(Corrections, "drifted", lambda _: ())  # the subject of test_drift
     torch.set_num_threads(1)
     content = token_batch("llama", 2, 16)

@@ -17,7 +17,7 @@ import fusionai
 from fusionai.errors import CheckpointError, JobError
 from fusionai.execution.plane import OptimizerConfig
 from fusionai.owner.local_pool import LocalPool
-from fusionai.owner.training_run import Observer, StepEvent, TrainingResult
+from fusionai.owner.training_job import Observer, StepEvent, TrainingResult
 from fusionai.training.checkpoint import CheckpointReader, latest
 from fusionai.training.data.packed import PackedText
 

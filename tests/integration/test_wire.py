@@ -28,7 +28,7 @@ from fusionai.graph.dependencies import reads
 from fusionai.graph.model import Dim
 from fusionai.owner.local_pool import LocalPool
 from fusionai.owner.membership import OwnerOptions
-from fusionai.owner.training_run import Observer, StepEvent
+from fusionai.owner.training_job import Observer, StepEvent
 from fusionai.pool.messages import JobLaunched
 from fusionai.training.driver import Machine
 from quick_pool import QuickPool

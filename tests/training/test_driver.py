@@ -20,6 +20,7 @@ from fusionai.graph.model import WeightKey
 from fusionai.network.clock import now_s, run_scripted
 from fusionai.network.identity import PeerId
 from fusionai.pool.identifiers import FIRST_EPOCH, JobEpoch
+from fusionai.scheduling.job_events import GivenUp
 from fusionai.tensor import TensorData
 from fusionai.training.driver import PULL_TIMEOUT_S, READY_TIMEOUT_S, Driver, RoundResult
 from fusionai.training.messages import (
@@ -362,8 +363,8 @@ def test_a_lost_machine_ends_the_job_by_its_name(moment: str) -> None:
 def test_the_first_reason_counts() -> None:
     async def course(here: Job) -> None:
         await here.driver.check()
-        here.driver.fail("the first")
-        here.driver.fail("the second")
+        here.driver.happened(GivenUp("the first"))
+        here.driver.happened(GivenUp("the second"))
         for call in (here.step(), here.driver.check(), here.driver.prepare(Start())):
             with pytest.raises(JobError, match="the first"):
                 await call

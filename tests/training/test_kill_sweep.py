@@ -26,8 +26,8 @@ from toy_pipelines import OWNER, Reference, batch, three_machines
 
 from fusionai.errors import JobError
 from fusionai.network.clock import now_s, run_scripted
+from fusionai.scheduling.recovery import PATIENCE
 from fusionai.training.driver import Driver
-from fusionai.training.stage_host import NEIGHBOUR_GRACE_S
 
 NAMES = (OWNER, "a", "b", "c")
 STEPS = 2
@@ -195,7 +195,7 @@ def test_a_link_is_cut_at_every_message() -> None:
             if last_commit
             else outcome.error.startswith(tuple(f"compnode {end} (stage " for end in ends))
         ), (seen, outcome)
-        patience_s = RESET_S if len(ends) == 1 else NEIGHBOUR_GRACE_S + RESET_S
+        patience_s = RESET_S if len(ends) == 1 else PATIENCE.neighbour_link_s + RESET_S
         assert outcome.took_s <= patience_s, (seen, outcome)
         expected = dict.fromkeys("abc", outcome.completed)
         if len(ends) == 1:  # the link to the owner, and perhaps a commit on it
@@ -219,7 +219,7 @@ def test_a_shorter_break_than_the_grace_of_neighbours_is_made_good_by_nobody_but
             a, b = pool.machines["a"], pool.machines["b"]
             await pool.until(lambda: a.endpoint.link(b.peer) is None, within_s=1)
             await a.endpoint.connect(b.peer, [b.address], timeout_s=5)
-            await asyncio.sleep(2 * NEIGHBOUR_GRACE_S)
+            await asyncio.sleep(2 * PATIENCE.neighbour_link_s)
             [second] = await pool.train(driver, 1, first=1)
             assert [first.loss, second.loss] == expected
             assert await pool.tensors(driver) == reference.tensors()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -45,6 +46,7 @@ from fusionai.pool.messages import (
     SwitchPlan,
     WishToLeave,
 )
+from fusionai.scheduling.recovery import PATIENCE
 from fusionai.units.addresses import split_address
 
 log = logging.getLogger(__name__)
@@ -67,9 +69,9 @@ class BrokerTimes(msgspec.Struct, frozen=True, kw_only=True):
 
     heartbeat_s: float = 2.0
     """Between two heartbeats of a compnode. They carry figures for people; whether it lives, its link tells."""
-    grace_s: float = 5.0
+    grace_s: float = PATIENCE.broker_link_s
     """How long a machine of a running job may be without a connection to the broker before the job is given up."""
-    recovery_s: float = 90.0
+    recovery_s: float = PATIENCE.broker_restart_s
     """The same after a restart of the broker; members try again at least every 30 s."""
     probe_s: float = 0.4
     """What one link probe takes."""
@@ -101,7 +103,9 @@ class Broker:
         self._state = PoolState(endpoint, self._journal)
         self._prober = Prober(self._state, seconds=self._times.probe_s)
         self._lifecycle = Lifecycle(
-            self._state, self._prober, grace_s=self._times.grace_s, recovery_s=self._times.recovery_s
+            self._state,
+            self._prober,
+            patience=replace(PATIENCE, broker_link_s=self._times.grace_s, broker_restart_s=self._times.recovery_s),
         )
         self._launcher = Launcher(self._state, self._prober, self._lifecycle)
         self._changes = PoolChanges(self._state, self._prober)

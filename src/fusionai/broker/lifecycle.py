@@ -18,6 +18,8 @@ from fusionai.errors import JobError, ProtocolError
 from fusionai.network.identity import PeerId
 from fusionai.pool.identifiers import FIRST_EPOCH, Epoch, JobId
 from fusionai.pool.messages import Heartbeat, JobEnded, JobLost, JobProgress, PlanLost, ReleaseShare
+from fusionai.scheduling.job_events import JobEvent, Left, Lost, sentence
+from fusionai.scheduling.recovery import DropPlan, EndJob, JobView, LookAgain, Patience, decide
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +30,10 @@ _PROGRESS_EVERY_S = 0.5
 class Lifecycle:
     """Ends jobs, by what members say and by what happens to them."""
 
-    def __init__(self, state: PoolState, prober: Prober, *, grace_s: float, recovery_s: float) -> None:
+    def __init__(self, state: PoolState, prober: Prober, *, patience: Patience) -> None:
         self._state = state
         self._prober = prober
-        self._grace_s = grace_s
-        self._recovery_s = recovery_s
+        self._patience = patience
         self._waiting: dict[PeerId, asyncio.Task[None]] = {}
         self._progress_s: dict[JobId, float] = {}
         self._releasing: set[PeerId] = set()
@@ -51,7 +52,7 @@ class Lifecycle:
             for peer in (record.owner, *record.compnodes):
                 if peer != record.owner:
                     self._state.registry.lease(peer, record.job)
-                self._wait(peer, self._recovery_s, "it did not come back after the broker's restart")
+                self._consider(Lost(peer, "it did not come back after the broker's restart"), restarted=True)
 
     def returned(self, peer: PeerId) -> None:
         """A member has registered, perhaps again."""
@@ -61,38 +62,62 @@ class Lifecycle:
 
     def gone(self, peer: PeerId, why: str, *, for_good: bool) -> None:
         """A member's link is lost, or with `for_good` it has left."""
-        if self._state.registry.job_of(peer) is None and not self._state.jobs.of_owner(peer):
-            return
-        if for_good:
-            self._give_up(peer, why)
-        else:
-            self._wait(peer, self._grace_s, why)
+        self._consider(Left(peer, why) if for_good else Lost(peer, why))
 
-    def _wait(self, peer: PeerId, patience_s: float, why: str) -> None:
+    def _consider(self, event: Lost | Left, *, waited_s: float = 0.0, restarted: bool = False) -> None:
+        """Do what is to be done about an absence, for every job that the member has a part in."""
+        peer = PeerId(event.peer)
+        for record in self._jobs_of(peer):
+            view = JobView(
+                seen_by="broker",
+                patience=self._patience,
+                owner=record.owner,
+                machines=frozenset(record.compnodes),
+                prepared=frozenset(record.leased.keys() - record.compnodes.keys()),
+                waited_s=waited_s,
+                restarted=restarted,
+            )
+            for action in decide(view, event):
+                match action:
+                    case LookAgain(seconds):
+                        self._look_again(event, seconds, waited_s=waited_s + seconds, restarted=restarted)
+                    case DropPlan(because):
+                        self.forget(record.job, self._sentence(record, because), tell_owner=True)
+                    case EndJob(because):
+                        self.finish(record.job, "failed", self._sentence(record, because))
+                    case _:
+                        raise AssertionError(f"a broker does not {type(action).__name__}")
+
+    def _look_again(self, event: Lost | Left, seconds: float, *, waited_s: float, restarted: bool) -> None:
+        peer = PeerId(event.peer)
+
+        async def later() -> None:
+            await asyncio.sleep(seconds)
+            self._waiting.pop(peer, None)
+            self._consider(event, waited_s=waited_s, restarted=restarted)
+
         if peer not in self._waiting:
-            task = self._state.tasks.start(self._give_up_later(peer, patience_s, why), "grace")
+            task = self._state.tasks.start(later(), "grace")
             if task is not None:
                 self._waiting[peer] = task
 
-    async def _give_up_later(self, peer: PeerId, patience_s: float, why: str) -> None:
-        await asyncio.sleep(patience_s)
-        self._waiting.pop(peer, None)
-        self._give_up(peer, why)
-
-    def _give_up(self, peer: PeerId, why: str) -> None:
-        name = self._state.registry.name(peer)
-        for record in self._state.jobs.of_owner(peer):
-            self.finish(record.job, "failed", f"the owner {name} is lost: {why}")
+    def _jobs_of(self, peer: PeerId) -> list[JobRecord]:
+        """Return the jobs that a member owns, and the one that it is leased to."""
         job = self._state.registry.job_of(peer)
-        record_of_job = None if job is None else self._state.jobs.get(job)
-        if record_of_job is not None and peer not in record_of_job.compnodes:
-            name = record_of_job.leased.get(peer, name)
-            self.forget(record_of_job.job, f"compnode {name} is lost: {why}", tell_owner=True)
-        elif record_of_job is not None:
-            held = self._held(peer, record_of_job)
-            name = record_of_job.compnodes.get(peer, name)
-            what = f"compnode {name} ({held})" if held else f"compnode {name}"
-            self.finish(record_of_job.job, "failed", f"{what} is lost: {why}")
+        leased = None if job is None else self._state.jobs.get(job)
+        return [*self._state.jobs.of_owner(peer), *([] if leased is None else [leased])]
+
+    def _sentence(self, record: JobRecord, event: JobEvent) -> str:
+        def name(peer: str) -> str:
+            return record.leased.get(PeerId(peer)) or self._state.registry.name(PeerId(peer))
+
+        def who(peer: str) -> str:
+            if peer == record.owner:
+                return f"the owner {name(peer)}"
+            held = self._held(PeerId(peer), record) if peer in record.compnodes else ""
+            return f"compnode {name(peer)} ({held})" if held else f"compnode {name(peer)}"
+
+        return sentence(event, name=name, who=who)
 
     def _held(self, peer: PeerId, record: JobRecord) -> str:
         """Return what a compnode told last of its share of a job's running plan, for people; "" if nothing."""

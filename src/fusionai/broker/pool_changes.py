@@ -58,10 +58,9 @@ class PoolChanges:
                 idle = {each.peer for each in self._state.registry.idle()}
                 names = sorted(self._state.registry.name(peer) for peer in come & idle)
                 if names:
-                    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-                    reason = f"{', '.join(names[:_MOST_NAMED])}{more} joined"
+                    named, more = tuple(names[:_MOST_NAMED]), max(0, len(names) - _MOST_NAMED)
                     for record in self._running():
-                        self._state.tell(record.owner, PoolChanged(record.job, reason, leaving=False))
+                        self._state.tell(record.owner, PoolChanged(record.job, named, leaving=False, more=more))
         finally:
             self._telling = False
 
@@ -79,7 +78,7 @@ class PoolChanges:
             return  # What it may still hold is being released.
         log.info("compnode %s wants to leave job %s (%s): %s", member.name, record.job, record.name, reason)
         if record.state == "running":
-            self._state.tell(record.owner, PoolChanged(record.job, f"{member.name} wants to leave", leaving=True))
+            self._state.tell(record.owner, PoolChanged(record.job, (member.name,), leaving=True))
         else:
             self._state.tell(member.peer, NoReplacement(f"job {record.name} is being launched"))
 

@@ -10,8 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from fusionai.owner.replanning import ReplanEvent
-from fusionai.owner.training_run import Observer, StepEvent
+from fusionai.owner.replan_event import ReplanEvent
+from fusionai.owner.training_job import Observer, StepEvent
 from fusionai.pool.messages import JobLaunched
 from fusionai.training.describe import stage_line
 from fusionai.training.driver import Machine

@@ -19,7 +19,7 @@ from fusionai.owner.checkpointing import CheckpointFiles
 from fusionai.owner.membership import OwnerOptions, joined
 from fusionai.owner.resuming import CheckpointWeights, check_same_graph, newest_checkpoint
 from fusionai.owner.run_folder import RunFolder
-from fusionai.owner.training_run import Observer, TrainingJob, TrainingResult
+from fusionai.owner.training_job import Observer, TrainingJob, TrainingResult
 from fusionai.owner.training_run import train as train_job
 from fusionai.training.checkpoint import CheckpointReader
 from fusionai.training.config import PlacementConfig, TrainingConfig

@@ -14,7 +14,8 @@ from fusionai.owner.language_model import prepare_language_model
 from fusionai.owner.membership import OwnerOptions, joined
 from fusionai.owner.resuming import newest_checkpoint
 from fusionai.owner.run_folder import RunFolder
-from fusionai.owner.training_run import Observer, TrainingResult, train
+from fusionai.owner.training_job import Observer, TrainingResult
+from fusionai.owner.training_run import train
 from fusionai.training.config import JobConfig, job_from, read_job, to_toml
 
 

@@ -22,7 +22,7 @@ from fusionai.owner.model_configuration import (
 )
 from fusionai.owner.resuming import CheckpointWeights, check_same_graph
 from fusionai.owner.run_folder import RunFolder
-from fusionai.owner.training_run import TrainingJob
+from fusionai.owner.training_job import TrainingJob
 from fusionai.training.checkpoint import CheckpointReader, WeightFiles
 from fusionai.training.config import JobConfig, to_toml
 from fusionai.training.data.packed import PackedText, pack_documents

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from fusionai.errors import ConfigError, StorageError
+from fusionai.scheduling.plan import Plan
 
 
 class RunFolder:
@@ -57,6 +58,10 @@ class RunFolder:
             (self.path / name).write_text(text, encoding="utf-8")
         except OSError as error:
             raise StorageError(_refusal(self.path / name, error)) from error
+
+    def write_plan(self, plan: Plan) -> None:
+        """Write the plan that the job runs by as plan.json. Raises StorageError when the disk refuses."""
+        self.write("plan.json", msgspec.json.format(msgspec.json.encode(plan)).decode())
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl. Raises StorageError when the disk refuses."""

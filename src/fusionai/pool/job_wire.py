@@ -115,6 +115,10 @@ class JobWire(MemberPart):
         else:
             self._receivers.pop(plan, None)
 
+    def linked(self, peer: PeerId) -> bool:
+        """Whether there is a link with a peer; this machine is always linked with itself."""
+        return peer == self.me or self.endpoint.link(peer) is not None
+
     # --- sending ------------------------------------------------------------------------------------------
 
     async def notify(self, peer: PeerId, message: JobMessage) -> None:

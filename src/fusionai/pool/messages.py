@@ -303,10 +303,12 @@ class PoolChanged(msgspec.Struct, frozen=True, tag="broker.pool_changed"):
     """Notice to the owner: the pool is another one than the running plan was made for."""
 
     job: JobId
-    reason: str
-    """What happened, for people."""
+    names: tuple[str, ...]
+    """Of the machines that it is about, or the first few of them."""
     leaving: bool
-    """Whether a machine of the job waits to be relieved; if not, there is a machine that the plan might use."""
+    """Whether these machines of the job wait to be relieved; if not, they are new and the plan might use them."""
+    more: int = 0
+    """How many machines came beside those named."""
 
 
 class NoReplacement(msgspec.Struct, frozen=True, tag="broker.no_replacement"):

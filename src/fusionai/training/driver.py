@@ -11,7 +11,8 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -23,6 +24,8 @@ from fusionai.network.clock import now_s
 from fusionai.network.identity import PeerId
 from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
 from fusionai.pool.job_wire import JobWire
+from fusionai.scheduling.job_events import Failed, JobEvent, LinkLost, Misreported, Stalled, sentence
+from fusionai.scheduling.recovery import PATIENCE, EndJob, JobView, LookAgain, decide
 from fusionai.tensor import TensorData
 from fusionai.training.data.batches import Batch
 from fusionai.training.machine import Machine, sizes_of
@@ -53,12 +56,8 @@ log = logging.getLogger(__name__)
 READY_TIMEOUT_S = 120.0
 """How long all machines may take to load their last weights and link to each other."""
 
-PULL_TIMEOUT_S = 3600.0
-"""How long one machine's weights may take to arrive."""
-
-_LEAST_STALL_S = 300.0
-"""A round may take this long, or twenty times the longest so far, before it counts as stalled. A dead
-machine is noticed in seconds by its link; this catches one that lives but computes no more."""
+PULL_TIMEOUT_S = PATIENCE.tensor_s
+"""How long one machine's weights may take to be sent."""
 
 
 class WeightSource(Protocol):
@@ -138,12 +137,12 @@ class Driver:
                 others = {self._wire.me, *(each.peer for each in self.machines)}
                 problem = flaw(message, machine.subdags, self._microbatches, others)
                 if problem is not None:
-                    self.fail(f"compnode {machine.name} ({machine.holding}) reports {problem}")
+                    self.happened(Misreported(peer, problem))
                     return b""
                 self._reports[peer] = message
                 self._reported.set()
         elif isinstance(message, ShareFailed):
-            self.fail(f"compnode {machine.name} ({machine.holding}) failed: {printable(message.text)}")
+            self.happened(Failed(peer, printable(message.text)))
         return b""
 
     async def on_tensor(self, peer: PeerId, header: Bulk, tensor: TensorData) -> None:
@@ -154,16 +153,38 @@ class Driver:
         await self._sink(peer, header, tensor)
 
     async def on_peer_closed(self, peer: PeerId, error: NetworkError) -> None:
-        """The loss of any machine of the job ends it."""
-        for machine in self.machines:
-            if machine.peer == peer:
-                self.fail(f"compnode {machine.name} ({machine.holding}) is lost: {error}")
+        """A link is gone; of a machine of the job that is an event."""
+        if any(machine.peer == peer for machine in self.machines):
+            self.happened(LinkLost(self._wire.me, peer, str(error)))
 
-    def fail(self, reason: str) -> None:
-        """End the job: whatever is awaited raises JobError with this reason. The first reason counts."""
-        if not self._failure.done():
-            self._failure.set_exception(JobError(reason))
-            self._failure.exception()  # somebody awaits it, or nobody needs to
+    def happened(self, event: JobEvent, *, waited_s: float = 0.0) -> None:
+        """Do what is to be done about an event (`scheduling.recovery`).
+
+        When it ends the job, whatever is awaited raises JobError with the event's sentence. The first such event
+        counts.
+        """
+        for action in decide(self._view(event, waited_s), event):
+            if isinstance(action, LookAgain):
+                later = partial(self.happened, event, waited_s=waited_s + action.seconds)
+                asyncio.get_running_loop().call_later(action.seconds, later)
+            elif isinstance(action, EndJob) and not self._failure.done():
+                self._failure.set_exception(JobError(self._sentence(action.because)))
+                self._failure.exception()  # somebody awaits it, or nobody needs to
+
+    def _view(self, event: JobEvent, waited_s: float = 0.0) -> JobView:
+        mended = isinstance(event, LinkLost) and self._wire.linked(PeerId(event.there))
+        return JobView(seen_by="driver", patience=PATIENCE, driver=self._wire.me, waited_s=waited_s, mended=mended)
+
+    def _sentence(self, event: JobEvent) -> str:
+        machines = {machine.peer: machine for machine in self.machines}
+
+        def name(peer: str) -> str:
+            return machines[PeerId(peer)].name
+
+        def who(peer: str) -> str:
+            return f"compnode {name(peer)} ({machines[PeerId(peer)].holding})"
+
+        return sentence(event, name=name, who=who)
 
     @property
     def failed(self) -> bool:
@@ -333,17 +354,25 @@ class Driver:
                     self._fed_bytes[peer] = self._fed_bytes.get(peer, 0) + tensor.nbytes
 
     async def _all_reported(self) -> None:
-        limit_s = max(_LEAST_STALL_S, 20 * self._longest_s)
-        deadline_s = now_s() + limit_s
-        while len(self._reports) < len(self.machines):
+        loop = asyncio.get_running_loop()
+        start_s = loop.time()
+        while silent := tuple(each.peer for each in self.machines if each.peer not in self._reports):
             self._reported.clear()
+            waited_s = loop.time() - start_s
+            stalled = Stalled(silent, "report", waited_s, self._longest_s)
+            await self._patiently(self._reported, stalled)
+
+    async def _patiently(self, awaited: asyncio.Event, stalled: Stalled) -> None:
+        """Wait for an event as long as the policy has patience. Raises JobError then."""
+        while True:
+            (action,) = decide(self._view(stalled), stalled)
+            if not isinstance(action, LookAgain):
+                raise JobError(self._sentence(stalled))
             try:
-                await asyncio.wait_for(self._reported.wait(), deadline_s - now_s())
+                await asyncio.wait_for(awaited.wait(), action.seconds)
+                return
             except TimeoutError:
-                silent = [each.name for each in self.machines if each.peer not in self._reports]
-                raise JobError(
-                    f"no report from compnode {', '.join(silent)} for {limit_s:.0f} s: it is stalled"
-                ) from None
+                stalled = replace(stalled, waited_s=stalled.waited_s + action.seconds)
 
     def _sizes(self, batch: Sequence[Batch]) -> Sizes:
         """Return the numbers of the graph's symbols, checking that all microbatches have one shape."""
@@ -377,13 +406,7 @@ class Driver:
             # Bulk and control are not ordered against each other: an answer may overtake its tensors.
             while missing:
                 arrived.clear()
-                try:
-                    await asyncio.wait_for(arrived.wait(), PULL_TIMEOUT_S)
-                except TimeoutError:
-                    name = self._machine(asked).name
-                    raise JobError(
-                        f"compnode {name} sent no tensor for {PULL_TIMEOUT_S:.0f} s: it is stalled"
-                    ) from None
+                await self._patiently(arrived, Stalled((asked,), "tensor", 0.0))
 
         self._sink = take
         try:
@@ -421,7 +444,7 @@ class Driver:
             try:
                 await self._wire.notify(machine.peer, message)
             except PeerLost as error:
-                self.fail(f"compnode {machine.name} ({machine.holding}) is lost: {error}")
+                self.happened(LinkLost(self._wire.me, machine.peer, str(error)))
         if self._failure.done():
             await self._failure
 

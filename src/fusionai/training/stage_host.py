@@ -23,8 +23,10 @@ from fusionai.execution.program import RoundProgram
 from fusionai.graph.model import Transfer, ValueName, WeightKey
 from fusionai.network.clock import now_s
 from fusionai.network.identity import PeerId
-from fusionai.pool.contacts import Contact, link_all
+from fusionai.pool.contacts import link_all
 from fusionai.pool.job_wire import JobWire
+from fusionai.scheduling.job_events import JobEvent, LinkLost, sentence
+from fusionai.scheduling.recovery import PATIENCE, DropShare, EndJob, JobView, LookAgain, decide
 from fusionai.tensor import TensorData
 from fusionai.training.admission import check_round, check_weights
 from fusionai.training.boundaries import Outgoing, check_source, check_type
@@ -57,8 +59,6 @@ from fusionai.training.weight_traffic import WeightTraffic
 
 log = logging.getLogger(__name__)
 
-NEIGHBOUR_GRACE_S = 5.0
-"""How long the loss of a link to a neighbour is left to the driver, which knows better when a machine has died."""
 
 _MOST_MICROBATCHES = 65_536
 """Bound on a round's ledger, whatever a driver asks for."""
@@ -246,18 +246,50 @@ class StageHost:
                 await self._weights.take(self.roster, peer, header, tensor)
 
     async def on_peer_closed(self, peer: PeerId, error: NetworkError) -> None:
-        """The driver's loss ends this part. A neighbour's does, unless the driver deals with it within the grace."""
-        if self.roster.is_driver(peer):
-            self._own(self._end(f"the owner's machine is lost: {error}"))
-        elif (neighbour := self.roster.neighbour(peer)) is not None:
-            self._own(self._without(neighbour, error))
+        """A link is gone; what becomes of the job is for `scheduling.recovery` to say."""
+        if self.roster.is_driver(peer) or self.roster.neighbour(peer) is not None:
+            self._own(self._see_to(LinkLost(self._wire.me, peer, str(error), isinstance(error, ProtocolError))))
 
-    async def _without(self, neighbour: Contact, error: NetworkError) -> None:
-        """Fail when a link stays broken: its tensors are missing, and both machines may well be alive."""
-        if not isinstance(error, ProtocolError):
-            await asyncio.sleep(NEIGHBOUR_GRACE_S)
-        if self._wire.endpoint.link(PeerId(neighbour.peer)) is None:
-            raise JobError(f"its link to compnode {neighbour.name} is gone: {error}")
+    async def _see_to(self, event: LinkLost) -> None:
+        """Do what is to be done about a lost link, when its time has come."""
+        waited_s = 0.0
+        while True:
+            actions = decide(self._view(event, waited_s), event)
+            if not actions:
+                return
+            for action in actions:
+                match action:
+                    case LookAgain(seconds):
+                        await asyncio.sleep(seconds)
+                        waited_s += seconds
+                    case DropShare(because):
+                        await self._end(self._sentence(because))
+                        return
+                    case EndJob(because):
+                        raise JobError(self._sentence(because))
+                    case _:
+                        raise AssertionError(f"a stage does not {type(action).__name__}")
+
+    def _view(self, event: LinkLost, waited_s: float) -> JobView:
+        return JobView(
+            seen_by="stage",
+            patience=PATIENCE,
+            owner=self.roster.owner,
+            driver=self.roster.driver,
+            machines=frozenset(each.peer for each in self.roster.neighbours),
+            waited_s=waited_s,
+            mended=self._wire.linked(PeerId(event.there)),
+        )
+
+    def _sentence(self, event: JobEvent) -> str:
+        def name(peer: str) -> str:
+            contact = self.roster.neighbour(peer)
+            return peer[:12] if contact is None else contact.name
+
+        def who(peer: str) -> str:
+            return "the owner's machine" if self.roster.is_driver(peer) else f"compnode {name(peer)}"
+
+        return sentence(event, name=name, who=who)
 
     # --- the round --------------------------------------------------------------------------------------------
 
