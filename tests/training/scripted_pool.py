@@ -35,10 +35,11 @@ from fusionai.network.limits import Limits
 from fusionai.network.link import Link
 from fusionai.network.memory import Fate, MemoryNetwork, Message
 from fusionai.pool.identifiers import FIRST_EPOCH, Epoch, JobEpoch, JobId
+from fusionai.pool.job_wire import JobWire
 from fusionai.tensor import TensorData
 from fusionai.training.compute import ProgramCall
 from fusionai.training.driver import Driver, Machine, RoundResult
-from fusionai.training.messages import Assignment, Neighbour
+from fusionai.training.messages import TRAINING_MESSAGES, Assignment, Neighbour
 from fusionai.training.scripted_compute import ScriptedCompute, Transition
 from fusionai.training.stage_host import StageHost
 
@@ -137,7 +138,7 @@ class ScriptedMachine:
             name=name,
             transport=pool.network.transport(name, self.peer, limits),
         )
-        self.wire = JobWire(self.endpoint)
+        self.wire = JobWire(self.endpoint, [TRAINING_MESSAGES])
         self.address = ""
 
     @property
@@ -186,7 +187,7 @@ class ScriptedMachine:
         pass
 
     async def on_close(self, link: Link, error: NetworkError) -> None:
-        await self.wire.on_close(link.peer, error)
+        await self.wire.on_peer_closed(link.peer, error)
 
 
 class ScriptedPool:
