@@ -23,7 +23,6 @@ from typing import Any
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fake_plane import FakePlane, FakeProgram
-from fusionai.training.wire import JobWire
 from toy_pipelines import OPTIONS, OWNER, STATES, Pipeline, Start, batch
 
 from fusionai.errors import NetworkError
@@ -34,13 +33,17 @@ from fusionai.network.lab import EmulatedLink, LabConfig
 from fusionai.network.limits import Limits
 from fusionai.network.link import Link
 from fusionai.network.memory import Fate, MemoryNetwork, Message
+from fusionai.pool.contacts import Contact
 from fusionai.pool.identifiers import FIRST_EPOCH, Epoch, JobEpoch, JobId
 from fusionai.pool.job_wire import JobWire
 from fusionai.tensor import TensorData
+from fusionai.training.assignment_parcels import Assignment
 from fusionai.training.compute import ProgramCall
 from fusionai.training.driver import Driver, Machine, RoundResult
-from fusionai.training.messages import TRAINING_MESSAGES, Assignment, Neighbour
+from fusionai.training.messages import TRAINING_MESSAGES
+from fusionai.training.roster import Roster
 from fusionai.training.scripted_compute import ScriptedCompute, Transition
+from fusionai.training.share import Share
 from fusionai.training.stage_host import StageHost
 
 JOB = JobId("toy")
@@ -160,7 +163,9 @@ class ScriptedMachine:
             on_transition=self._on_transition,
         )
         options = {"limit_bytes": 1 << 30, "on_end": self._on_end, "compute": compute, **options}
-        host = self.hosts[assignment.epoch] = await StageHost.create(assignment, self.plane, self.wire, **options)
+        host = self.hosts[assignment.plan.epoch] = await StageHost.create(
+            assignment.share, assignment.roster, self.plane, self.wire, **options
+        )
         return host
 
     async def _on_end(self, reason: str) -> None:
@@ -269,8 +274,10 @@ class ScriptedPool:
 
     # --- jobs -------------------------------------------------------------------------------------------------
 
-    def assignment(self, pipeline: Pipeline, name: str, epoch: Epoch = FIRST_EPOCH, **changes: Any) -> Assignment:
-        """What a machine holds of a pipeline."""
+    def assignment(
+        self, pipeline: Pipeline, name: str, epoch: Epoch = FIRST_EPOCH, handing: tuple[Contact, ...] = ()
+    ) -> Assignment:
+        """What a machine holds of a pipeline. `handing` are those that it exchanges weights with at first."""
         tied = pipeline.tied()
         own = pipeline.of(name)
         keys = {weight.key for subdag in own for weight in subdag.weights}
@@ -279,23 +286,22 @@ class ScriptedPool:
             around |= {pipeline.holders[each.target] for each in subdag.sends}
             around |= {pipeline.holders[each.source] for each in subdag.receives}
         around |= {holder for key, holders in tied.items() if key in keys for holder in holders}
-        fields: dict[str, Any] = {
-            "job": JOB,
-            "epoch": epoch,
-            "owner": self.owner.peer,
-            "subdags": own,
-            "in_flight": {subdag.index: pipeline.in_flight.get(subdag.index, 2) for subdag in own},
-            "stage_peers": tuple(peer_of(holder) for holder in pipeline.holders),
-            "tied": {key: tuple(map(peer_of, holders)) for key, holders in tied.items() if key in keys},
-            "options": OPTIONS,
-            "neighbours": tuple(self.neighbour(name, other) for other in sorted(around - {name})),
-            "memory_bytes": 0,
-        }
-        return Assignment(**{**fields, **changes})
+        in_flight = {subdag.index: pipeline.in_flight.get(subdag.index, 2) for subdag in own}
+        roster = Roster(
+            job=JOB,
+            epoch=epoch,
+            owner=self.owner.peer,
+            driver=self.owner.peer,
+            pipelines=(tuple(peer_of(holder) for holder in pipeline.holders),),
+            sums={key: tuple(map(peer_of, holders)) for key, holders in tied.items() if key in keys},
+            neighbours=tuple(self.contact(name, other) for other in sorted(around - {name})),
+            handing=handing,
+        )
+        return Assignment(Share(JOB, own, in_flight, OPTIONS, memory_bytes=0), roster)
 
-    def neighbour(self, name: str, other: str) -> Neighbour:
+    def contact(self, name: str, other: str) -> Contact:
         """How a machine reaches another one: the one with the smaller name dials."""
-        return Neighbour(peer_of(other), other, (self.machines[other].address,), name < other)
+        return Contact(peer_of(other), other, (self.machines[other].address,), name < other)
 
     def driver(self, pipeline: Pipeline, epoch: Epoch = FIRST_EPOCH) -> Driver:
         """The driver of a job whose machines hold their shares already."""
@@ -317,11 +323,9 @@ class ScriptedPool:
         """Have all machines hold their shares, and load them. `handing` is the plan whose weights a new one takes."""
         names = dict.fromkeys(pipeline.machines)
         for name in names:
-            changes: dict[str, Any] = {}
-            if handing is not None:
-                others = sorted({*handing.machines, *pipeline.machines} - {name})
-                changes["handing"] = tuple(self.neighbour(name, other) for other in others)
-            await self.machines[name].hold(self.assignment(pipeline, name, epoch, **changes))
+            others = sorted({*handing.machines, *pipeline.machines} - {name}) if handing is not None else []
+            contacts = tuple(self.contact(name, other) for other in others)
+            await self.machines[name].hold(self.assignment(pipeline, name, epoch, contacts))
         driver = self.driver(pipeline, epoch)
         if prepare:
             await driver.prepare(Start(), optimizer_states=())

@@ -21,6 +21,7 @@ from fusionai.graph.model import ValueName, WeightKey
 from fusionai.network.clock import now_s, run_scripted
 from fusionai.network.identity import PeerId
 from fusionai.network.limits import Limits
+from fusionai.pool.contacts import LINK_TIMEOUT_S
 from fusionai.pool.identifiers import FIRST_EPOCH, JobEpoch
 from fusionai.tensor import TensorData
 from fusionai.training.messages import (
@@ -40,7 +41,7 @@ from fusionai.training.messages import (
     TiedGradient,
     WeightTensor,
 )
-from fusionai.training.stage_host import LINK_TIMEOUT_S, NEIGHBOUR_GRACE_S, StageHost
+from fusionai.training.stage_host import NEIGHBOUR_GRACE_S, StageHost
 from fusionai.training.weight_traffic import LOAD_TIMEOUT_S
 
 A, B, C, DRIVER = peer_of("a"), peer_of("b"), peer_of("c"), peer_of(OWNER)
