@@ -126,6 +126,8 @@ class Registry:
         return peer in self._leaving
 
     # --- leases ---------------------------------------------------------------------------------------------
+    # One job for each compnode, although a compnode itself takes as many shares as its memory allows: a plan predicts
+    # speeds as of a machine that works for nobody else.
 
     def lease(self, peer: PeerId, job: JobId) -> None:
         """Give a member to a job."""
