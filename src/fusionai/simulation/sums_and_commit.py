@@ -1,12 +1,8 @@
-"""The end of a step: gradients are summed among the holders of a weight, machines report, the driver commits.
+"""The end of a simulated step: gradients are summed among the holders of a weight, then machines report and update.
 
-Within one pipeline, holders of a tied weight send it to each other whole, as the training runtime does. Over pipelines
-the sum is a ring all-reduce (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
-workstations"): of P machines each sends 2 (P - 1) pieces of 1 / P to the next, all at the pace of the slowest link. A
-machine is in one sum at a time, in the order of `scheduling.sums_in_turn`, and a sum begins when all its machines have
-finished their last backward, so late stages sum while early ones still compute. The rest is as
-`fusionai.scheduling.evaluation` reckons: when everything is summed, each machine's report and the answer take a round
-trip, and its update follows.
+The sums are the planner's (`fusionai.scheduling.end_of_step`). Here a sum begins when all its machines have finished
+their last backward, so late stages sum while early ones still compute. When everything is summed, each machine's report
+and the driver's answer take a round trip, and the machine's update follows.
 """
 
 from __future__ import annotations
@@ -16,16 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusionai.scheduling.estimator import delay_s, send_s
-from fusionai.scheduling.sums_in_turn import begin_s
+from fusionai.scheduling.end_of_step import GradientSum, summed_s
+from fusionai.scheduling.estimator import delay_s
+from fusionai.scheduling.links import Floats
 from fusionai.simulation.placed_stages import PlacedStages
-from fusionai.simulation.simulated_links import SimulatedLinks
 from fusionai.simulation.workload import WeightGroup
 
 
 @dataclass(frozen=True, slots=True)
 class SumsAndCommit:
-    """When a step's phases end, seconds since its start, and what the last ones send and compute."""
+    """When a step's last phases end, in seconds since its start, and what the machines send and compute in them."""
 
     summed_s: float
     committed_s: float
@@ -37,7 +33,7 @@ class SumsAndCommit:
 
 
 def sums_and_commit(
-    assembly: PlacedStages,
+    placed: PlacedStages,
     groups: Sequence[WeightGroup],
     driver: str,
     *,
@@ -46,49 +42,27 @@ def sums_and_commit(
     factors: Mapping[str, float],
 ) -> SumsAndCommit:
     """Return how a step ends whose passes are done; `free_s` says when each machine's were."""
-    channels = assembly.channels
-    sends: list[tuple[str, str, float]] = []
-    waiting: list[tuple[float, float, tuple[str, ...]]] = []
+    links = placed.channels
+
+    def rates(sources: Sequence[str], targets: Sequence[str]) -> tuple[Floats, Floats]:
+        profiles = [links.profile(source, target) for source, target in zip(sources, targets, strict=True)]
+        return (
+            np.asarray([each.bandwidth_bytes_per_s for each in profiles]),
+            np.asarray([delay_s(each) for each in profiles]),
+        )
+
+    sums = []
     for group in groups:
-        stages = [assembly.places[place] for place in group.stages if place in assembly.places]
+        stages = [placed.places[place] for place in group.stages if place in placed.places]
         machines = tuple(dict.fromkeys(stage.machine for stage in stages))
         if len(machines) > 1:
             one_pipeline = len({stage.pipeline for stage in stages}) == 1
-            exchange = whole_exchange if one_pipeline else ring_all_reduce
-            seconds, sent = exchange(channels, machines, group.size_bytes)
-            sends += sent
-            waiting.append((max(free_s[machine] for machine in machines), seconds, machines))
-    everybody = dict.fromkeys(machine for *_, machines in waiting for machine in machines)
-    numbers = {machine: number for number, machine in enumerate(everybody)}
-    ready_G, seconds_G = (np.asarray([each[place] for each in waiting]) for place in (0, 1))
-    taking = [np.asarray([numbers[machine] for machine in machines]) for *_, machines in waiting]
-    summed_s = max([passes_end_s, *(begin_s(ready_G, taking, seconds_G) + seconds_G).tolist()])
+            sums.append(GradientSum(machines, group.size_bytes, one_pipeline))
+    end_s = max(passes_end_s, summed_s(sums, rates, free_s))
     updates: dict[str, float] = {}
-    for stage in assembly.stages:
+    for stage in placed.stages:
         seconds = stage.load.update_s * factors.get(stage.machine, 1.0)
         updates[stage.machine] = updates.get(stage.machine, 0.0) + seconds
-    slowest_s = max(channels.profile(driver, machine).rtt_s + seconds for machine, seconds in updates.items())
-    return SumsAndCommit(summed_s, summed_s + slowest_s, tuple(sends), updates)
-
-
-def ring_all_reduce(
-    channels: SimulatedLinks, machines: Sequence[str], size_bytes: float
-) -> tuple[float, list[tuple[str, str, float]]]:
-    """Return the seconds of a ring all-reduce, and what each machine sends to which."""
-    count = len(machines)
-    piece_bytes = size_bytes / count
-    pairs = [(machine, machines[(place + 1) % count]) for place, machine in enumerate(machines)]
-    profiles = [channels.profile(*pair) for pair in pairs]
-    round_s = max(send_s(piece_bytes, profile) + delay_s(profile) for profile in profiles)
-    rounds = 2 * (count - 1)
-    return rounds * round_s, [(*pair, rounds * piece_bytes) for pair in pairs]
-
-
-def whole_exchange(
-    channels: SimulatedLinks, machines: Sequence[str], size_bytes: float
-) -> tuple[float, list[tuple[str, str, float]]]:
-    """Return the seconds in which each machine sends its gradients whole to every other, and what is sent."""
-    pairs = [(one, other) for one in machines for other in machines if one != other]
-    profiles = [channels.profile(*pair) for pair in pairs]
-    seconds = max(send_s(size_bytes, profile) + delay_s(profile) for profile in profiles)
-    return seconds, [(*pair, size_bytes) for pair in pairs]
+    slowest_s = max(links.profile(driver, machine).rtt_s + seconds for machine, seconds in updates.items())
+    sends = tuple(sent for each in sums for sent in each.sends())
+    return SumsAndCommit(end_s, end_s + slowest_s, sends, updates)
