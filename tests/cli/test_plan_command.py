@@ -11,11 +11,11 @@ import pytest
 from what_if_files import LLAMA, OWNER, job_file, machine, pool_file
 
 from fusionai.cli.main import main
+from fusionai.owner.pool_file import read_pool
 from fusionai.owner.what_if import request_of
 from fusionai.scheduling.planner import plan
 from fusionai.scheduling.problem import Limits
 from fusionai.simulation.forecast.request import with_owner
-from fusionai.simulation.hardware.pool_file import read_pool
 from fusionai.training.config import read_job
 from quick_pool import completed
 

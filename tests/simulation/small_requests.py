@@ -6,9 +6,9 @@ from typing import Any
 
 from decoder_graph import SIZES, decoder
 
+from fusionai.owner.pool_file import pool_from
 from fusionai.scheduling.problem import Limits, TrainingProblem
 from fusionai.simulation.forecast.request import Request
-from fusionai.simulation.hardware.pool_file import pool_from
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 
 GRAPH = decoder(6, hidden=512)

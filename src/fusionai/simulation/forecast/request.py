@@ -214,9 +214,14 @@ def setting_of(what_if: WhatIfPool) -> Setting:
 
 def plan_on(request: Request, setting: Setting) -> Plan:
     """Return the plan that the broker of such a pool would make: of one pipeline. Raises as `planner.plan`."""
+    return planner.plan(one_pipeline_on(request, setting))
+
+
+def one_pipeline_on(request: Request, setting: Setting) -> TrainingProblem:
+    """Return the problem of one pipeline on some machines, as a broker of theirs would have it."""
     limits = dataclasses.replace(request.problem.limits, in_order=request.in_order, most_pipelines=1)
     problem = dataclasses.replace(request.problem, limits=limits, remedies=DESCRIBED)
-    return planner.plan(problem.on_pool(setting.pool, setting.owner))
+    return problem.on_pool(setting.pool, setting.owner)
 
 
 def best_on(request: Request, what_if: WhatIfPool) -> Plan:
