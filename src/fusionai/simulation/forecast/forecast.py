@@ -167,10 +167,10 @@ def forecast(
             raise
         raise saying_elsewhere(error, request, what_if) from error
     planned_s = clock_s()
-    swarm = None if request.arranged else best_on(request, full)
-    swarm_s = clock_s() - planned_s
+    best = None if request.arranged else best_on(request, full)
+    several_s = clock_s() - planned_s
     # One pipeline is a number of pipelines, too.
-    several = swarm if swarm is None or swarm.predicted_step_s < plan.predicted_step_s else plan
+    several = best if best is None or best.predicted_step_s < plan.predicted_step_s else plan
     bound_step_s = _bound_s(request, full)
     (rows,) = rows_of(request, plan, setting.machines)
     board_w = _board_w({stage.peer for stage in plan.stages}, full)
@@ -196,7 +196,7 @@ def forecast(
         pipelines_step_s=several.predicted_step_s if several else None,
         pipelines_tokens_per_s=request.tokens_per_step / several.predicted_step_s if several else None,
         pipelines_bottleneck=several.bottleneck if several else "",
-        pipelines_planning_s=swarm_s,
+        pipelines_planning_s=several_s,
         alone=each_alone(request, what_if, full, plan.predicted_step_s) if what_ifs else (),
         rented=each_rented(request, plan.predicted_step_s) if what_ifs else (),
         board_w=board_w,
