@@ -27,7 +27,7 @@ from fusionai.pool.messages import (
     ReplanJob,
     SwitchPlan,
 )
-from fusionai.scheduling.corrections import Corrections, Drift, StageTimes
+from fusionai.scheduling.corrections import Corrections, Drift, MeasuredPasses
 from fusionai.scheduling.plan import Plan
 from fusionai.training.driver import Driver, Machine, RoundResult
 from fusionai.training.handing_over import hand_over
@@ -190,7 +190,7 @@ class Replanning:
     def observe(self, step: int, result: RoundResult) -> None:
         """Note what the machines took for a training step."""
         times = [
-            StageTimes(peer, stage, seconds, report.backward_s.get(stage, 0.0), self._terms.microbatches)
+            MeasuredPasses(peer, stage, seconds, report.backward_s.get(stage, 0.0), self._terms.microbatches)
             for peer, report in result.reports.items()
             for stage, seconds in report.forward_s.items()
         ]

@@ -20,7 +20,7 @@ from fusionai.owner.model_configuration import (
     model_folder,
     vocabulary_of,
 )
-from fusionai.scheduling.problem import Limits, TrainingProblem
+from fusionai.scheduling.problem import PlanLimits, TrainingProblem
 from fusionai.simulation.forecast.forecast import Forecast, forecast
 from fusionai.simulation.forecast.request import Request, with_owner
 from fusionai.simulation.forecast.simulated_job import SimulatedJob, SimulationOptions, simulate_on_pool
@@ -85,7 +85,7 @@ def request_of(job: JobConfig) -> Request:
             privacy=job.placement.privacy,
             front=front,
             back=back,
-            limits=Limits(compnodes=job.placement.compnodes, cuts=job.placement.cuts),
+            limits=PlanLimits(compnodes=job.placement.compnodes, cuts=job.placement.cuts),
         ),
         tokens_per_step=training.batch_size * training.microbatches * job.data.sequence_length,
         machines=job.placement.machines,

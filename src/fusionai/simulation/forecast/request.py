@@ -18,7 +18,7 @@ from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling import planner
 from fusionai.scheduling.estimator import flops_rate
 from fusionai.scheduling.plan import Plan
-from fusionai.scheduling.problem import Limits, TrainingProblem
+from fusionai.scheduling.problem import PlanLimits, TrainingProblem
 from fusionai.scheduling.profile import Member, Pool
 from fusionai.scheduling.remedies import DESCRIBED
 from fusionai.scheduling.search.single_chains import machines_of_single_chains
@@ -240,7 +240,7 @@ def _problem_of_pool(request: Request, what_if: WhatIfPool) -> TrainingProblem:
         owner=what_if.owner,
         links=what_if,
         lines=(what_if.up_bytes_per_s, what_if.down_bytes_per_s),
-        limits=Limits(),
+        limits=PlanLimits(),
         remedies=DESCRIBED,
     )
 
@@ -263,7 +263,7 @@ def plan_at_home(request: Request, owner: Member) -> Plan:
 
 def _undivided(request: Request) -> Request:
     """Return the request for one machine, without cut positions to search: only the stages that will run are costed."""
-    return dataclasses.replace(request, problem=request.problem.within(Limits(cuts=())), machines=())
+    return dataclasses.replace(request, problem=request.problem.within(PlanLimits(cuts=())), machines=())
 
 
 def _first_few(names: Sequence[str]) -> str:
