@@ -1,4 +1,4 @@
-"""The planner of swarms against simple splits, DT-FM's grid, every possible plan of small pools, and the bound.
+"""The planner against simple splits, DT-FM's grid, every possible plan of small pools, and the bound.
 
     python benchmarks/planners.py [--parts pools small bound scale] [--pools 24] [--small 200] [--workload gpt2-xl]
                                   [--json]

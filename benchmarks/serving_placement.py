@@ -27,12 +27,12 @@ from contenders.serving.serving_simulator import simulate_serving
 from fusionai.errors import PlacementError
 from fusionai.graph.capture import capture_transformers
 from fusionai.owner.model_configuration import MODEL_CLASSES
-from fusionai.scheduling.serving.estimator import range_times
-from fusionai.scheduling.serving.evaluation import Evaluator, Share
 from fusionai.scheduling.serving.load import load_of
-from fusionai.scheduling.serving.model import ServingModel, serving_model
-from fusionai.scheduling.serving.plan import ServingPlan
-from fusionai.scheduling.serving.planner import plan_of_placement, plan_serving
+from fusionai.scheduling.serving.serving_estimator import range_times
+from fusionai.scheduling.serving.serving_evaluation import Evaluator, HeldRange
+from fusionai.scheduling.serving.serving_model import ServingModel, serving_model
+from fusionai.scheduling.serving.serving_plan import ServingPlan
+from fusionai.scheduling.serving.serving_planner import plan_of_placement, plan_serving
 from fusionai.scheduling.serving.task import ServingTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "scheduling"))
@@ -91,7 +91,7 @@ def published_plan(task: ServingTask, cluster: PublishedCluster) -> ServingPlan 
         return None
     blocks = task.model.blocks
     shares = [
-        Share(stop + 1 + (stop == blocks), first + (first > 0), machine)
+        HeldRange(stop + 1 + (stop == blocks), first + (first > 0), machine)
         for machine, (first, stop) in enumerate(PUBLISHED["placements"][cluster.name])
         if stop > first
     ]

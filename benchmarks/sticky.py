@@ -31,7 +31,7 @@ from fusionai.scheduling.corrections import corrected
 from fusionai.scheduling.evaluation import evaluated_again
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.planner import plan
-from fusionai.scheduling.problem import Limits, TrainingProblem
+from fusionai.scheduling.problem import PlanLimits, TrainingProblem
 from fusionai.scheduling.profile import LinkProfile, Member, Pool
 from fusionai.scheduling.replanning import replanned
 from fusionai.scheduling.transfers import TransferSchedule, holders_of, loads_of, state_bytes
@@ -91,7 +91,7 @@ def one_pool(graph: OpDag, sizes: dict[str, int], seed: int) -> list[dict[str, A
         privacy="open",
         front=0,
         back=len(graph.nodes),
-        limits=Limits(most_pipelines=1),
+        limits=PlanLimits(most_pipelines=1),
     )
     running = plan(job.on_pool(healthy, owner))
     victim, factor = draw.choice(running.stages).peer, draw.uniform(1.5, 4)

@@ -75,6 +75,26 @@ def test_source_file(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES, "two things in one file?"
 
 
+def test_planning_and_simulating_stay_small() -> None:
+    """What plans and simulates once was nearly half of the package, most of it for what the runtime cannot do."""
+    lines = {
+        path: len(path.read_text(encoding="utf-8").splitlines())
+        for path in FILES
+        if folder(path) in ("scheduling", "simulation")
+    }
+    assert max(lines.values()) <= 400
+    assert sum(lines.values()) <= 15_000
+
+
+def test_one_class_name_has_one_meaning() -> None:
+    places: dict[str, list[Path]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(path)
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
+
+
 def test_every_folder_has_a_place() -> None:
     folders = {path.name for path in SOURCE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == MAY_IMPORT.keys()

@@ -97,7 +97,7 @@ def toml_blocks() -> list[Any]:
         pytest.param(block, id=f"{name_of(page)}-{number}")
         for page in PAGES
         for number, (language, block) in enumerate(FENCE.findall(text_of(page)))
-        if language == "toml" and page.name != "pool-file.md"  # tests/simulation/test_pool_file.py reads that one
+        if language == "toml" and page.name != "pool-file.md"  # tests/owner/test_pool_file.py reads that one
     ]
 
 

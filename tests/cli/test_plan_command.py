@@ -11,11 +11,11 @@ import pytest
 from what_if_files import LLAMA, OWNER, job_file, machine, pool_file
 
 from fusionai.cli.main import main
+from fusionai.owner.pool_file import read_pool
 from fusionai.owner.what_if import request_of
 from fusionai.scheduling.planner import plan
-from fusionai.scheduling.problem import Limits
+from fusionai.scheduling.problem import PlanLimits
 from fusionai.simulation.forecast.request import with_owner
-from fusionai.simulation.hardware.pool_file import read_pool
 from fusionai.training.config import read_job
 from quick_pool import completed
 
@@ -53,7 +53,7 @@ def test_three_machines(tmp_path: Path) -> None:
 
     request, what_if = request_of(read_job(job)), with_owner(read_pool(pool), "open")
     assert what_if.owner is not None
-    limits = Limits(compnodes=3, most_pipelines=1)
+    limits = PlanLimits(compnodes=3, most_pipelines=1)
     direct = plan(request.problem.within(limits).on_pool(what_if.pool(), what_if.owner))
     assert [each["start"] for each in found["plan"]["pipelines"][0]["stages"]] == [each.start for each in direct.stages]
     assert found["predicted_step_s"] == pytest.approx(direct.predicted_step_s, rel=1e-9)

@@ -12,7 +12,7 @@ import pytest
 from what_if_files import OWNER, job_file, machine, pool_file
 
 from fusionai.cli.main import main
-from fusionai.simulation.forecast.trial import Trial
+from fusionai.simulation.forecast.simulated_job import SimulatedJob
 from fusionai.simulation.hardware.catalogue import lookup
 from quick_pool import completed
 
@@ -64,7 +64,7 @@ def test_a_process(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     assert json.loads((tmp_path / "found.json").read_text(encoding="utf-8")) == found
-    assert found.keys() == {each.encode_name for each in msgspec.structs.fields(Trial)}
+    assert found.keys() == {each.encode_name for each in msgspec.structs.fields(SimulatedJob)}
     report = found["report"]
     assert report["finished"]
     assert report["steps"] == 20

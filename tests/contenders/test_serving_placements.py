@@ -7,7 +7,7 @@ from serving_pools import check, machine, task_of
 
 from contenders.serving.other_placements import PLACEMENTS, baseline_plan
 from fusionai.errors import PlacementError
-from fusionai.scheduling.serving.planner import plan_serving
+from fusionai.scheduling.serving.serving_planner import plan_serving
 
 
 @pytest.mark.parametrize("name", sorted(PLACEMENTS))

@@ -22,10 +22,10 @@ from contenders.serving.wires import Wire
 from fusionai.errors import ConfigError
 from fusionai.scheduling.links import PoolLinks
 from fusionai.scheduling.profile import LinkProfile, Member, Pool
-from fusionai.scheduling.serving.evaluation import Evaluator, Share
 from fusionai.scheduling.serving.load import load_of
-from fusionai.scheduling.serving.plan import FlowPlan, ServingPlan
-from fusionai.scheduling.serving.planner import plan_of_placement, plan_serving
+from fusionai.scheduling.serving.serving_evaluation import Evaluator, HeldRange
+from fusionai.scheduling.serving.serving_plan import FlowPlan, ServingPlan
+from fusionai.scheduling.serving.serving_planner import plan_of_placement, plan_serving
 from fusionai.scheduling.serving.task import ServingTask
 
 RATE, DELAY_S = 1e6, 0.01
@@ -49,7 +49,7 @@ def task_of(
 
 
 def placed(task: ServingTask, *ranges: tuple[int, int]) -> ServingPlan:
-    shares = [Share(last, first, member) for member, (first, last) in enumerate(ranges)]
+    shares = [HeldRange(last, first, member) for member, (first, last) in enumerate(ranges)]
     return plan_of_placement(Evaluator(task), shares, "by hand")
 
 

@@ -13,12 +13,12 @@ import pytest
 from fusionai.scheduling.links import PoolLinks
 from fusionai.scheduling.profile import DeviceProfile, LinkProfile, Member, Pool
 from fusionai.scheduling.segments import MEMORY_MARGIN
-from fusionai.scheduling.serving.estimator import CHUNK_TOKENS
-from fusionai.scheduling.serving.evaluation import Evaluator, Share
 from fusionai.scheduling.serving.load import ServingLoad, load_of
-from fusionai.scheduling.serving.model import TOKEN_BYTES, ServingModel
-from fusionai.scheduling.serving.plan import ServingPlan
-from fusionai.scheduling.serving.planner import plan_serving
+from fusionai.scheduling.serving.serving_estimator import CHUNK_TOKENS
+from fusionai.scheduling.serving.serving_evaluation import Evaluator, HeldRange
+from fusionai.scheduling.serving.serving_model import TOKEN_BYTES, ServingModel
+from fusionai.scheduling.serving.serving_plan import ServingPlan
+from fusionai.scheduling.serving.serving_planner import plan_serving
 from fusionai.scheduling.serving.task import ServingTask
 from fusionai.scheduling.serving.throughput import best_throughput
 
@@ -166,7 +166,9 @@ def most_tokens_per_s(task: ServingTask) -> float:
     for bound, chosen in sorted(candidates, reverse=True):
         if bound <= best:
             break
-        found = evaluator.evaluate([Share(last, first, m) for m, (first, last) in enumerate(chosen) if last > first])
+        found = evaluator.evaluate(
+            [HeldRange(last, first, m) for m, (first, last) in enumerate(chosen) if last > first]
+        )
         if found is not None:
             best = max(best, found.tokens_per_s)
     return best

@@ -12,7 +12,7 @@ from every_plan import OWNER, planned, slowed
 from training_problems import one_pipeline
 
 from fusionai.errors import ConfigError
-from fusionai.scheduling.corrections import NOTICED, Corrections, StageTimes, corrected
+from fusionai.scheduling.corrections import NOTICED, Corrections, MeasuredPasses, corrected
 from fusionai.scheduling.evaluation import evaluated_again
 from fusionai.scheduling.plan import Plan
 
@@ -22,10 +22,10 @@ RUNNING = planned(GRAPH, POOL, 8, compnodes=3)
 PEERS = [stage.peer for stage in RUNNING.stages]
 
 
-def times(plan: Plan, factors: dict[str, float], draw: random.Random, noise: float) -> list[StageTimes]:
+def times(plan: Plan, factors: dict[str, float], draw: random.Random, noise: float) -> list[MeasuredPasses]:
     """Return one step's times, each stage's with lognormal noise of this standard deviation."""
     return [
-        StageTimes(
+        MeasuredPasses(
             stage.peer,
             stage.stage,
             plan.microbatches * stage.predicted.forward_s * factor,
@@ -127,11 +127,11 @@ def test_a_settled_drift_is_reported_once() -> None:
 def test_few_or_foreign_times_say_nothing() -> None:
     watched, draw = Corrections(RUNNING), random.Random(5)
     foreign = [
-        StageTimes("p-nobody", 0, 1.0, 1.0, 8),
-        StageTimes(PEERS[0], 2, 1.0, 1.0, 8),
-        StageTimes(PEERS[0], 0, 0.0, 0.0, 8),
-        StageTimes(PEERS[0], 0, 1.0, math.nan, 8),
-        StageTimes(PEERS[0], 0, 1.0, 1.0, 0),
+        MeasuredPasses("p-nobody", 0, 1.0, 1.0, 8),
+        MeasuredPasses(PEERS[0], 2, 1.0, 1.0, 8),
+        MeasuredPasses(PEERS[0], 0, 0.0, 0.0, 8),
+        MeasuredPasses(PEERS[0], 0, 1.0, math.nan, 8),
+        MeasuredPasses(PEERS[0], 0, 1.0, 1.0, 0),
     ]
     for step in range(5):
         watched.observe(step, foreign)

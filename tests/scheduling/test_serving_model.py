@@ -16,9 +16,9 @@ from fusionai.graph.capture import capture_transformers
 from fusionai.graph.model import OpDag
 from fusionai.graph.privacy import arrange_private
 from fusionai.scheduling.segments import MEMORY_MARGIN
-from fusionai.scheduling.serving.estimator import CHUNK_TOKENS, range_times
 from fusionai.scheduling.serving.load import load_of
-from fusionai.scheduling.serving.model import serving_model
+from fusionai.scheduling.serving.serving_estimator import CHUNK_TOKENS, range_times
+from fusionai.scheduling.serving.serving_model import serving_model
 
 HIDDEN, INNER, HEADS, GROUPS, LAYERS, WORDS = 64, 160, 8, 2, 3, 96
 

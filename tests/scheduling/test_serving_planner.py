@@ -26,9 +26,9 @@ from fusionai.errors import PlacementError
 from fusionai.scheduling.links import PoolLinks
 from fusionai.scheduling.profile import LinkProfile, Pool
 from fusionai.scheduling.serving.cover import Filler, fill
-from fusionai.scheduling.serving.evaluation import Evaluator, Share
 from fusionai.scheduling.serving.flow import SINK, SOURCE, Arc, most_flow
-from fusionai.scheduling.serving.planner import plan_of_placement, plan_serving
+from fusionai.scheduling.serving.serving_evaluation import Evaluator, HeldRange
+from fusionai.scheduling.serving.serving_planner import plan_of_placement, plan_serving
 
 
 @pytest.mark.parametrize("block", range(6))
@@ -115,7 +115,7 @@ def test_equal_machines_without_room_for_all_make_equal_halves_or_better() -> No
     task = task_of(*members, blocks=4)
     plan = plan_serving(task)
     check(task, plan)
-    halves = [Share(3, 0, 0), Share(6, 3, 1), Share(3, 0, 2), Share(6, 3, 3)]
+    halves = [HeldRange(3, 0, 0), HeldRange(6, 3, 1), HeldRange(3, 0, 2), HeldRange(6, 3, 3)]
     by_hand = plan_of_placement(Evaluator(task), halves, "by hand")
     assert plan.predicted_tokens_per_s >= by_hand.predicted_tokens_per_s * (1 - 1e-9)
 

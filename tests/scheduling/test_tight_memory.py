@@ -13,7 +13,7 @@ from fusionai.graph.cuts import Cutter, cut_points
 from fusionai.graph.model import OpDag, Sizes
 from fusionai.scheduling.links import PoolLinks
 from fusionai.scheduling.planner import plan
-from fusionai.scheduling.problem import Limits
+from fusionai.scheduling.problem import PlanLimits
 from fusionai.scheduling.segments import MEMORY_MARGIN
 
 
@@ -47,7 +47,7 @@ def test_a_plan_is_found_where_there_is_hardly_room(seed: int) -> None:
     offer = int(1.15 * budget * MEMORY_MARGIN)
     machines = pool(*(member(f"m{k}", memory_bytes=offer) for k in range(filled)))
     problem = problem_of(graph, sizes=sizes, microbatches=draw.choice((1, 4, 16)))
-    one = plan(problem.within(Limits(most_pipelines=1)).on_pool(machines, member("owner")))
+    one = plan(problem.within(PlanLimits(most_pipelines=1)).on_pool(machines, member("owner")))
     links = PoolLinks(machines, [each.peer for each in machines.members])
     several = plan(replace(problem, members=machines.members, links=links))
     assert len(one.stages) <= filled

@@ -8,7 +8,7 @@ from decoder_graph import SIZES
 
 from fusionai.graph.model import OpDag
 from fusionai.graph.privacy import arrange_private
-from fusionai.scheduling.problem import Limits, TrainingProblem
+from fusionai.scheduling.problem import PlanLimits, TrainingProblem
 from fusionai.scheduling.profile import Member, Pool
 
 
@@ -42,5 +42,5 @@ def one_pipeline(
     **changes: Any,
 ) -> TrainingProblem:
     """Return a problem of one pipeline on a pool."""
-    limits = Limits(compnodes=compnodes, cuts=cuts, in_order=in_order, most_pipelines=1, leaving=leaving)
+    limits = PlanLimits(compnodes=compnodes, cuts=cuts, in_order=in_order, most_pipelines=1, leaving=leaving)
     return problem_of(graph, limits=limits, **changes).on_pool(pool, owner)

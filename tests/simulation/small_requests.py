@@ -6,9 +6,9 @@ from typing import Any
 
 from decoder_graph import SIZES, decoder
 
-from fusionai.scheduling.problem import Limits, TrainingProblem
+from fusionai.owner.pool_file import pool_from
+from fusionai.scheduling.problem import PlanLimits, TrainingProblem
 from fusionai.simulation.forecast.request import Request
-from fusionai.simulation.hardware.pool_file import pool_from
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 
 GRAPH = decoder(6, hidden=512)
@@ -27,7 +27,7 @@ def request(**changes: Any) -> Request:
         "privacy": "open",
     }
     own = {name: changes.pop(name) for name in ("tokens_per_step", "machines") if name in changes}
-    limits = Limits(**{name: changes.pop(name) for name in ("compnodes", "cuts") if name in changes})
+    limits = PlanLimits(**{name: changes.pop(name) for name in ("compnodes", "cuts") if name in changes})
     return Request(
         **{"problem": TrainingProblem(**{**fields, **changes}, limits=limits), "tokens_per_step": 8 * 128, **own}
     )

@@ -10,7 +10,7 @@ from small_requests import load, private, request
 
 from fusionai.cli.forecast_words import sentences
 from fusionai.errors import ConfigError, PlacementError
-from fusionai.simulation.forecast.changes import link_doubled, links_busy_s, one_more, uplinks_doubled
+from fusionai.simulation.forecast.changes import link_doubled, links_and_lines_busy_s, one_more, uplinks_doubled
 from fusionai.simulation.forecast.forecast import forecast
 from fusionai.simulation.forecast.request import (
     best_on,
@@ -86,7 +86,7 @@ def test_better_pools() -> None:
 
     setting = setting_of(full)
     plan = plan_on(request(compnodes=3), setting)
-    busy_s = links_busy_s(request(), plan, setting)
+    busy_s, _ = links_and_lines_busy_s(request(), plan, setting)
     link = max(busy_s, key=lambda link: busy_s[link])
     assert len(busy_s) == 4, "two cuts, both ways"
     faster = link_doubled(setting, *link)

@@ -19,7 +19,7 @@ from fusionai.simulation.forecast.forecast import forecast
 from fusionai.simulation.forecast.offload import BUS_BYTES_PER_S, MAIN_MEMORY_BYTES_PER_S, offloaded
 from fusionai.simulation.forecast.rented import each_rented
 from fusionai.simulation.forecast.request import plan_at_home
-from fusionai.simulation.forecast.trial import Circumstances, trial
+from fusionai.simulation.forecast.simulated_job import SimulationOptions, simulate_on_pool
 from fusionai.simulation.hardware.catalogue import everything, lookup
 from fusionai.simulation.hardware.efficiency import profile_of
 from fusionai.units.byte_counts import bytes_text
@@ -173,8 +173,16 @@ def test_an_owner_that_holds_the_job_is_not_told_to_offload() -> None:
     own = f"owner by itself, whose {what_if.owner.device.name} holds the whole job (about {tokens_per_s:,.0f} tokens/s)"
     for text in (
         refusal(lambda: forecast(private(), what_if)),
-        refusal(lambda: trial(private(), what_if, Circumstances(steps=1), job_steps=1, pipelines=False, clock_s=float)),
-        refusal(lambda: trial(private(), what_if, Circumstances(steps=1), job_steps=1, pipelines=True, clock_s=float)),
+        refusal(
+            lambda: simulate_on_pool(
+                private(), what_if, SimulationOptions(steps=1), job_steps=1, pipelines=False, clock_s=float
+            )
+        ),
+        refusal(
+            lambda: simulate_on_pool(
+                private(), what_if, SimulationOptions(steps=1), job_steps=1, pipelines=True, clock_s=float
+            )
+        ),
     ):
         assert f". What could train it: {own}, or one rented " in text
         assert "offloads" not in text

@@ -11,7 +11,7 @@ from small_requests import load, private, request
 from fusionai.errors import PlacementError
 from fusionai.simulation.forecast.forecast import forecast
 from fusionai.simulation.forecast.request import Request, part_of, plan_on, setting_of, with_owner
-from fusionai.simulation.forecast.trial import Circumstances, trial
+from fusionai.simulation.forecast.simulated_job import SimulationOptions, simulate_on_pool
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 
 
@@ -34,8 +34,8 @@ def test_a_simulated_step_takes_what_was_planned(seed: int, pipelines: bool) -> 
     draw = random.Random(seed)
     what_if, fields = homes(draw), {"microbatches": draw.choice((2, 8, 32))}
     asked = private(**fields) if draw.random() < 0.6 else request(**fields)
-    given = Circumstances(steps=2)
-    found = trial(asked, what_if, given, job_steps=2, pipelines=pipelines, clock_s=iter([0.0, 1.0]).__next__)
+    given = SimulationOptions(steps=2)
+    found = simulate_on_pool(asked, what_if, given, job_steps=2, pipelines=pipelines, clock_s=iter([0.0, 1.0]).__next__)
     # Of two tensors that find a line free, either may take it first.
     assert found.report.median_step_s == pytest.approx(found.predicted_step_s, rel=0.02)
 
@@ -83,8 +83,10 @@ def test_machines_that_the_job_names_are_the_only_ones() -> None:
     half = len(request().problem.graph.nodes) // 2
     ordered = forecast(request(machines=("c", "a"), cuts=(half,)), pool, what_ifs=False)
     assert [each.machine for each in ordered.stages] == ["c", "a"]
-    given = Circumstances(steps=1)
-    executed = trial(named("c", "b"), pool, given, job_steps=1, pipelines=False, clock_s=iter([0.0, 1.0]).__next__)
+    given = SimulationOptions(steps=1)
+    executed = simulate_on_pool(
+        named("c", "b"), pool, given, job_steps=1, pipelines=False, clock_s=iter([0.0, 1.0]).__next__
+    )
     assert {executed.names[each.peer] for each in executed.report.machines} <= {"b", "c", "owner"}
     with pytest.raises(PlacementError, match=r"placement.machines names cc, but .* did you mean c\?"):
         forecast(named("cc"), pool)

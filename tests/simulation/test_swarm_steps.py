@@ -17,13 +17,13 @@ from workloads import chain, replicas, uniform
 
 from fusionai.errors import ConfigError
 from fusionai.graph.model import OpDag
+from fusionai.owner.pool_file import parse_pool
 from fusionai.scheduling.links import PoolLinks
 from fusionai.scheduling.plan import PipelinePlan, Plan
 from fusionai.scheduling.planner import plan
 from fusionai.scheduling.profile import LinkProfile, Pool
 from fusionai.simulation.codecs import Dense, TopK
 from fusionai.simulation.hardware.catalogue import lookup
-from fusionai.simulation.hardware.pool_file import parse_pool
 from fusionai.simulation.jitter import Jitter
 from fusionai.simulation.link_rates import LinkRates, links_of_what_if
 from fusionai.simulation.prices import MachinePrice, Prices, price_of

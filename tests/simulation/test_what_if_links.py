@@ -6,8 +6,8 @@ import itertools
 
 import numpy as np
 
+from fusionai.owner.pool_file import parse_pool
 from fusionai.scheduling.links import LinkModel
-from fusionai.simulation.hardware.pool_file import parse_pool
 
 POOL = """
 [owner]

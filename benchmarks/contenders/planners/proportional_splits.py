@@ -2,7 +2,7 @@
 
 FusionLLM (arXiv 2410.12707) compares with equal numbers of operators and equal compute; the exact rules are not
 published, and these are ours. The planners here are one pipeline over all machines in the order in which they are
-given. `cheapest_prefix` and `cut_again` give the same cuts what the planner of swarms decides besides cuts: how many
+given. `cheapest_prefix` and `cut_again` give the same cuts what the planner decides besides cuts: how many
 machines, and which pipelines of which machines in which order.
 """
 

@@ -1,6 +1,6 @@
 """The best single pipeline in which every machine takes part: the setting in which OP-Fence was published.
 
-FusionLLM (arXiv 2410.12707) trains over all machines as one pipeline. The planner of swarms would leave machines out
+FusionLLM (arXiv 2410.12707) trains over all machines as one pipeline. The planner would leave machines out
 and run several pipelines; this is for comparing orders and cuts alone.
 """
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from fusionai.scheduling.serving.evaluation import Evaluator, Share
 from fusionai.scheduling.serving.placements import equal_layers, petals_like, separate_pipelines, swarm_like
-from fusionai.scheduling.serving.plan import ServingPlan
-from fusionai.scheduling.serving.planner import plan_of_placement
+from fusionai.scheduling.serving.serving_evaluation import Evaluator, HeldRange
+from fusionai.scheduling.serving.serving_plan import ServingPlan
+from fusionai.scheduling.serving.serving_planner import plan_of_placement
 from fusionai.scheduling.serving.task import ServingTask
 
-PLACEMENTS: Mapping[str, Callable[[Evaluator], list[Share]]] = {
+PLACEMENTS: Mapping[str, Callable[[Evaluator], list[HeldRange]]] = {
     "petals": petals_like,
     "swarm": swarm_like,
     "separate": separate_pipelines,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fusionai.scheduling.serving.plan import ServingPlan
+from fusionai.scheduling.serving.serving_plan import ServingPlan
 
 
 @dataclass(frozen=True, slots=True)

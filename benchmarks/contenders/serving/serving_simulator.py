@@ -26,8 +26,8 @@ from contenders.serving.stations import Chunk, Conversation, Station
 from contenders.serving.wires import Wire
 from fusionai.errors import ConfigError
 from fusionai.scheduling.segments import MEMORY_MARGIN
-from fusionai.scheduling.serving.estimator import range_times
-from fusionai.scheduling.serving.plan import ServingPlan
+from fusionai.scheduling.serving.serving_estimator import range_times
+from fusionai.scheduling.serving.serving_plan import ServingPlan
 from fusionai.scheduling.serving.task import ServingTask
 
 _GATEWAY = -1

@@ -24,7 +24,7 @@ from fusionai.pool.messages import JobLaunched, ReleaseShare, SubmitJob
 from fusionai.pool.parcels import ParcelInbox
 from fusionai.scheduling import planner
 from fusionai.scheduling.plan import Plan
-from fusionai.scheduling.problem import Limits, TrainingProblem
+from fusionai.scheduling.problem import PlanLimits, TrainingProblem
 from fusionai.scheduling.profile import Member, Pool
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class Launcher:
             front=message.front,
             back=message.back,
             split_backward=not message.options.compile,
-            limits=Limits(
+            limits=PlanLimits(
                 compnodes=message.compnodes,
                 cuts=message.cuts,
                 in_order=bool(message.machines) and message.cuts is not None,

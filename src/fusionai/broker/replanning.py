@@ -24,7 +24,7 @@ from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
 from fusionai.pool.messages import PlanPrepared, ReleaseShare, ReplanJob
 from fusionai.scheduling.corrections import corrected
 from fusionai.scheduling.plan import Plan
-from fusionai.scheduling.problem import Limits, TrainingProblem
+from fusionai.scheduling.problem import PlanLimits, TrainingProblem
 from fusionai.scheduling.profile import AccessProfile, Member, Pool
 from fusionai.scheduling.replanning import Replanned, replanned
 from fusionai.training.weight_routes import keys_by_peer, routes
@@ -140,7 +140,7 @@ class Replanner:
             front=message.front,
             back=message.back,
             split_backward=not message.options.compile,
-            limits=Limits(
+            limits=PlanLimits(
                 compnodes=message.compnodes,
                 most_pipelines=1,
                 leaving=frozenset(peer for peer in known if self._state.registry.is_leaving(peer)),

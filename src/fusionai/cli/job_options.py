@@ -35,7 +35,7 @@ def add_job_and_pool(parser: argparse.ArgumentParser) -> None:
 
 def job_and_pool(arguments: argparse.Namespace) -> tuple[JobConfig, WhatIfPool]:
     """Return the job and the pool that the options name. Raises ConfigError naming the file and the field."""
-    from fusionai.simulation.hardware.pool_file import read_pool
+    from fusionai.owner.pool_file import read_pool
 
     # Read the pool first: its mistakes are found at once, but reading a job loads torch, which takes seconds.
     what_if = read_pool(arguments.pool)

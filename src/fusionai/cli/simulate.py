@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fusionai.cli.job_options import add_job_and_pool, check_writable, job_and_pool, write_file
 
 if TYPE_CHECKING:
-    from fusionai.simulation.forecast.trial import Circumstances
+    from fusionai.simulation.forecast.simulated_job import SimulationOptions
     from fusionai.training.config import JobConfig
 
 _MOST_STEPS = 100
@@ -95,13 +95,15 @@ def run(arguments: argparse.Namespace) -> int:
         from fusionai.cli.simulation_pictures import require_matplotlib
 
         require_matplotlib()
-    _circumstances(arguments, steps=1)
+    _simulation_options(arguments, steps=1)
     job, what_if = job_and_pool(arguments)
     from fusionai.cli.simulation_tables import report_view, sweep_table
-    from fusionai.cli.trial_words import sentences
+    from fusionai.cli.simulation_words import sentences
     from fusionai.owner.what_if import simulate_job
 
-    found = simulate_job(job, what_if, _circumstances(arguments, _steps(arguments, job)), pipelines=arguments.pipelines)
+    found = simulate_job(
+        job, what_if, _simulation_options(arguments, _steps(arguments, job)), pipelines=arguments.pipelines
+    )
     screen = console(arguments)
     screen.print(report_view(found.report, found.names))
     if found.sweep:
@@ -130,10 +132,10 @@ def _steps(arguments: argparse.Namespace, job: JobConfig) -> int:
     return min(job.training.steps, _MOST_STEPS) if given is None else given
 
 
-def _circumstances(arguments: argparse.Namespace, steps: int) -> Circumstances:
+def _simulation_options(arguments: argparse.Namespace, steps: int) -> SimulationOptions:
     """Return what the options say. Raises ConfigError that names the option."""
     from fusionai.errors import ConfigError
-    from fusionai.simulation.forecast.trial import Circumstances
+    from fusionai.simulation.forecast.simulated_job import SimulationOptions
     from fusionai.simulation.recovery import Recovery, Replay, Restart
     from fusionai.units.durations import parse_duration
 
@@ -155,7 +157,7 @@ def _circumstances(arguments: argparse.Namespace, steps: int) -> Circumstances:
     recovery: Recovery = Replay(**kept) if arguments.recovery == "replay" else Restart(**kept)
     low_high = arguments.sweep or (_DEFAULT_SWEEP if arguments.bandwidth_picture is not None else "")
     jitter, drift = _jitter(arguments.jitter)
-    return Circumstances(
+    return SimulationOptions(
         steps=steps,
         seed=arguments.seed,
         mean_up_s=mean_up_s,

@@ -19,7 +19,7 @@ from fusionai.owner.membership import OwnerMember
 from fusionai.pool.identifiers import JobId
 from fusionai.pool.messages import DeclineReplan, PlanPrepared, PoolChanged, ReplanJob
 from fusionai.scheduling import recovery
-from fusionai.scheduling.corrections import Corrections, StageTimes
+from fusionai.scheduling.corrections import Corrections, MeasuredPasses
 from fusionai.scheduling.job_events import Came, JobEvent, PlanFailed, Slow, WishesToGo, refusal, sentence
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.recovery import AskForPlan, JobView, RefuseRelief, decide
@@ -108,7 +108,7 @@ class PlanSeeker:
     def observe(self, step: int, result: RoundResult) -> None:
         """Note what the machines took for a training step."""
         times = [
-            StageTimes(peer, stage, seconds, report.backward_s.get(stage, 0.0), self._terms.microbatches)
+            MeasuredPasses(peer, stage, seconds, report.backward_s.get(stage, 0.0), self._terms.microbatches)
             for peer, report in result.reports.items()
             for stage, seconds in report.forward_s.items()
         ]

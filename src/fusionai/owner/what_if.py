@@ -20,10 +20,10 @@ from fusionai.owner.model_configuration import (
     model_folder,
     vocabulary_of,
 )
-from fusionai.scheduling.problem import Limits, TrainingProblem
+from fusionai.scheduling.problem import PlanLimits, TrainingProblem
 from fusionai.simulation.forecast.forecast import Forecast, forecast
 from fusionai.simulation.forecast.request import Request, with_owner
-from fusionai.simulation.forecast.trial import Circumstances, Trial, trial
+from fusionai.simulation.forecast.simulated_job import SimulatedJob, SimulationOptions, simulate_on_pool
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 from fusionai.training.config import JobConfig
 from fusionai.training.data.tokenizer import END_ID, load_tokenizer
@@ -44,7 +44,9 @@ def forecast_job(job: JobConfig, what_if: WhatIfPool, *, what_ifs: bool = True) 
     return forecast(request_of(job), what_if, job_steps=job.training.steps, what_ifs=what_ifs)
 
 
-def simulate_job(job: JobConfig, what_if: WhatIfPool, given: Circumstances, *, pipelines: bool = False) -> Trial:
+def simulate_job(
+    job: JobConfig, what_if: WhatIfPool, given: SimulationOptions, *, pipelines: bool = False
+) -> SimulatedJob:
     """Return what happens when a job's plan for a pool is executed. Blocks for seconds, with many steps for longer.
 
     `pipelines`: execute the best plan of many pipelines, which the runtime does not run yet.
@@ -52,7 +54,7 @@ def simulate_job(job: JobConfig, what_if: WhatIfPool, given: Circumstances, *, p
     Raises as `forecast_job`.
     """
     with_owner(what_if, job.placement.privacy)
-    return trial(
+    return simulate_on_pool(
         request_of(job),
         what_if,
         given,
@@ -83,7 +85,7 @@ def request_of(job: JobConfig) -> Request:
             privacy=job.placement.privacy,
             front=front,
             back=back,
-            limits=Limits(compnodes=job.placement.compnodes, cuts=job.placement.cuts),
+            limits=PlanLimits(compnodes=job.placement.compnodes, cuts=job.placement.cuts),
         ),
         tokens_per_step=training.batch_size * training.microbatches * job.data.sequence_length,
         machines=job.placement.machines,

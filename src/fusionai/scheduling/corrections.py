@@ -15,8 +15,7 @@ from statistics import median
 import msgspec
 
 from fusionai.errors import ConfigError
-from fusionai.scheduling.pipeline import Edge, pipeline_times
-from fusionai.scheduling.pipeline import StageTimes as Passes
+from fusionai.scheduling.pipeline import Edge, StageTimes, pipeline_times
 from fusionai.scheduling.plan import Plan, StagePlan
 from fusionai.scheduling.profile import DeviceProfile
 
@@ -31,7 +30,7 @@ _HALVINGS = 12
 """Of the step, until the latency that explains it is known well enough."""
 
 
-class StageTimes(msgspec.Struct, frozen=True):
+class MeasuredPasses(msgspec.Struct, frozen=True):
     """What one stage took in one step on its machine: seconds summed over its microbatches."""
 
     peer: str
@@ -91,7 +90,7 @@ class Corrections:
         self._settled = dict.fromkeys(self._seen, 1.0)
         self._latency_s: float | None = None
 
-    def observe(self, step: int, times: Sequence[StageTimes]) -> None:
+    def observe(self, step: int, times: Sequence[MeasuredPasses]) -> None:
         """Take the times of one step. What is not of the plan, or took no time, says nothing and is passed over."""
         measured_s: dict[str, float] = {}
         predicted_s: dict[str, float] = {}
@@ -171,7 +170,7 @@ class Corrections:
     def _worked_s(self, factors: dict[str, float], latency_s: float) -> float:
         stages, last = self._plan.stages, len(self._plan.stages) - 1
         passes = [
-            Passes(
+            StageTimes(
                 each.peer,
                 each.predicted.forward_s * factors.get(each.peer, 1.0),
                 each.predicted.backward_s * factors.get(each.peer, 1.0),

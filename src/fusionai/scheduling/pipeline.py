@@ -272,7 +272,7 @@ _CHANGING = (
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
+class ExecutedRound:
     """An executed schedule, from which the times of rounds of as many microbatches or more follow."""
 
     executed: int
@@ -301,7 +301,7 @@ def executed_microbatches(stages: Sequence[StageTimes], microbatches: int) -> in
     return min(microbatches, max(_LEAST_EXECUTED, _EXECUTED_PER_STAGE * deepest))
 
 
-def executed_round(stages: Sequence[StageTimes], edges: Sequence[Edge], microbatches: int) -> Round:
+def executed_round(stages: Sequence[StageTimes], edges: Sequence[Edge], microbatches: int) -> ExecutedRound:
     """Execute one round of 1F1B over `stages` joined by `edges`, a long one not to its end.
 
     Raises ValueError when a stage may hold no microbatch in flight.
@@ -309,7 +309,7 @@ def executed_round(stages: Sequence[StageTimes], edges: Sequence[Edge], microbat
     executed = executed_microbatches(stages, microbatches)
     run = _Run(stages, edges, executed)
     half = None if executed == microbatches else run.halfway(executed // 2)
-    return Round(executed, run.finished(), half)
+    return ExecutedRound(executed, run.finished(), half)
 
 
 def pipeline_times(stages: Sequence[StageTimes], edges: Sequence[Edge], microbatches: int) -> PipelineTimes:

@@ -15,14 +15,14 @@ from fusionai.errors import ConfigError, PlacementError
 from fusionai.graph.model import OpDag, Sizes
 from fusionai.scheduling.estimator import update_bytes_per_s
 from fusionai.scheduling.links import AssumedLinks, Floats, Indices, LinkModel, PoolLinks
-from fusionai.scheduling.pipeline import Round
+from fusionai.scheduling.pipeline import ExecutedRound
 from fusionai.scheduling.profile import LinkProfile, Member, Pool
 from fusionai.scheduling.remedies import JOINED, Remedies
 from fusionai.scheduling.stage_costs import StageCosts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class PlanLimits:
     """What the job, or its present state, forbids a plan."""
 
     compnodes: int = 0
@@ -75,12 +75,12 @@ class TrainingProblem:
     lines: tuple[Floats, Floats] | None = None
     """Bytes per second by machine: of all that it sends together, and of all that it receives together. None: links
     share nothing."""
-    limits: Limits = Limits()
+    limits: PlanLimits = PlanLimits()
     remedies: Remedies = JOINED
     """What errors advise."""
     costs: StageCosts = field(default_factory=StageCosts, repr=False)
     """Costs of stages of the graph at these sizes, kept for all plans that are tried."""
-    schedules: dict[tuple[object, ...], Round] = field(default_factory=dict, repr=False)
+    schedules: dict[tuple[object, ...], ExecutedRound] = field(default_factory=dict, repr=False)
     """Schedules that were executed: pipelines of like machines and links have the same."""
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ class TrainingProblem:
             )
         return replace(self, members=pool.members, owner=owner, links=PoolLinks(pool, peers), lines=lines)
 
-    def within(self, limits: Limits) -> TrainingProblem:
+    def within(self, limits: PlanLimits) -> TrainingProblem:
         """Return the same problem with other limits."""
         return replace(self, limits=limits)
 

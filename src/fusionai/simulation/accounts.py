@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fusionai.simulation.availability import Availability
+from fusionai.simulation.availability import OutageCalendar
 from fusionai.simulation.prices import MachinePrice
 from fusionai.simulation.scenario import Scenario
 from fusionai.simulation.simulated_links import LinkUse
@@ -100,7 +100,7 @@ class Accounts:
     def report(
         self,
         scenario: Scenario,
-        presence: Availability,
+        presence: OutageCalendar,
         *,
         peers: Sequence[str],
         microbatches: int,

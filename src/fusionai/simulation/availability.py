@@ -79,7 +79,7 @@ class Poisson(Churn):
                 yield Outage(down_s, now_s)
 
 
-class Availability:
+class OutageCalendar:
     """Answers when machines are there, and remembers the outages drawn so far."""
 
     def __init__(self, churn: Churn) -> None:

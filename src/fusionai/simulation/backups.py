@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fusionai.simulation.availability import Availability
+from fusionai.simulation.availability import OutageCalendar
 from fusionai.simulation.placed_stages import PlacedStage, PlacedStages
 from fusionai.simulation.snapshots import Snapshots
 from fusionai.simulation.workload import StageLoad, Workload
@@ -37,7 +37,7 @@ class StateSource:
 class Backups:
     """The backup pool: machines without a stage. Machines that died and came back belong to it."""
 
-    def __init__(self, workload: Workload, presence: Availability, offers_bytes: Mapping[str, int]) -> None:
+    def __init__(self, workload: Workload, presence: OutageCalendar, offers_bytes: Mapping[str, int]) -> None:
         """`offers_bytes`: memory of every known machine. A machine of the plan that it does not name has enough."""
         self._workload = workload
         self._presence = presence

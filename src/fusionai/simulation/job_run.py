@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import msgspec
 
 from fusionai.simulation.accounts import Accounts, StepTotals
-from fusionai.simulation.availability import Availability
+from fusionai.simulation.availability import OutageCalendar
 from fusionai.simulation.backups import Backups
 from fusionai.simulation.jitter import SpeedFactors
 from fusionai.simulation.link_rates import LinkRates
@@ -46,7 +46,7 @@ class JobRun:
         self._recovery = scenario.recovery
         self._channels = SimulatedLinks(links, may_be_cut=True)
         self._assembly = PlacedStages(workload, self._channels, scenario.codec_of)
-        self._presence = Availability(scenario.churn)
+        self._presence = OutageCalendar(scenario.churn)
         self._backups = Backups(workload, self._presence, offers_bytes or {})
         self._snapshots = Snapshots(self._assembly, workload.driver)
         known = (*(offers_bytes or {}), *workload.peers)

@@ -1,8 +1,8 @@
-"""The end of a simulated step: gradients are summed among the holders of a weight, machines report, the driver commits.
+"""The end of a simulated step: gradients are summed among the holders of a weight, then machines report and update.
 
-Sums take what `fusionai.scheduling.end_of_step` says. Here a sum begins when all its machines have finished their last
-backward, so late stages sum while early ones still compute. When everything is summed, each machine's report and the
-answer take a round trip, and its update follows.
+The sums are the planner's (`fusionai.scheduling.end_of_step`). Here a sum begins when all its machines have finished
+their last backward, so late stages sum while early ones still compute. When everything is summed, each machine's report
+and the driver's answer take a round trip, and the machine's update follows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fusionai.simulation.workload import WeightGroup
 
 @dataclass(frozen=True, slots=True)
 class SumsAndCommit:
-    """When a step's phases end, seconds since its start, and what the last ones send and compute."""
+    """When a step's last phases end, in seconds since its start, and what the machines send and compute in them."""
 
     summed_s: float
     committed_s: float
@@ -33,7 +33,7 @@ class SumsAndCommit:
 
 
 def sums_and_commit(
-    assembly: PlacedStages,
+    placed: PlacedStages,
     groups: Sequence[WeightGroup],
     driver: str,
     *,
@@ -42,24 +42,27 @@ def sums_and_commit(
     factors: Mapping[str, float],
 ) -> SumsAndCommit:
     """Return how a step ends whose passes are done; `free_s` says when each machine's were."""
-    profile = assembly.channels.profile
+    links = placed.channels
 
     def rates(sources: Sequence[str], targets: Sequence[str]) -> tuple[Floats, Floats]:
-        links = [profile(source, target) for source, target in zip(sources, targets, strict=True)]
-        return np.asarray([link.bandwidth_bytes_per_s for link in links]), np.asarray([delay_s(link) for link in links])
+        profiles = [links.profile(source, target) for source, target in zip(sources, targets, strict=True)]
+        return (
+            np.asarray([each.bandwidth_bytes_per_s for each in profiles]),
+            np.asarray([delay_s(each) for each in profiles]),
+        )
 
-    sums: list[GradientSum[str]] = []
+    sums = []
     for group in groups:
-        stages = [assembly.places[place] for place in group.stages if place in assembly.places]
+        stages = [placed.places[place] for place in group.stages if place in placed.places]
         machines = tuple(dict.fromkeys(stage.machine for stage in stages))
         if len(machines) > 1:
             one_pipeline = len({stage.pipeline for stage in stages}) == 1
             sums.append(GradientSum(machines, group.size_bytes, one_pipeline))
-    all_summed_s = max(passes_end_s, summed_s(sums, rates, free_s))
+    end_s = max(passes_end_s, summed_s(sums, rates, free_s))
     updates: dict[str, float] = {}
-    for stage in assembly.stages:
+    for stage in placed.stages:
         seconds = stage.load.update_s * factors.get(stage.machine, 1.0)
         updates[stage.machine] = updates.get(stage.machine, 0.0) + seconds
-    slowest_s = max(profile(driver, machine).rtt_s + seconds for machine, seconds in updates.items())
-    sends = tuple(send for each in sums for send in each.sends())
-    return SumsAndCommit(all_summed_s, all_summed_s + slowest_s, sends, updates)
+    slowest_s = max(links.profile(driver, machine).rtt_s + seconds for machine, seconds in updates.items())
+    sends = tuple(sent for each in sums for sent in each.sends())
+    return SumsAndCommit(end_s, end_s + slowest_s, sends, updates)

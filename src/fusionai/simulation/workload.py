@@ -7,7 +7,7 @@ A `Workload` is a plan with its graph costed away, so that the simulator itself 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fusionai.errors import ConfigError
 from fusionai.graph.cost import StageCost
@@ -72,18 +72,7 @@ Move = Callable[[StageLoad, str], StageLoad]
 
 def unchanged(load: StageLoad, peer: str) -> StageLoad:
     """Return the stage on `peer` as if that machine were like the one before."""
-    return StageLoad(
-        peer=peer,
-        forward_s=load.forward_s,
-        backward_s=load.backward_s,
-        in_flight=load.in_flight,
-        deferred_s=load.deferred_s,
-        update_s=load.update_s,
-        repeated_bytes=load.repeated_bytes,
-        state_bytes=load.state_bytes,
-        memory_bytes=load.memory_bytes,
-        cost=load.cost,
-    )
+    return replace(load, peer=peer)
 
 
 def estimated(devices: Mapping[str, DeviceProfile], precision: str, optimizer_states: int) -> Move:
@@ -98,17 +87,13 @@ def estimated(devices: Mapping[str, DeviceProfile], precision: str, optimizer_st
         if (cost := load.cost) is None:
             return unchanged(load, peer)
         whole_s = backward_s(cost, device, precision)
-        return StageLoad(
+        return replace(
+            load,
             peer=peer,
             forward_s=forward_s(cost, device, precision),
             backward_s=whole_s,
-            in_flight=load.in_flight,
             deferred_s=min(whole_s, deferred_s(cost, device, precision)),
             update_s=update_s(cost.trainable_bytes - load.repeated_bytes, device, optimizer_states),
-            repeated_bytes=load.repeated_bytes,
-            state_bytes=load.state_bytes,
-            memory_bytes=load.memory_bytes,
-            cost=cost,
         )
 
     return move

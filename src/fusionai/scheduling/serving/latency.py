@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusionai.scheduling.links import Indices
-from fusionai.scheduling.serving.evaluation import Evaluator, Share
+from fusionai.scheduling.serving.serving_evaluation import Evaluator, HeldRange
 
 _MOST_STATES = 40_000_000
 """Positions x classes x classes x combinations of counts that are worked through at most."""
@@ -30,7 +30,7 @@ _MOST_STATES = 40_000_000
 class Route:
     """Where one stream goes, and the seconds between two of its tokens."""
 
-    shares: tuple[Share, ...]
+    shares: tuple[HeldRange, ...]
     token_s: float
     bound_s: float
     """No route is faster."""
@@ -141,10 +141,10 @@ class _Search:
         used = [each for each, _, _ in steps]
         return [each for each in sorted(set(used)) if used.count(each) > len(self.classes[each])]
 
-    def shares(self, steps: Sequence[Step]) -> tuple[Share, ...]:
+    def shares(self, steps: Sequence[Step]) -> tuple[HeldRange, ...]:
         """Give each step a machine of its class."""
         left = [list(members) for members in self.classes]
-        return tuple(Share(last, first, int(left[each].pop(0))) for each, first, last in steps)
+        return tuple(HeldRange(last, first, int(left[each].pop(0))) for each, first, last in steps)
 
     def greedy(self, bound_s: float) -> Route | None:
         """Return a route by shutting out the class that costs least to lose, over and over, of those used too often."""

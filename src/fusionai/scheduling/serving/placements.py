@@ -9,7 +9,7 @@ import numpy as np
 
 from fusionai.errors import PlacementError
 from fusionai.scheduling.links import Indices
-from fusionai.scheduling.serving.evaluation import Evaluator, Share
+from fusionai.scheduling.serving.serving_evaluation import Evaluator, HeldRange
 from fusionai.scheduling.serving.task import ServingTask
 
 _MOST_REPLICAS = 8
@@ -20,7 +20,7 @@ what Helix's baselines hold by its artifact's profiles: of LLaMA-2-70B 12 layers
 T4."""
 
 
-def petals_like(evaluator: Evaluator) -> list[Share]:
+def petals_like(evaluator: Evaluator) -> list[HeldRange]:
     """Return the placement of machines that come one after another and take what has least throughput.
 
     Petals (Borzunov et al., arXiv 2312.08361, section 3.2): a server holds as many consecutive blocks as it can, where
@@ -37,11 +37,11 @@ def petals_like(evaluator: Evaluator) -> list[Share]:
         # The weakest block counts first, then the sum, so that no hole is left beside a thin spot.
         first = min(starts, key=lambda k: (sorted(held_S[k : k + count]), k))
         held_S[first : first + count] += _speed(evaluator, machine) / count
-        shares.append(Share(first + count, first, machine))
+        shares.append(HeldRange(first + count, first, machine))
     return shares
 
 
-def swarm_like(evaluator: Evaluator) -> list[Share]:
+def swarm_like(evaluator: Evaluator) -> list[HeldRange]:
     """Return the placement in equal stages, each machine in the stage that has least throughput.
 
     SWARM (Ryabinin et al., arXiv 2301.11913), as Helix's evaluation uses it: as few stages as the machine with least
@@ -59,17 +59,17 @@ def swarm_like(evaluator: Evaluator) -> list[Share]:
     for machine in sorted(usable, key=lambda k: (-_speed(evaluator, k), k)):
         stage = min(range(stages), key=lambda k: (speed[k], k))
         speed[stage] += _speed(evaluator, machine)
-        shares.append(Share(borders[stage + 1], borders[stage], machine))
+        shares.append(HeldRange(borders[stage + 1], borders[stage], machine))
     return shares
 
 
-def separate_pipelines(evaluator: Evaluator) -> list[Share]:
+def separate_pipelines(evaluator: Evaluator) -> list[HeldRange]:
     """Return one pipeline, or several, of each kind of machine alone; kinds that cannot hold the model are left out.
 
     As many replicas as memory allows with `WEIGHTS_SHARE`, else one in all of the memory; equal parts.
     """
     task = evaluator.task
-    shares: list[Share] = []
+    shares: list[HeldRange] = []
     for kind in range(int(evaluator.kind_of.max()) + 1):
         machines = [int(each) for each in np.nonzero(evaluator.kind_of == kind)[0]]
         count = _most_segments(evaluator, machines[0])
@@ -78,12 +78,12 @@ def separate_pipelines(evaluator: Evaluator) -> list[Share]:
     return shares
 
 
-def best_replicas(evaluator: Evaluator) -> list[Share]:
+def best_replicas(evaluator: Evaluator) -> list[HeldRange]:
     """Return pipelines of one kind of machine each, as many of each kind as give most; equal parts."""
-    shares: list[Share] = []
+    shares: list[HeldRange] = []
     for kind in range(int(evaluator.kind_of.max()) + 1):
         machines = np.nonzero(evaluator.kind_of == kind)[0]
-        best: tuple[float, list[Share]] = (0.0, [])
+        best: tuple[float, list[HeldRange]] = (0.0, [])
         for replicas in range(1, min(len(machines), _MOST_REPLICAS) + 1):
             part = _chains(evaluator, machines, replicas)
             found = evaluator.evaluate(part, rounds=4)
@@ -93,20 +93,21 @@ def best_replicas(evaluator: Evaluator) -> list[Share]:
     return shares
 
 
-def equal_layers(evaluator: Evaluator) -> list[Share]:
+def equal_layers(evaluator: Evaluator) -> list[HeldRange]:
     """Return one pipeline over all machines in the given order, with equal numbers of layers."""
     task = evaluator.task
     borders = _equal(task, min(len(task.members), task.model.blocks))
-    return [Share(stop, start, machine) for machine, (start, stop) in enumerate(pairwise(borders))]
+    return [HeldRange(stop, start, machine) for machine, (start, stop) in enumerate(pairwise(borders))]
 
 
-def _chains(evaluator: Evaluator, machines: Indices, replicas: int) -> list[Share]:
+def _chains(evaluator: Evaluator, machines: Indices, replicas: int) -> list[HeldRange]:
     """Return so many pipelines of equal parts, without those whose parts do not fit."""
     shares = []
     for group in np.array_split(machines, replicas):
         borders = _equal(evaluator.task, min(len(group), evaluator.task.model.blocks))
         part = [
-            Share(stop, start, int(machine)) for machine, (start, stop) in zip(group, pairwise(borders), strict=False)
+            HeldRange(stop, start, int(machine))
+            for machine, (start, stop) in zip(group, pairwise(borders), strict=False)
         ]
         kinds = evaluator.kind_of[[share.machine for share in part]]
         fits = evaluator.times.sequences[kinds, [share.first for share in part], [share.last for share in part]] >= 1

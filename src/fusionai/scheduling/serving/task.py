@@ -13,8 +13,8 @@ from fusionai.errors import ConfigError, PlacementError
 from fusionai.scheduling.links import Floats, Indices, LinkModel
 from fusionai.scheduling.profile import Member
 from fusionai.scheduling.serving.load import ServingLoad
-from fusionai.scheduling.serving.model import ServingModel
-from fusionai.scheduling.serving.plan import GATEWAY, Objective
+from fusionai.scheduling.serving.serving_model import ServingModel
+from fusionai.scheduling.serving.serving_plan import GATEWAY, Objective
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

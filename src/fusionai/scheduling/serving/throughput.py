@@ -17,9 +17,9 @@ import numpy as np
 
 from fusionai.scheduling.links import Floats
 from fusionai.scheduling.serving.cover import Filler, cover
-from fusionai.scheduling.serving.evaluation import Evaluated, Evaluator, Share
+from fusionai.scheduling.serving.placement_regions import regions_of
 from fusionai.scheduling.serving.placements import best_replicas, petals_like, separate_pipelines
-from fusionai.scheduling.serving.regions import regions_of
+from fusionai.scheduling.serving.serving_evaluation import EvaluatedPlacement, Evaluator, HeldRange
 
 _MOST_COMBINATIONS = 300_000
 """Placements of a pool that is searched whole."""
@@ -46,11 +46,13 @@ _ROUGH_ROUNDS = 3
 class Found:
     """The best placement, and whether all of them were looked at."""
 
-    evaluated: Evaluated
+    evaluated: EvaluatedPlacement
     exact: bool
 
 
-def best_throughput(evaluator: Evaluator, extra: Sequence[Sequence[Share]] = (), *, whole: bool = True) -> Found | None:
+def best_throughput(
+    evaluator: Evaluator, extra: Sequence[Sequence[HeldRange]] = (), *, whole: bool = True
+) -> Found | None:
     """Return the best placement found, None if no machines together hold the model.
 
     Args:
@@ -154,7 +156,7 @@ def _tour(regions: Sequence[tuple[int, ...]], evaluator: Evaluator) -> list[tupl
 class _Search:
     def __init__(self, evaluator: Evaluator) -> None:
         self.evaluator, self.task = evaluator, evaluator.task
-        self.best: Evaluated | None = None
+        self.best: EvaluatedPlacement | None = None
         task = evaluator.task
         self.segments = task.back
         # To begin with, a round takes twice as long as the fastest machines would need for it alone.
@@ -177,7 +179,7 @@ class _Search:
             self._fillers[rounded] = [Filler.of(kind[: self.task.back + 1, : self.task.back + 1]) for kind in table]
         return self._fillers[rounded], self._reach[rounded]
 
-    def consider(self, placement: Sequence[Share], *, roughly: bool = False) -> Evaluated | None:
+    def consider(self, placement: Sequence[HeldRange], *, roughly: bool = False) -> EvaluatedPlacement | None:
         """Evaluate a placement, keep it if it is the best; `roughly` lets flows and times agree less in others."""
         found = self.evaluator.evaluate(placement, rounds=_ROUGH_ROUNDS) if roughly else None
         if found is None or self._is_best(found):
@@ -187,14 +189,14 @@ class _Search:
                 self.best = found
         return found
 
-    def _is_best(self, found: Evaluated) -> bool:
+    def _is_best(self, found: EvaluatedPlacement) -> bool:
         return self.best is None or found.tokens_per_s > self.best.tokens_per_s * (1 + 1e-9)
 
     def arrange(self, arrangement: Arrangement) -> None:
         """Cover the model by each chain of clusters, twice: the second time with the round's time found."""
         round_s = self.first_round_s
         for _ in range(_ADJUSTMENTS):
-            shares: list[Share] = []
+            shares: list[HeldRange] = []
             for chain in arrangement:
                 shares += self._chain(chain, round_s)
             found = self.consider(shares)
@@ -204,7 +206,7 @@ class _Search:
                 return
             round_s = found.token_s
 
-    def _chain(self, chain: Sequence[tuple[int, ...]], round_s: float) -> list[Share]:
+    def _chain(self, chain: Sequence[tuple[int, ...]], round_s: float) -> list[HeldRange]:
         """Return shares of clusters that follow one another along the model, empty if they cannot hold it."""
         (kinds, reach), front, back = self.fillers(round_s), self.task.front, self.task.back
         fillers = [[kinds[self.evaluator.kind_of[machine]] for machine in cluster] for cluster in chain]
@@ -213,7 +215,7 @@ class _Search:
             return []
         most = sum(power)
         borders = [front, *(front + round((back - front) * part) for part in np.cumsum(power) / sum(power))]
-        best: list[Share] = []
+        best: list[HeldRange] = []
         best_rate = 0.0
         for _ in range(1 if len(chain) == 1 else _ADJUSTMENTS):
             covered = []
@@ -226,7 +228,7 @@ class _Search:
             if rate > best_rate:
                 best_rate = rate
                 best = [
-                    Share(last, first, machine)
+                    HeldRange(last, first, machine)
                     for cluster, (ranges, _) in zip(chain, covered, strict=True)
                     for machine, (first, last) in zip(cluster, ranges, strict=True)
                     if last > first
@@ -249,7 +251,7 @@ class _Search:
                 there = self._changed(here, draw)
                 if there is None:
                     continue
-                found = self.consider([Share(last, first, m) for m, (first, last) in there.items()], roughly=True)
+                found = self.consider([HeldRange(last, first, m) for m, (first, last) in there.items()], roughly=True)
                 reached = 0.0 if found is None else found.tokens_per_s
                 warmth = _WARMTH * start * (1 - 2 * trial / trials) * self.best.tokens_per_s
                 if reached >= rate or (warmth > 0 and draw.random() < math.exp((reached - rate) / warmth)):
@@ -314,7 +316,7 @@ class _Search:
             digits = np.unravel_index(int(flat), (len(ranges),) * machines)
             self.consider(
                 [
-                    Share(ranges[int(digit)][1], ranges[int(digit)][0], machine)
+                    HeldRange(ranges[int(digit)][1], ranges[int(digit)][0], machine)
                     for machine, digit in enumerate(digits)
                     if digit
                 ]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 
 import msgspec
 import numpy as np
 
-from fusionai.graph.cuts import boundary_bytes, cut
-from fusionai.scheduling.estimator import backward_s, flops_rate, forward_s, send_s
-from fusionai.scheduling.pipeline import Line
+from fusionai.scheduling.estimator import backward_s, flops_rate, forward_s
+from fusionai.scheduling.evaluation import evaluated_again
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.profile import Lines, LinkProfile
-from fusionai.simulation.forecast.request import Request, Setting
+from fusionai.simulation.forecast.request import Request, Setting, one_pipeline_on
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 
 
@@ -73,29 +71,15 @@ def link_doubled(setting: Setting, one: str, other: str) -> Setting:
     return dataclasses.replace(setting, pool=changed)
 
 
-def links_busy_s(request: Request, plan: Plan, setting: Setting) -> dict[tuple[str, str], float]:
-    """Return for how many seconds of a step a plan keeps each link busy, by (source, target) peers."""
-    peers = [stage.peer for stage in plan.stages]
-    busy_s: defaultdict[tuple[str, str], float] = defaultdict(float)
-    stages = cut(request.problem.graph, plan.cuts)
-    for (source, target), (forward, gradients) in boundary_bytes(stages, request.problem.sizes).items():
-        one, other = peers[source], peers[target]
-        if one != other:
-            busy_s[one, other] += plan.microbatches * send_s(forward, setting.pool.link(one, other))
-            busy_s[other, one] += plan.microbatches * send_s(gradients, setting.pool.link(other, one))
-    return dict(busy_s)
+def links_and_lines_busy_s(
+    request: Request, plan: Plan, setting: Setting
+) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float]]:
+    """Return the seconds of a step for which a plan of one pipeline keeps each link and each line busy.
 
-
-def lines_busy_s(request: Request, plan: Plan, setting: Setting) -> dict[Line, float]:
-    """Return for how many seconds of a step a plan keeps each uplink and downlink busy, by (peer, direction)."""
-    peers, lines = [stage.peer for stage in plan.stages], setting.pool.lines
-    busy_s: defaultdict[Line, float] = defaultdict(float)
-    stages = cut(request.problem.graph, plan.cuts)
-    for (source, target), crossing in boundary_bytes(stages, request.problem.sizes).items():
-        ends = peers[source], peers[target]
-        for (one, other), size_bytes in zip((ends, ends[::-1]), crossing, strict=True):
-            if one != other:
-                up, down = lines.get(one), lines.get(other)
-                busy_s[one, "up"] += plan.microbatches * size_bytes / up.up_bytes_per_s if up else 0.0
-                busy_s[other, "down"] += plan.microbatches * size_bytes / down.down_bytes_per_s if down else 0.0
-    return dict(busy_s)
+    Links are named by their (source, target) peers; uplinks and downlinks by (peer, direction).
+    """
+    problem = one_pipeline_on(request, setting)
+    (pipeline,) = evaluated_again(problem, plan).pipelines
+    times, peers = pipeline.times, {str(number): each.peer for number, each in enumerate(problem.machines)}
+    links = {(peers[one], peers[other]): seconds for (one, other), seconds in times.link_busy_s.items()}
+    return links, {(peers[machine], way): seconds for (machine, way), seconds in times.line_busy_s.items()}

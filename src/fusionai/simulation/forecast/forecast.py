@@ -18,9 +18,8 @@ from fusionai.scheduling.profile import Member
 from fusionai.simulation.forecast.alone import Alone, each_alone
 from fusionai.simulation.forecast.changes import (
     best_machine,
-    lines_busy_s,
     link_doubled,
-    links_busy_s,
+    links_and_lines_busy_s,
     one_more,
     uplinks_doubled,
 )
@@ -168,16 +167,17 @@ def forecast(
             raise
         raise saying_elsewhere(error, request, what_if) from error
     planned_s = clock_s()
-    swarm = None if request.arranged else best_on(request, full)
-    swarm_s = clock_s() - planned_s
+    best = None if request.arranged else best_on(request, full)
+    several_s = clock_s() - planned_s
     # One pipeline is a number of pipelines, too.
-    several = swarm if swarm is None or swarm.predicted_step_s < plan.predicted_step_s else plan
+    several = best if best is None or best.predicted_step_s < plan.predicted_step_s else plan
     bound_step_s = _bound_s(request, full)
     (rows,) = rows_of(request, plan, setting.machines)
     board_w = _board_w({stage.peer for stage in plan.stages}, full)
     tokens_per_s = request.tokens_per_step / plan.predicted_step_s
-    carrying = *links_busy_s(request, plan, setting).values(), *lines_busy_s(request, plan, setting).values()
-    longest_link_s = max(carrying, default=0.0)
+    longest_link_s = max(
+        (seconds for busy in links_and_lines_busy_s(request, plan, setting) for seconds in busy.values()), default=0.0
+    )
     return Forecast(
         plan=plan,
         stages=rows,
@@ -196,7 +196,7 @@ def forecast(
         pipelines_step_s=several.predicted_step_s if several else None,
         pipelines_tokens_per_s=request.tokens_per_step / several.predicted_step_s if several else None,
         pipelines_bottleneck=several.bottleneck if several else "",
-        pipelines_planning_s=swarm_s,
+        pipelines_planning_s=several_s,
         alone=each_alone(request, what_if, full, plan.predicted_step_s) if what_ifs else (),
         rented=each_rented(request, plan.predicted_step_s) if what_ifs else (),
         board_w=board_w,
@@ -302,9 +302,9 @@ def _changes(request: Request, what_if: WhatIfPool, setting: Setting, plan: Plan
     like = what_if.members[best]
     more = setting_of(one_more(what_if, best))
     add("one_more_machine", f"one more machine like {like.name} ({like.device.name})", more, larger)
-    busy_s = links_busy_s(request, plan, setting)
-    if busy_s:
-        link = max(busy_s, key=lambda link: busy_s[link])
+    links_s, _ = links_and_lines_busy_s(request, plan, setting)
+    if links_s:
+        link = max(links_s, key=lambda link: links_s[link])
         one, other = (next(each.name for each in setting.machines if each.peer == peer) for peer in link)
         what = f"twice the bandwidth between {one} and {other}, both ways"
         add("bottleneck_link_doubled", what, link_doubled(setting, *link))

@@ -18,7 +18,7 @@ from fusionai.graph.sizes import type_bytes
 from fusionai.scheduling import planner
 from fusionai.scheduling.estimator import flops_rate
 from fusionai.scheduling.plan import Plan
-from fusionai.scheduling.problem import Limits, TrainingProblem
+from fusionai.scheduling.problem import PlanLimits, TrainingProblem
 from fusionai.scheduling.profile import Member, Pool
 from fusionai.scheduling.remedies import DESCRIBED
 from fusionai.scheduling.search.single_chains import machines_of_single_chains
@@ -214,9 +214,14 @@ def setting_of(what_if: WhatIfPool) -> Setting:
 
 def plan_on(request: Request, setting: Setting) -> Plan:
     """Return the plan that the broker of such a pool would make: of one pipeline. Raises as `planner.plan`."""
+    return planner.plan(one_pipeline_on(request, setting))
+
+
+def one_pipeline_on(request: Request, setting: Setting) -> TrainingProblem:
+    """Return the problem of one pipeline on some machines, as a broker of theirs would have it."""
     limits = dataclasses.replace(request.problem.limits, in_order=request.in_order, most_pipelines=1)
     problem = dataclasses.replace(request.problem, limits=limits, remedies=DESCRIBED)
-    return planner.plan(problem.on_pool(setting.pool, setting.owner))
+    return problem.on_pool(setting.pool, setting.owner)
 
 
 def best_on(request: Request, what_if: WhatIfPool) -> Plan:
@@ -235,7 +240,7 @@ def _problem_of_pool(request: Request, what_if: WhatIfPool) -> TrainingProblem:
         owner=what_if.owner,
         links=what_if,
         lines=(what_if.up_bytes_per_s, what_if.down_bytes_per_s),
-        limits=Limits(),
+        limits=PlanLimits(),
         remedies=DESCRIBED,
     )
 
@@ -258,7 +263,7 @@ def plan_at_home(request: Request, owner: Member) -> Plan:
 
 def _undivided(request: Request) -> Request:
     """Return the request for one machine, without cut positions to search: only the stages that will run are costed."""
-    return dataclasses.replace(request, problem=request.problem.within(Limits(cuts=())), machines=())
+    return dataclasses.replace(request, problem=request.problem.within(PlanLimits(cuts=())), machines=())
 
 
 def _first_few(names: Sequence[str]) -> str:

@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusionai.errors import ConfigError
+from fusionai.owner.pool_file_mistakes import explained, shown
 from fusionai.scheduling.profile import DeviceProfile, Member
 from fusionai.simulation.hardware.catalogue import Hardware, Kind, lookup
 from fusionai.simulation.hardware.efficiency import DEVICE_OF_KIND, profile_of
-from fusionai.simulation.hardware.pool_file_mistakes import explained, shown
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 from fusionai.units.byte_counts import parse_memory
 

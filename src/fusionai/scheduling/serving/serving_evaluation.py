@@ -17,8 +17,8 @@ import numpy as np
 from fusionai.errors import PlacementError
 from fusionai.scheduling.links import Floats
 from fusionai.scheduling.segments import MEMORY_MARGIN
-from fusionai.scheduling.serving.estimator import TABLES, RangeTimes, range_times
 from fusionai.scheduling.serving.flow import SINK, SOURCE, Arc, most_flow
+from fusionai.scheduling.serving.serving_estimator import TABLES, RangeTimes, range_times
 from fusionai.scheduling.serving.task import ServingTask
 from fusionai.units.byte_counts import bytes_text
 
@@ -28,7 +28,7 @@ _STEADY = 1e-3
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Share:
+class HeldRange:
     """Segments [first, last) on a machine. Sorted as flows go: by end, then start."""
 
     last: int
@@ -37,10 +37,10 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Evaluated:
+class EvaluatedPlacement:
     """A placement's flows. Rates are of generated tokens."""
 
-    shares: tuple[Share, ...]
+    shares: tuple[HeldRange, ...]
     tokens_per_s: float
     token_s: float
     """Between two tokens of a sequence, mean over all."""
@@ -53,7 +53,7 @@ class Evaluated:
     elsewhere_s_M: Floats
 
     @property
-    def used(self) -> tuple[Share, ...]:
+    def used(self) -> tuple[HeldRange, ...]:
         """Return the shares that some flow passes."""
         least = 1e-6 * self.tokens_per_s
         return tuple(share for share, flow in zip(self.shares, self.through_M, strict=True) if flow > least)
@@ -96,7 +96,7 @@ class Evaluator:
             return math.inf
         return float(task.delay_NN[source, target] + task.model.crossing_bytes_P[position] / speed)
 
-    def arcs(self, shares: Sequence[Share]) -> list[Arc]:
+    def arcs(self, shares: Sequence[HeldRange]) -> list[Arc]:
         """Return the ways that tokens can take between shares in the order of flow."""
         task, gateway = self.task, self.task.gateway
         found = []
@@ -118,13 +118,13 @@ class Evaluator:
                     add(place, other, share.machine, taker.machine, share.last)
         return found
 
-    def picked(self, shares: Sequence[Share]) -> RangeTimes:
+    def picked(self, shares: Sequence[HeldRange]) -> RangeTimes:
         """Return the costs of shares as arrays."""
         machines = np.asarray([share.machine for share in shares])
         first, last = (np.asarray([getattr(share, name) for share in shares]) for name in ("first", "last"))
         return self.times.at(self.kind_of[machines], first, last)
 
-    def evaluate(self, placement: Sequence[Share], *, rounds: int = _ROUNDS) -> Evaluated | None:
+    def evaluate(self, placement: Sequence[HeldRange], *, rounds: int = _ROUNDS) -> EvaluatedPlacement | None:
         """Return what a placement gives under full load, None if nothing."""
         shares = sorted(placement)
         if not shares:
@@ -132,7 +132,7 @@ class Evaluator:
         arcs, times = self.arcs(shares), self.picked(shares)
         own = times.pass_s(1.0)
         rest = _elsewhere(shares, arcs, None, own, self.owner_s)
-        found: Evaluated | None = None
+        found: EvaluatedPlacement | None = None
         for turn in range(rounds):
             flowing = self._flowing(shares, arcs, times, own, rest)
             if flowing is None:
@@ -145,7 +145,7 @@ class Evaluator:
             rest = (rest + found.elsewhere_s_M) / 2 if turn else found.elsewhere_s_M
         return found
 
-    def ceiling(self, placement: Sequence[Share]) -> float:
+    def ceiling(self, placement: Sequence[HeldRange]) -> float:
         """Return what no routing over a placement can exceed: tokens are elsewhere for the least time possible."""
         shares = sorted(placement)
         arcs, times = self.arcs(shares), self.picked(shares)
@@ -158,15 +158,15 @@ class Evaluator:
         total = sum(flow for arc, flow in zip(arcs, flows, strict=True) if arc.head == SINK)
         return min(total, self.owner_rate)
 
-    def _least_inside(self, share: Share, shares: Sequence[Share]) -> float:
+    def _least_inside(self, share: HeldRange, shares: Sequence[HeldRange]) -> float:
         """Return the least time of a pass of a share, for requests that enter it as late as they can."""
         latest = max((other.last for other in shares if share.first <= other.last < share.last), default=share.first)
         kind = self.kind_of[share.machine]
         return float(self.times.at(kind, latest, share.last).pass_s(1.0))
 
     def _flowing(
-        self, shares: list[Share], arcs: list[Arc], times: RangeTimes, own: Floats, rest: Floats
-    ) -> Evaluated | None:
+        self, shares: list[HeldRange], arcs: list[Arc], times: RangeTimes, own: Floats, rest: Floats
+    ) -> EvaluatedPlacement | None:
         capacity = times.tokens_per_s(rest)
         flows = most_flow(list(capacity), list(own), arcs)
         total = sum(flow for arc, flow in zip(arcs, flows, strict=True) if arc.head == SINK)
@@ -183,11 +183,13 @@ class Evaluator:
         elsewhere = _elsewhere(shares, arcs, flows, own, self.owner_s)
         used = through > 1e-6 * total
         token_s = float(np.average((own + elsewhere)[used], weights=through[used]))
-        return Evaluated(tuple(shares), total, token_s, through, capacity, own, tuple(arcs), tuple(flows), elsewhere)
+        return EvaluatedPlacement(
+            tuple(shares), total, token_s, through, capacity, own, tuple(arcs), tuple(flows), elsewhere
+        )
 
 
 def _elsewhere(
-    shares: Sequence[Share],
+    shares: Sequence[HeldRange],
     arcs: Sequence[Arc],
     flows: Sequence[float] | None,
     own_s: Floats,

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusionai.errors import ConfigError
+from fusionai.owner.pool_file import PoolFile, parse_pool, pool_from, read_pool
 from fusionai.scheduling.profile import LinkProfile
 from fusionai.simulation.hardware.catalogue import lookup
 from fusionai.simulation.hardware.efficiency import profile_of
-from fusionai.simulation.hardware.pool_file import PoolFile, parse_pool, pool_from, read_pool
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/pool-file.md").read_text(encoding="utf-8")

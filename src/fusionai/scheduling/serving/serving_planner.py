@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import msgspec
 
 from fusionai.errors import PlacementError
-from fusionai.scheduling.serving.assembly import assembled
-from fusionai.scheduling.serving.evaluation import Evaluator, Share
 from fusionai.scheduling.serving.latency import fastest_route
-from fusionai.scheduling.serving.plan import ServingPlan
-from fusionai.scheduling.serving.shortage import nothing_fits
+from fusionai.scheduling.serving.serving_assembly import assembled
+from fusionai.scheduling.serving.serving_evaluation import Evaluator, HeldRange
+from fusionai.scheduling.serving.serving_plan import ServingPlan
+from fusionai.scheduling.serving.serving_shortage import nothing_fits
 from fusionai.scheduling.serving.task import ServingTask
 from fusionai.scheduling.serving.throughput import best_throughput
 
@@ -55,7 +55,7 @@ def plan_serving(task: ServingTask, previous: ServingPlan | None = None) -> Serv
     return msgspec.structs.replace(plan, planning_s=time.perf_counter() - begun_s)
 
 
-def plan_of_placement(evaluator: Evaluator, placement: Sequence[Share], planner: str) -> ServingPlan:
+def plan_of_placement(evaluator: Evaluator, placement: Sequence[HeldRange], planner: str) -> ServingPlan:
     """Return the plan of a given placement: what flows over it, and how much.
 
     Raises PlacementError when nothing can flow: parts of the model are held by nobody, or too much by somebody.
@@ -73,11 +73,11 @@ def plan_of_placement(evaluator: Evaluator, placement: Sequence[Share], planner:
     return assembled(evaluator, found, planner=planner, bound_token_s=bound_s)
 
 
-def _kept(task: ServingTask, previous: ServingPlan | None) -> list[tuple[Share, ...]]:
+def _kept(task: ServingTask, previous: ServingPlan | None) -> list[tuple[HeldRange, ...]]:
     """Return a former plan's placement as far as its machines are still there."""
     if previous is None or previous.graph_hash != task.model.graph_hash:
         return []
     place = {member.peer: index for index, member in enumerate(task.members)}
     return [
-        tuple(Share(shard.last, shard.first, place[shard.peer]) for shard in previous.shards if shard.peer in place)
+        tuple(HeldRange(shard.last, shard.first, place[shard.peer]) for shard in previous.shards if shard.peer in place)
     ]

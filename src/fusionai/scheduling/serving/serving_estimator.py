@@ -32,7 +32,7 @@ from fusionai.scheduling.links import Floats
 from fusionai.scheduling.profile import DeviceProfile
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.serving.load import ServingLoad
-from fusionai.scheduling.serving.model import ServingModel
+from fusionai.scheduling.serving.serving_model import ServingModel
 
 CHUNK_TOKENS = 256
 """Tokens of a prompt that one pass takes at most. A whole prompt holds every machine of a long pipeline up for longer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fusionai.cli.forecast_words import assumed_line, named
-from fusionai.simulation.forecast.trial import Trial
+from fusionai.simulation.forecast.simulated_job import SimulatedJob
 from fusionai.units.byte_counts import bytes_text
 from fusionai.units.durations import duration_text, seconds_text
 from fusionai.units.money import usd_text
@@ -20,7 +20,7 @@ _DISTURBANCES = {
 }
 
 
-def sentences(found: Trial) -> Iterator[str]:
+def sentences(found: SimulatedJob) -> Iterator[str]:
     """Yield a simulated job's result, one sentence on each line."""
     report, job = found.report, found.job
     yield ""
@@ -53,7 +53,7 @@ def sentences(found: Trial) -> Iterator[str]:
     yield from (assumed_line(each) for each in found.assumed)
 
 
-def _steps(found: Trial) -> str:
+def _steps(found: SimulatedJob) -> str:
     """Return how long a step takes, and why that differs from the planner's prediction."""
     text = f"The planner predicted {seconds_text(found.predicted_step_s)} for a step"
     if not found.report.step_s:

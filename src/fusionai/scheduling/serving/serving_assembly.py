@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from fusionai.scheduling.explain import brief_names
-from fusionai.scheduling.serving.estimator import CHUNK_TOKENS
-from fusionai.scheduling.serving.evaluation import Evaluated, Evaluator, Share
 from fusionai.scheduling.serving.flow import SINK, SOURCE
 from fusionai.scheduling.serving.latency import Route
-from fusionai.scheduling.serving.plan import FlowPlan, ServingPlan, ShardPlan
+from fusionai.scheduling.serving.serving_estimator import CHUNK_TOKENS
+from fusionai.scheduling.serving.serving_evaluation import EvaluatedPlacement, Evaluator, HeldRange
+from fusionai.scheduling.serving.serving_plan import FlowPlan, ServingPlan, ShardPlan
 from fusionai.scheduling.serving.task import ServingTask
 from fusionai.scheduling.serving.throughput import bound_tokens_per_s
 from fusionai.units.byte_counts import bytes_text
@@ -29,7 +29,7 @@ _MOST_NAMED = 4
 
 
 def assembled(
-    evaluator: Evaluator, found: Evaluated, *, planner: str, bound_token_s: float, route: Route | None = None
+    evaluator: Evaluator, found: EvaluatedPlacement, *, planner: str, bound_token_s: float, route: Route | None = None
 ) -> ServingPlan:
     """Return the plan of a placement.
 
@@ -76,7 +76,7 @@ def assembled(
     )
 
 
-def _shard(evaluator: Evaluator, share: Share, rate: float, capacity: float, own_s: float) -> ShardPlan:
+def _shard(evaluator: Evaluator, share: HeldRange, rate: float, capacity: float, own_s: float) -> ShardPlan:
     task = evaluator.task
     times = evaluator.times.at(evaluator.kind_of[share.machine], share.first, share.last)
     return ShardPlan(
@@ -94,7 +94,7 @@ def _shard(evaluator: Evaluator, share: Share, rate: float, capacity: float, own
     )
 
 
-def _flows(evaluator: Evaluator, found: Evaluated, used: set[int]) -> tuple[FlowPlan, ...]:
+def _flows(evaluator: Evaluator, found: EvaluatedPlacement, used: set[int]) -> tuple[FlowPlan, ...]:
     task, least = evaluator.task, 1e-6 * found.tokens_per_s
     flows = []
     for arc, rate in zip(found.arcs, found.flows, strict=True):
@@ -110,7 +110,9 @@ def _flows(evaluator: Evaluator, found: Evaluated, used: set[int]) -> tuple[Flow
     return tuple(flows)
 
 
-def _bottleneck(evaluator: Evaluator, found: Evaluated, shards: Sequence[ShardPlan], flows: Sequence[FlowPlan]) -> str:
+def _bottleneck(
+    evaluator: Evaluator, found: EvaluatedPlacement, shards: Sequence[ShardPlan], flows: Sequence[FlowPlan]
+) -> str:
     """Return what is exhausted: machines, links, the owner; or that a better arrangement would be needed."""
     names = _names(evaluator.task)
     if found.tokens_per_s >= evaluator.owner_rate * _FULL:

@@ -27,11 +27,11 @@ from fusionai.simulation.simulator import simulate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Circumstances:
-    """What a plan is executed under; `trial` makes a `Scenario` of it. Raises ConfigError as the parts do."""
+class SimulationOptions:
+    """The conditions of a simulation, of which `simulate_on_pool` makes a `Scenario`. Raises ConfigError."""
 
     steps: int
-    """To simulate."""
+    """Steps to simulate."""
     seed: int = 0
     mean_up_s: float | None = None
     """For how long a compnode stays, on average; None: nobody leaves."""
@@ -42,7 +42,7 @@ class Circumstances:
     jitter: float = 0.0
     """Standard deviation of machines' speeds from step to step, as a share."""
     drift: float = 0.0
-    """The same, drifting slowly."""
+    """The same for a slow drift."""
     usd_per_kwh: float = 0.15
     rented: bool = False
     """Count the catalogue's rent where it has one, too."""
@@ -66,7 +66,7 @@ class WholeJob(msgspec.Struct, frozen=True, kw_only=True):
     sent_bytes: float
 
 
-class Trial(msgspec.Struct, frozen=True, kw_only=True):
+class SimulatedJob(msgspec.Struct, frozen=True, kw_only=True):
     """The JSON of `fusionai simulate --json`."""
 
     plan: Plan
@@ -93,15 +93,15 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     lab: bool = False
 
 
-def trial(
+def simulate_on_pool(
     request: Request,
     what_if: WhatIfPool,
-    given: Circumstances,
+    given: SimulationOptions,
     *,
     job_steps: int,
     pipelines: bool,
     clock_s: Callable[[], float],
-) -> Trial:
+) -> SimulatedJob:
     """Plan a job for a pool, execute the plan, and return what happened. Blocks for seconds, or longer with many steps.
 
     Args:
@@ -152,7 +152,7 @@ def trial(
         links, replace(scenario, steps=1, codec=Dense(), churn=Scripted(), recovery=Replay(), jitter=None)
     )
     plain = replace(scenario, timeline_steps=0)
-    return Trial(
+    return SimulatedJob(
         plan=plan,
         pipelines=len(plan.pipelines),
         predicted_step_s=plan.predicted_step_s,
@@ -170,7 +170,7 @@ def trial(
     )
 
 
-def _scenario(request: Request, what_if: WhatIfPool, plan: Plan, given: Circumstances, prices: Prices) -> Scenario:
+def _scenario(request: Request, what_if: WhatIfPool, plan: Plan, given: SimulationOptions, prices: Prices) -> Scenario:
     codec: Codec = Dense()
     if given.top_k is not None:
         rates = {each.peer: each.device.memory_bytes_per_s for each in what_if.machines}
@@ -196,7 +196,7 @@ def _scenario(request: Request, what_if: WhatIfPool, plan: Plan, given: Circumst
     )
 
 
-def _disturbances(given: Circumstances) -> tuple[str, ...]:
+def _disturbances(given: SimulationOptions) -> tuple[str, ...]:
     """Return the options given that change how long a step takes."""
     options = {
         "--churn": given.mean_up_s is not None,
@@ -206,7 +206,7 @@ def _disturbances(given: Circumstances) -> tuple[str, ...]:
     return tuple(option for option, used in options.items() if used)
 
 
-def _prices(what_if: WhatIfPool, plan: Plan, given: Circumstances) -> tuple[Prices, tuple[str, ...]]:
+def _prices(what_if: WhatIfPool, plan: Plan, given: SimulationOptions) -> tuple[Prices, tuple[str, ...]]:
     """Return power and rent of the pool's machines, and those of the plan whose rent is asked for and unknown."""
     used = plan.peers
     found: dict[str, MachinePrice] = {}

@@ -7,7 +7,7 @@ import numpy as np
 from fusionai.errors import PlacementError
 from fusionai.scheduling.explain import WITH_MARGIN, shortage_texts
 from fusionai.scheduling.segments import MEMORY_MARGIN
-from fusionai.scheduling.serving.evaluation import Evaluator
+from fusionai.scheduling.serving.serving_evaluation import Evaluator
 
 _MOST_NAMED = 5
 
