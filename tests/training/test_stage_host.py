@@ -23,6 +23,7 @@ from fusionai.network.identity import PeerId
 from fusionai.network.limits import Limits
 from fusionai.pool.contacts import LINK_TIMEOUT_S
 from fusionai.pool.identifiers import FIRST_EPOCH, JobEpoch
+from fusionai.scheduling.recovery import PATIENCE
 from fusionai.tensor import TensorData
 from fusionai.training.messages import (
     BeginRound,
@@ -41,7 +42,7 @@ from fusionai.training.messages import (
     TiedGradient,
     WeightTensor,
 )
-from fusionai.training.stage_host import NEIGHBOUR_GRACE_S, StageHost
+from fusionai.training.stage_host import StageHost
 from fusionai.training.weight_traffic import LOAD_TIMEOUT_S
 
 A, B, C, DRIVER = peer_of("a"), peer_of("b"), peer_of("c"), peer_of(OWNER)
@@ -616,7 +617,7 @@ def test_the_loss_of_a_neighbour_is_left_to_the_driver_for_a_while(neighbour: st
         began_s = now_s()
         here.pool.network.kill(neighbour)
         assert f"its link to compnode {neighbour} is gone" in await here.ended()
-        assert NEIGHBOUR_GRACE_S <= now_s() - began_s < NEIGHBOUR_GRACE_S + 1
+        assert PATIENCE.neighbour_link_s <= now_s() - began_s < PATIENCE.neighbour_link_s + 1
         assert len(here.failures) == 1
 
     go(course)
