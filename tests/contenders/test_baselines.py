@@ -34,9 +34,9 @@ def test_cutting_again_changes_cuts_alone() -> None:
     for rule in RULES.values():
         again = cut_again(work, made, rule)
         assert again is not None
-        for pipeline, other in zip(made.pipelines, again.runs, strict=True):
-            assert other.machines == tuple(number[stage.peer] for stage in pipeline.stages)
-            assert other.microbatches == pipeline.microbatches
+        for pipeline, other in zip(made.pipelines, again.pipelines, strict=True):
+            assert other.choice.machines == tuple(number[stage.peer] for stage in pipeline.stages)
+            assert other.choice.microbatches == pipeline.microbatches
         # The planner solves cuts up to 0.2 %.
         assert again.step_s >= 0.998 * made.predicted_step_s
 

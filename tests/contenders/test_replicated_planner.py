@@ -113,7 +113,7 @@ def test_the_tables_of_a_cut() -> None:
     assert job.forward_bytes == (0.0, work.segments.forward_bytes_P[middle])
     assert job.forward_s[0, 1] == pytest.approx(2 * job.forward_s[0, 0], rel=0.05)
     trained = sum(group.size_bytes for group in job.weights)
-    assert trained == sum(size for size, _ in work.weights)
+    assert trained == work.counted_bytes.sum()
     assert any(group.stages == (0, 1) for group in job.weights)  # the tied embedding
 
 

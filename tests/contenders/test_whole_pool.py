@@ -41,8 +41,8 @@ class TestEveryoneInOneChain:
         work = scarce(seed, 8, 12)
         found = everyone_in_one_chain(work)
         assert found is not None
-        (made,) = found.runs
-        assert sorted(made.machines) == list(range(8))
+        (made,) = found.pipelines
+        assert sorted(made.choice.machines) == list(range(8))
         for rule, machines in itertools.product(RULES.values(), (np.arange(8), np.arange(8)[::-1])):
             simple = chain_outcome(work, machines, rule(work, machines))
             assert simple is None or found.step_s <= simple.step_s
