@@ -199,7 +199,7 @@ def test_no_orphans_when_the_parent_is_killed(place: Place, tmp_path: Path) -> N
         "children = [subprocess.Popen([*command, *each.split('|'), *last], **options) for each in sys.argv[1:]]\n"
         "for child in children[:-1]: child.stdout.readline()\n"
         "print(*(child.pid for child in children), flush=True)\n"
-        "time.sleep(100)\n"
+        "time.sleep(1000)\n"
     )
     keep_measurements(tmp_path / "child")
     children = [

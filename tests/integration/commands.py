@@ -9,7 +9,7 @@ import random
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,10 @@ def words(count: int) -> str:
 
 
 @contextmanager
-def started(*arguments: str | Path, prefix: Sequence[str] = ()) -> Iterator[Command]:
-    """Run `fusionai`, or what `prefix` says, in the background; it is killed at the end if it still runs."""
-    words = [*prefix, *map(str, arguments)]
+def started(*arguments: str | Path, script: Path | None = None) -> Iterator[Command]:
+    """Run `fusionai`, or a script, in the background; it is killed at the end if it still runs."""
     streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(words, **streams, text=True) if prefix else start(words, **streams, text=True)
+    process = start([str(each) for each in arguments], script=script, **streams, text=True)
     try:
         yield process
     finally:
@@ -114,9 +113,9 @@ class Ended:
         return errors[0]
 
 
-def run(*arguments: str | Path, prefix: Sequence[str] = ()) -> Ended:
+def run(*arguments: str | Path, script: Path | None = None) -> Ended:
     """Run a command to its end."""
-    with started(*arguments, prefix=prefix) as process:
+    with started(*arguments, script=script) as process:
         return Ended(process)
 
 

@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -338,11 +337,12 @@ def test_no_complete_checkpoint_is_left(here: Here, free_pool: LocalPool, damage
 
 
 @pytest.mark.skipif(not POSIX, reason="needs resource limits")
-def test_a_disk_that_refuses_a_checkpoint(here: Here, free_pool: LocalPool, damaged: Path) -> None:
+def test_a_disk_that_refuses_a_checkpoint(here: Here, free_pool: LocalPool, damaged: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk: the system refuses the write in the same place."""
     before = newest(damaged)
     size = (before / "model.safetensors").stat().st_size
-    limited = (
+    limited = tmp_path / "limited.py"
+    limited.write_text(
         "import resource, sys\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))\n"
         "from fusionai.cli.main import main\n"
@@ -350,7 +350,7 @@ def test_a_disk_that_refuses_a_checkpoint(here: Here, free_pool: LocalPool, dama
     )
     more = ["--set", "training.steps=6"]
     arguments = ["train", "--resume", damaged, "--broker", free_pool.token, *more, "--json"]
-    ended = run(*arguments, prefix=[sys.executable, "-c", limited])
+    ended = run(*arguments, script=limited)
     ended.failed(4, "StorageError", "step-000006 cannot be written", "Free some space", f"is kept: {before}")
     assert last_job(free_pool.token).state == "failed"
     assert "cannot be written" in last_job(free_pool.token).reason

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,9 +142,12 @@ def test_a_local_pool_ends_with_its_killed_parent(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "with fusionai.local_pool(1, folder=Path(sys.argv[1])) as pool:\n"
         "    print('{\"up\": true}', flush=True)\n"
-        "    time.sleep(100)\n"
+        "    time.sleep(1000)\n"
     )
-    with started(tmp_path / "pool", prefix=[sys.executable, "-c", script]) as parent:
+    program = tmp_path / "parent.py"
+    program.write_text(script, encoding="utf-8")
+    keep_measurements(tmp_path / "pool" / "compnode-1")
+    with started(tmp_path / "pool", script=program) as parent:
         assert ready(parent)["up"]
         children = family(parent.pid)
         assert len(children) == 2
@@ -156,6 +158,7 @@ def test_a_local_pool_ends_with_its_killed_parent(tmp_path: Path) -> None:
 
 def test_an_exception_inside_a_local_pool_leaves_nobody(tmp_path: Path) -> None:
     children: list[psutil.Process] = []
+    keep_measurements(tmp_path / "compnode-1")
 
     def fail() -> None:
         with fusionai.local_pool(1, folder=tmp_path) as pool:
