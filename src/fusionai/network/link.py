@@ -15,34 +15,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 from fusionai.errors import ConfigError, FusionError, NetworkError, PeerLost, PeerTimeout, ProtocolError
 from fusionai.network.bulk_receiver import BulkReceiver
 from fusionai.network.bulk_sender import BulkSender
-from fusionai.network.framing import Frame, FrameType
+from fusionai.network.framing import FrameType
 from fusionai.network.identity import PeerId
 from fusionai.network.inbox import Inbox
+from fusionai.network.incoming_frames import IncomingFrames
 from fusionai.network.lab import EmulatedLink
 from fusionai.network.limits import Limits
+from fusionai.network.link_tasks import LinkTasks
 from fusionai.network.liveness import Liveness
 from fusionai.network.messages import (
     MAX_KIND,
     Bulk,
     Call,
     Credit,
-    Failure,
     Hello,
     Notice,
     Ping,
     Refuse,
     Reply,
-    decode,
-    error_from,
     short_text,
 )
-from fusionai.network.probing import BURST, RESERVED, ProbeResponder
+from fusionai.network.probing import RESERVED, ProbeResponder
 from fusionai.network.requests import Answering, Asking
 from fusionai.network.shaping import LinkShaper
 from fusionai.network.statistics import LinkStatistics
@@ -51,7 +50,6 @@ from fusionai.network.transport import Buffer, Channel
 log = logging.getLogger(__name__)
 
 _FAREWELL_S = 1.0
-_CANCEL_S = 5.0
 
 
 class Handler(Protocol):
@@ -110,7 +108,9 @@ class Link:
         self._error: NetworkError | None = None
         self._announced = False
         self._gone = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = LinkTasks(
+            self._who(), closed=lambda: self.closed, end=lambda error, farewell: self.end(error, farewell=farewell)
+        )
         self._ending: asyncio.Task[None] | None = None
         self._asking = Asking()
         self._answering = Answering(
@@ -118,7 +118,7 @@ class Link:
             limits=limits,
             answer_bytes=greeting.control_payload_bytes,
             work=self._work,
-            spawn=self._spawn,
+            spawn=self._tasks.spawn,
             closed=lambda: self.closed,
             statistics=self.statistics,
             who=self._who(),
@@ -130,6 +130,20 @@ class Link:
             limits, send=self._send_ping, heard_s=self._heard_s, listening=lambda: not self._inbox.holding_back
         )
         self.prober = ProbeResponder(self.send_bulk, limits.probe_bytes)
+        self._incoming = IncomingFrames(
+            control=control,
+            asking=self._asking,
+            answering=self._answering,
+            inbox=self._inbox,
+            credit=self._outbox.credit,
+            arrivals=self._arrivals,
+            liveness=self._liveness,
+            prober=self.prober,
+            statistics=self.statistics,
+            who=self._who(),
+            closed=lambda: self.closed,
+            end=self.end,
+        )
 
     # --- what the upper layer uses ------------------------------------------------------------------------
 
@@ -246,16 +260,19 @@ class Link:
             self._shaper = LinkShaper(self.lab, seed=self._lab_seed)
             self._control.shape(self._shaper, urgent=True)
             self._bulk.shape(self._shaper, urgent=False)
-        self._spawn(self._serve())
-        self._spawn(self._outbox.run())
-        self._spawn(self._watch())
+        self._tasks.spawn(self._serve())
+        self._tasks.spawn(self._outbox.run())
+        self._tasks.spawn(self._watch())
         payload = limits.control_payload_bytes
         plain = dict.fromkeys(
             (FrameType.CANCEL, FrameType.FAILURE, FrameType.CREDIT, FrameType.PING, FrameType.PONG, FrameType.BYE), 0
         )
         control = plain | dict.fromkeys((FrameType.REQUEST, FrameType.ANSWER, FrameType.NOTICE), payload)
-        self._control.start(control, self._on_control, self._on_lost)
-        self._bulk.start({FrameType.BULK: limits.bulk_body_bytes}, self._on_bulk, self._on_lost, admit=self._admit_bulk)
+        incoming = self._incoming
+        self._control.start(control, incoming.on_control, self.end)
+        self._bulk.start(
+            {FrameType.BULK: limits.bulk_body_bytes}, incoming.on_bulk, self.end, admit=incoming.admit_bulk
+        )
 
     def end(self, error: NetworkError, *, farewell: str | None = None) -> None:
         """Fail everything that waits on the link, and start to take it down. Only the first call counts.
@@ -276,72 +293,13 @@ class Link:
             self._control.send(FrameType.BYE, Refuse(error="ProtocolError", text=short_text(error)))
         self._ending = asyncio.get_running_loop().create_task(self._take_down(error))
 
-    # --- receiving ----------------------------------------------------------------------------------------
-
-    def _on_control(self, frame: Frame) -> None:
-        if self._error is not None:
-            return
-        match frame.type:
-            case FrameType.REQUEST | FrameType.NOTICE:
-                message: Call | Notice = (
-                    decode(Call, frame.header) if frame.type is FrameType.REQUEST else decode(Notice, frame.header)
-                )
-                self._count(message.kind, frame)
-                if isinstance(message, Call) and message.kind.startswith(RESERVED):
-                    self._answering.begin(message, bytes(frame.body))
-                else:
-                    self._inbox.put(message, bytes(frame.body))
-            case FrameType.ANSWER:
-                number = decode(Reply, frame.header).number
-                self._count(self._asking.kind(number), frame)
-                self._asking.answered(number, bytes(frame.body))
-            case FrameType.FAILURE:
-                failure = decode(Failure, frame.header)
-                self._count(self._asking.kind(failure.number), frame)
-                self._asking.failed(failure)
-            case FrameType.CANCEL:
-                number = decode(Reply, frame.header).number
-                if not self._answering.cancel(number):
-                    self._inbox.drop_call(number)
-            case FrameType.CREDIT:
-                self._count("link.credit", frame)
-                self._outbox.credit.give(decode(Credit, frame.header).count_bytes)
-            case FrameType.PING:
-                self._count("link.ping", frame)
-                ping = decode(Ping, frame.header)
-                self._control.send(FrameType.PONG, ping)
-            case FrameType.PONG:
-                self._count("link.ping", frame)
-                self._liveness.on_pong(decode(Ping, frame.header).number)
-            case FrameType.BYE:
-                bye = decode(Refuse, frame.header)
-                error = error_from(bye.error, f"{self._who()} ended the link: {bye.text}")
-                self.end(error if isinstance(error, NetworkError) else PeerLost(str(error)))
-
-    def _admit_bulk(self, kind: FrameType, header: bytes, body_bytes: int) -> None:
-        self._arrivals.admit(len(header), body_bytes)
-
-    def _on_bulk(self, frame: Frame) -> None:
-        if self._error is not None:
-            return
-        message = decode(Bulk, frame.header)
-        self._count(message.kind, frame)
-        if message.kind == BURST:
-            self._arrivals.finish(len(frame.header) + len(frame.body))
-            self.prober.on_burst(len(frame.body))
-            return
-        self._arrivals.put(message, frame)
-
-    def _on_lost(self, error: NetworkError) -> None:
-        self.end(error)
-
     # --- tasks --------------------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
         """Announce the link, then hand control messages and bulk to the handler."""
         self._announced = True
         await self._handler.on_link(self)
-        self._spawn(self._arrivals.run(self._take_bulk))
+        self._tasks.spawn(self._arrivals.run(self._take_bulk))
         while True:
             message, payload = await self._inbox.get()
             if isinstance(message, Call):
@@ -362,36 +320,8 @@ class Link:
 
     # --- inner --------------------------------------------------------------------------------------------
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._reap)
-        return task
-
-    def _reap(self, task: asyncio.Task[None]) -> None:
-        """Forget an ended task; one that failed ends the link."""
-        self._tasks.discard(task)
-        if task.cancelled():
-            return
-        error = task.exception()
-        if error is None or self._error is not None:
-            return
-        if isinstance(error, NetworkError):
-            self.end(error, farewell=None if isinstance(error, ProtocolError) else short_text(error))
-            return
-        if not isinstance(error, FusionError):
-            log.error("a handler of the link to %s failed", self._who(), exc_info=error)
-        text = f"handling a message of {self._who()} failed: {type(error).__name__}: {error}"
-        self.end(NetworkError(text), farewell=f"its handler failed with {type(error).__name__}")
-
     async def _take_down(self, error: NetworkError) -> None:
-        tasks = set(self._tasks)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            _, stuck = await asyncio.wait(tasks, timeout=_CANCEL_S)
-            if stuck:
-                log.error("%d tasks of the link to %s ignore their cancellation", len(stuck), self._who())
+        await self._tasks.cancel_all()
         self._inbox.clear()
         self._arrivals.clear()
         within_s = _FAREWELL_S if self._control.failure is None or isinstance(error, ProtocolError) else 0.0
@@ -416,9 +346,6 @@ class Link:
 
     def _heard_s(self) -> float:
         return max(self._control.heard_s, self._bulk.heard_s)
-
-    def _count(self, kind: str, frame: Frame) -> None:
-        self.statistics.count_received(kind, len(frame.body), frame.wire_bytes)
 
     async def _ready(self) -> None:
         await self._control.drain()
