@@ -222,31 +222,9 @@ def test_a_blip_between_compnode_and_broker_does_not_end_the_job(tmp_path: Path)
                 return await party.states() == WORKING
 
             await until(back)
-            await asyncio.sleep(2.3)  # longer than the grace
+            assert not party.broker._lifecycle._waiting, "nobody's grace runs on"
             assert (await party.job()).state == "running"
             assert held(party.a) == [first_plan(launched)]
-
-    asyncio.run(main())
-
-
-def test_compnodes_see_their_owner_go_without_the_broker(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with Party(tmp_path, grace_s=600.0) as party:
-            await submit(party.owner, cuts=(2,))
-            await party.owner.endpoint.close()
-            await until(lambda: not party.a.holds and not party.b.holds)
-
-    asyncio.run(main())
-
-
-def test_a_lost_owner_ends_its_job(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with Party(tmp_path) as party:
-            await submit(party.owner, cuts=(2,))
-            await party.owner.endpoint.close()
-            await until(lambda: {each.state for each in party.broker.status().compnodes} == {"idle"})
-            await until(lambda: party.broker.status().jobs[-1].state == "failed")
-            assert "the owner owner is lost" in party.broker.status().jobs[-1].reason
 
     asyncio.run(main())
 
@@ -266,7 +244,7 @@ def test_a_running_job_survives_the_brokers_restart(tmp_path: Path) -> None:
             await owner.wire.notify(a.identity.peer_id, begin)
             async with broker_at(tmp_path) as broker:
                 await until(lambda: {each.state for each in broker.status().compnodes} == {"working"})
-                await asyncio.sleep(5.2)  # longer than the recovery
+                await until(lambda: not broker._lifecycle._waiting)  # everybody is back: no recovery runs on
                 assert broker.status().jobs[-1].state == "running"
                 assert held(a) == held(b) == [first_plan(launched)]
                 await until(lambda: owner.name and broker.status().jobs[-1].state == "running")

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 from broker_pool import first_plan, held, status, until
-from job_party import WEIGHT_BYTES, Party, noise, run, undisturbed
+from job_party import WEIGHT_BYTES, Party, run, undisturbed
 
-from fusionai.errors import JobError, ProtocolError
-from fusionai.graph.model import WeightKey
+from fusionai.errors import JobError
 from fusionai.pool.identifiers import Epoch, JobEpoch
 from fusionai.pool.messages import JobEnded, SwitchPlan
 from fusionai.tensor import TensorData
-from fusionai.training.messages import HandOverWeights, InheritWeights, WeightTensor
+from fusionai.training.messages import WeightTensor
 from fusionai.training.roster import Roster
 from fusionai.training.weight_traffic import WeightTraffic
 
@@ -126,37 +125,6 @@ def test_a_newcomer_that_dies_in_the_hand_over(tmp_path: Path, monkeypatch: pyte
     assert disturbed == run(tmp_path / "other", monkeypatch, undisturbed)
 
 
-def test_a_machine_of_the_running_plan_that_dies_in_the_hand_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def main() -> None:
-        async with Party(tmp_path, monkeypatch) as party:
-            await party.steps(2)
-            prepared = await party.prepare((2,), (party.first, "c"))
-            take = WeightTraffic.take
-            closing: list[asyncio.Future[None]] = []
-
-            async def dying(
-                self: WeightTraffic, roster: Roster, peer: Any, header: WeightTensor, tensor: TensorData
-            ) -> None:
-                if header.epoch == prepared.epoch and self._wire.me == party.peer("c"):
-                    closing.append(asyncio.ensure_future(party.members[party.second].endpoint.close()))
-                    await asyncio.sleep(1)
-                await take(self, roster, peer, header, tensor)
-
-            monkeypatch.setattr(WeightTraffic, "take", dying)
-
-            async def go_on() -> None:
-                assert (await party.take()).error, "or its loss is noticed at once"
-                await party.steps(1)
-
-            with pytest.raises(JobError, match=f"compnode {party.second} .stage 1. is lost"):
-                await go_on()
-            assert (await party.states())["c"] == "idle"
-
-    asyncio.run(main())
-
-
 def test_a_newcomer_that_goes_before_the_hand_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def course(party: Party) -> None:
         await party.steps(3)
@@ -199,47 +167,3 @@ def test_a_share_must_fit_beside_the_old_one(tmp_path: Path, monkeypatch: pytest
         await party.steps(5)
 
     run(tmp_path, monkeypatch, course, memory_bytes=5000)
-
-
-def test_weights_come_only_from_whom_the_owner_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main() -> None:
-        async with Party(tmp_path, monkeypatch) as party:
-            await party.steps(1)
-            prepared = await party.prepare((2,), (party.first, "c"))
-            assert prepared.epoch is not None
-            c, key = party.members["c"], WeightKey("layers.2.weight")
-            named = {key: party.peer(party.second), WeightKey("layers.3.weight"): party.peer(party.second)}
-            with pytest.raises(ProtocolError, match="sources of 1 weights"):
-                await party.owner.wire.request(
-                    c.identity.peer_id,
-                    InheritWeights(party.launched.job, prepared.epoch, {key: party.peer("a")}),
-                    timeout_s=60,
-                )
-            with pytest.raises(ProtocolError, match="no machine of this job"):
-                await party.owner.wire.request(
-                    c.identity.peer_id,
-                    InheritWeights(party.launched.job, prepared.epoch, dict.fromkeys(named, "f" * 64)),
-                    timeout_s=60,
-                )
-            await party.owner.wire.request(
-                c.identity.peer_id, InheritWeights(party.launched.job, prepared.epoch, named), timeout_s=60
-            )
-            with pytest.raises(ProtocolError, match="which is not the driver"):
-                await party.members[party.second].wire.request(
-                    c.identity.peer_id,
-                    HandOverWeights(party.launched.job, prepared.epoch, prepared.epoch, {}),
-                    timeout_s=60,
-                )
-            host = c.hosting.host(JobEpoch(party.launched.job, prepared.epoch))
-            assert host is not None
-            weight = noise("w", 8)
-            header = WeightTensor(party.launched.job, prepared.epoch, key, None, "float32", (8, 8))
-            with pytest.raises(ProtocolError, match="to send"):
-                await host.on_tensor(party.owner.identity.peer_id, header, weight)
-            second = party.members[party.second].identity.peer_id
-            with pytest.raises(ProtocolError, match="float32"):
-                await host.on_tensor(second, header, noise("w", 4))
-            with pytest.raises(ProtocolError, match="twice"):
-                await host.on_tensor(second, header, weight)
-
-    asyncio.run(main())

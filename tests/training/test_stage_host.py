@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from fake_plane import data
 from scripted_pool import JOB, ScriptedPool, peer_of
-from toy_pipelines import OWNER, ROWS, WIDTH, Start, noise, three_machines
+from toy_pipelines import OWNER, ROWS, WIDTH, Pipeline, Start, noise, three_machines
 
 from fusionai.errors import FusionError, GraphError, JobError, NetworkError, PeerTimeout, ProtocolError
 from fusionai.graph.model import ValueName, WeightKey
@@ -22,7 +22,7 @@ from fusionai.network.clock import now_s, run_scripted
 from fusionai.network.identity import PeerId
 from fusionai.network.limits import Limits
 from fusionai.pool.contacts import LINK_TIMEOUT_S
-from fusionai.pool.identifiers import FIRST_EPOCH, JobEpoch
+from fusionai.pool.identifiers import FIRST_EPOCH, Epoch, JobEpoch
 from fusionai.scheduling.recovery import PATIENCE
 from fusionai.tensor import TensorData
 from fusionai.training.messages import (
@@ -42,6 +42,7 @@ from fusionai.training.messages import (
     TiedGradient,
     WeightTensor,
 )
+from fusionai.training.roster import Roster
 from fusionai.training.stage_host import StageHost
 from fusionai.training.weight_traffic import LOAD_TIMEOUT_S
 
@@ -173,7 +174,8 @@ def weight(key: WeightKey = MIDDLE, shape: tuple[int, ...] = (WIDTH,)) -> Weight
 
 def value(number: int = 0, index: int = 0, **changes: Any) -> Boundary:
     fields: dict[str, Any] = {"value": IN, "source": 0, "target": 1, "gradient": False, "shape": (ROWS, WIDTH)}
-    return Boundary(job=JOB, epoch=FIRST_EPOCH, round=number, index=index, dtype="float64", **{**fields, **changes})
+    fields |= {"job": JOB, "epoch": FIRST_EPOCH, "round": number, "index": index, "dtype": "float64"}
+    return Boundary(**{**fields, **changes})
 
 
 def gradient(number: int = 0, index: int = 0) -> Boundary:
@@ -258,6 +260,16 @@ def test_a_round_larger_than_the_machine_is_refused_and_the_driver_hears_why() -
     go(course, limit_bytes=10_000)
 
 
+def test_impossible_sizes_are_refused_and_the_driver_hears_why() -> None:
+    async def course(here: Stage) -> None:
+        await here.load()
+        await here.host.on_control(DRIVER, begin(rows=-1))
+        assert "negative size" in await here.ended()
+        assert len(here.failures) == 1
+
+    go(course)
+
+
 def test_a_wrong_commit_is_refused() -> None:
     async def course(here: Stage) -> None:
         await here.load()
@@ -322,6 +334,28 @@ def test_an_early_tensor_waits_for_its_round() -> None:
             await here.host.on_tensor(A, value(2, 0), noise("value", ROWS))
 
     go(course)
+
+
+def test_a_flood_before_the_round_is_held_back() -> None:
+    """A neighbour that sends ahead gets no further than its window, until the round begins."""
+    sent: list[int] = []
+
+    async def course(here: Stage) -> None:
+        await here.load()
+
+        async def flood() -> None:
+            for index in range(40):
+                await here.pool.machines["a"].wire.send(B, value(0, index), noise("value", ROWS))
+                sent.append(index)
+
+        flooding = asyncio.ensure_future(flood())
+        await asyncio.sleep(100)
+        assert len(sent) == 4, "each counts as 4096 bytes of the window"
+        await here.host.on_control(DRIVER, begin(0, train=False, microbatches=40))
+        await flooding
+        await here.pool.until(lambda: here.reports, within_s=5)
+
+    go(course, limits=Limits(window_bytes=4 * 4096))
 
 
 def test_a_late_or_repeated_tensor_changes_nothing() -> None:
@@ -402,6 +436,34 @@ def test_a_gradient_of_a_tied_weight_that_is_not_held_is_refused() -> None:
             await here.host.on_tensor(A, header, noise("gradient"))
 
     go(course)
+
+
+def shared(number: int = 0, shape: tuple[int, ...] = (WIDTH,)) -> TiedGradient:
+    return TiedGradient(JOB, FIRST_EPOCH, number, WeightKey("embedding"), "float64", shape)
+
+
+def test_gradients_of_a_tied_weight_are_kept_for_their_round_only() -> None:
+    """Of machine a, which shares the weight with c."""
+
+    async def main() -> None:
+        async with ScriptedPool(OWNER, "a", "b", "c") as pool:
+            a = pool.machines["a"]
+            host = await a.hold(*pool.assignment(three_machines(), "a"))
+            await host.on_control(DRIVER, begin(0))
+            for number in (*range(-50, 0), 0, 0):
+                await host.on_tensor(C, shared(number), noise("gradient"))
+            assert len(host._tied) == 1
+            with pytest.raises(ProtocolError, match="a tensor of round 2 came, but round 1 is next"):
+                await host.on_tensor(C, shared(2), noise("gradient"))
+            for peer, header, says in (
+                (B, shared(), "holds no tied weight"),
+                (C, shared(shape=(4, WIDTH)), "but the weight is float64"),
+            ):
+                with pytest.raises(ProtocolError, match=says):
+                    await host.on_tensor(peer, header, noise("gradient", None if len(header.shape) == 1 else 4))
+            assert len(host._tied) == 1
+
+    run_scripted(main())
 
 
 def test_a_neighbour_that_takes_evaluated_tensors_too_slowly_ends_the_share() -> None:
@@ -521,6 +583,41 @@ def test_handing_over_a_weight_that_is_not_held_is_refused() -> None:
         message = HandOverWeights(JOB, FIRST_EPOCH, FIRST_EPOCH, {WeightKey("embedding"): (A,)})
         with pytest.raises(ProtocolError, match="'embedding' is not held here"):
             await here.host.on_control(DRIVER, message)
+
+    go(course)
+
+
+# --- rosters ----------------------------------------------------------------------------------------------------
+
+
+def roster_of(here: Stage, epoch: int, *holders: str) -> Roster:
+    pipeline = Pipeline(three_machines().graph, (1, 2), holders)
+    return here.pool.assignment(pipeline, "b", Epoch(epoch))[1]
+
+
+def test_a_later_roster_is_taken_between_steps_and_an_older_one_is_dropped() -> None:
+    async def course(here: Stage) -> None:
+        await here.load()
+        await here.run_round()
+        later = roster_of(here, 2, "c", "b", "a")  # a and c change places
+        with pytest.raises(ProtocolError, match="between two steps, and a round is in progress"):
+            here.host.take_roster(later)
+        await here.host.on_control(DRIVER, commit())
+        with pytest.raises(ProtocolError, match="by the new roster stage 1 is not this machine's"):
+            here.host.take_roster(roster_of(here, 2, "a", "c", "b"))
+        assert here.host.take_roster(later)
+        for epoch in (0, 1, 2):
+            assert not here.host.take_roster(roster_of(here, epoch, "a", "b", "c"))
+        assert here.host.roster is later
+        # By the old epoch nothing comes any more; by the new one stage 0's tensors come from c.
+        await here.pool.owner.wire.notify(B, begin(1))
+        await asyncio.sleep(1)
+        await here.pool.owner.wire.notify(B, msgspec.structs.replace(begin(1), epoch=Epoch(2)))
+        await asyncio.sleep(1)
+        header = value(1, epoch=Epoch(2))
+        with pytest.raises(ProtocolError, match="which has other stages"):
+            await here.host.on_tensor(A, header, noise("value", ROWS))
+        await here.host.on_tensor(C, header, noise("value", ROWS))
 
     go(course)
 
