@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fusionai.errors import GraphError
+from fusionai.graph.activation_memory import stage_memory
 from fusionai.graph.bound_call import BoundCall
 from fusionai.graph.calls import StageCalls, total_bytes
-from fusionai.graph.memory import stage_memory
 from fusionai.graph.model import Sizes, SubDag, ValueName
 from fusionai.graph.operators.schema import OpClass
 from fusionai.graph.sizes import type_bytes

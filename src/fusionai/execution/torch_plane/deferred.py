@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusionai.execution.torch_plane.tensors import storage_address, storage_bytes
-from fusionai.graph.memory import MOST_DEFERRED_BYTES
+from fusionai.graph.activation_memory import MOST_DEFERRED_BYTES
 
 # Shapes: N = rows (all leading axes together), I = inputs, O = outputs
 

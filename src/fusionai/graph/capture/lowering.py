@@ -19,9 +19,9 @@ from torch.export.graph_signature import InputKind
 
 from fusionai.errors import GraphError
 from fusionai.graph.capture.dtypes import dtype_name
+from fusionai.graph.capture.inlining import inline_regions
 from fusionai.graph.capture.inputs import ExampleInput
 from fusionai.graph.capture.listing import Listing
-from fusionai.graph.capture.regions import inline_regions
 from fusionai.graph.capture.size_expressions import (
     UnknownSizeError,
     size_expression,
