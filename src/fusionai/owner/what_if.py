@@ -30,7 +30,7 @@ from fusionai.training.data.tokenizer import END_ID, load_tokenizer
 
 
 def forecast_job(job: JobConfig, what_if: WhatIfPool, *, what_ifs: bool = True) -> Forecast:
-    """Return what a pool would give a job. Blocks for seconds, with large models and pools for half a minute.
+    """Return a forecast of a job on a pool. Blocks for seconds, with large models and pools for half a minute.
 
     Without `what_ifs` neither single machines nor better pools are planned for, which takes most of that time.
 

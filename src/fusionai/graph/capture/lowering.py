@@ -1,4 +1,4 @@
-"""From torch's exported graph to the nodes of an OP-DAG.
+"""Turns torch's exported graph into the nodes of an OP-DAG.
 
 This step replaces what an OP-DAG cannot hold. Integers computed from shapes become size expressions. `getitem` becomes
 an output of the operator that it reads. Assertions vanish. Devices become "local". An operator that writes to an

@@ -100,7 +100,7 @@ def _operators(root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState,
 
 
 def _trace(root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState) -> Listing:
-    """Trace a module as it is, and return its operators, simplified."""
+    """Trace the whole module, and return its operators, simplified."""
     listing = lower(trace(root, inputs), inputs, state)
     normalise(listing)
     remove_dead(listing)
