@@ -89,6 +89,22 @@ def test_every_page_is_found_from_the_readme() -> None:
     assert sorted(map(name_of, set(PAGES) - seen)) == []
 
 
+# --- lines ----------------------------------------------------------------------------------------------------------
+
+LONGEST_LINE = 160
+MADE_BY_COMMAND = {"docs/paper.md"}
+"""Pages that a command writes: nobody edits or reads them in an editor."""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if name_of(page) not in MADE_BY_COMMAND], ids=name_of)
+def test_lines_of_prose_fit_into_an_editor(page: Path) -> None:
+    """Tables and code may be wider: they cannot be wrapped."""
+    prose = FENCE.sub(lambda block: "\n" * block[0].count("\n"), text_of(page))
+    lines = [(number, line) for number, line in enumerate(prose.splitlines(), 1) if not line.startswith(("|", "    "))]
+    long = [number for number, line in lines if len(line) > LONGEST_LINE]
+    assert not long, f"{name_of(page)}: lines {long} are longer than {LONGEST_LINE} characters; wrap them"
+
+
 # --- job files ------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""The exceptions of FusionAI, split by what the caller can do about them.
+"""The exceptions of FusionAI, grouped by what the caller can do about them.
 
     FusionError                    everything below; the text says what was asked, found, and what to do
     ├── UserError                  the input is wrong: change it and run again

@@ -1,6 +1,6 @@
 """Tensors as plain data: what crosses a wire, a file or the border of an execution plane.
 
-No framework object ever leaves an execution plane; it hands out and takes `TensorData`.
+No framework object ever leaves an execution plane. A plane takes and returns `TensorData`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TensorData:
     """A dense, row-major (C-contiguous), little-endian tensor in host memory.
 
     `data` is any buffer of exactly `tensor_bytes(dtype, shape)` bytes. A receiver may keep the buffer
-    without copying; whoever hands it over must not write to it afterwards.
+    without copying, so the sender must not write to it afterwards.
     """
 
     dtype: DType

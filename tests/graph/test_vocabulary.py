@@ -10,8 +10,8 @@ from operator_examples import examples
 from torch_calls import function, one_call, storages
 
 from fusionai.errors import GraphError
+from fusionai.graph.activation_memory import kept_bytes
 from fusionai.graph.calls import StageCalls
-from fusionai.graph.memory import kept_bytes
 from fusionai.graph.model import Keyword, Node, Ref, Size, ValueName
 from fusionai.graph.operators.schema import Operator, Parameter
 from fusionai.graph.vocabulary import VOCABULARY, operator

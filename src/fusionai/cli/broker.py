@@ -41,7 +41,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
 
     from fusionai.broker.broker import Broker
     from fusionai.cli.console import console, print_result
-    from fusionai.cli.folders import data_folder
+    from fusionai.cli.data_folder import data_folder
     from fusionai.cli.lab_file import read_lab
     from fusionai.cli.stopping import stop_event
     from fusionai.errors import ConfigError

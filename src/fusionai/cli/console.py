@@ -1,4 +1,4 @@
-"""What commands print: for people through rich, for programs as JSON lines on standard output."""
+"""The output of commands: for people through rich, for programs as JSON lines on standard output."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    from fusionai.cli.folders import data_folder
+    from fusionai.cli.data_folder import data_folder
     from fusionai.compnode.state_folder import StateFolder
     from fusionai.network.loop import run as run_loop
 

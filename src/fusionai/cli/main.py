@@ -33,7 +33,7 @@ class _CommandParser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, that of a FusionError, 130 for Ctrl-C or SIGTERM, 1 for a bug."""
+    """Run a command. Return its exit status: 0, a FusionError's status, 130 for Ctrl-C or SIGTERM, or 1 for a bug."""
     words = list(sys.argv[1:] if argv is None else argv)
     json_wanted, debug = "--json" in words, "--debug" in words
     try:
@@ -76,7 +76,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
         on_interrupt = signal.getsignal(signal.SIGINT)
         if callable(on_interrupt):
             on_interrupt(number, frame)
-        else:  # SIGINT is ignored, as by a shell for what it runs in the background
+        else:  # SIGINT is ignored: a shell does so for background jobs
             raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():

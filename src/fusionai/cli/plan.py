@@ -1,4 +1,4 @@
-"""`fusionai plan`: what a pool described by a file would give a job, before anybody joins."""
+"""`fusionai plan`: predict how fast the pool of a pool file would train a job, before anybody joins."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def _steps(arguments: argparse.Namespace, job: JobConfig) -> int:
 
 
 def _simulation_options(arguments: argparse.Namespace, steps: int) -> SimulationOptions:
-    """Return what the options say. Raises ConfigError that names the option."""
+    """Return the simulation that the options describe. Raises ConfigError that names the option."""
     from fusionai.errors import ConfigError
     from fusionai.simulation.forecast.simulated_job import SimulationOptions
     from fusionai.simulation.recovery import Recovery, Replay, Restart

@@ -76,7 +76,7 @@ class Calibration(msgspec.Struct, frozen=True):
 
 
 class Clipping(msgspec.Struct, frozen=True):
-    """How a step's gradients are to be clipped."""
+    """The norm of a step's gradients, and the factor that clips them."""
 
     norm: float
     """Norm of all gradients of the step together."""

@@ -115,10 +115,10 @@ class RoundProgram(Program):
         """
 
     def finish_backward(self) -> None:
-        """Compute what the last `backward` left for later, so that its boundary gradients could be sent first.
+        """Compute the gradients of weights that the last `backward` left for later.
 
-        A plane may leave gradients of weights; then this does them, and so does any later call that needs them.
-        Nothing by default.
+        A plane may leave them so that boundary gradients can be sent first. Every later call that needs them computes
+        them too. By default there are none.
         """
         return None
 

@@ -24,8 +24,8 @@ _NAMED = 5
 class PlaneAbilities(msgspec.Struct, frozen=True, kw_only=True):
     """What one plane can run on one device.
 
-    The operators are those that it has, not those that it lacks: an old installation does not know the names of
-    operators that were added after it.
+    It lists the operators that the plane has, because an old installation does not know the names of operators that
+    were added later.
     """
 
     plane: str
@@ -62,9 +62,9 @@ def check_can_run(machine: str, abilities: PlaneAbilities, subdags: Sequence[Sub
 
     Args:
         machine: its name, for the error.
-        abilities: what the machine declared.
-        subdags: the stages that it is to hold.
-        work: what it is to do with them.
+        abilities: the abilities that the machine declared.
+        subdags: the stages that the machine shall hold.
+        work: the work that it shall do with them.
 
     Raises:
         PlacementError: it cannot run one of them; the text names the machine, the stage and what is missing.

@@ -1,4 +1,4 @@
-"""What operators and stages cost: FLOPs, bytes moved, and memory. Counted, not measured; seconds come from profiles."""
+"""Costs of operators and stages: FLOPs, bytes moved, and memory. They are counted; seconds come from profiles."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fusionai.errors import GraphError
+from fusionai.graph.activation_memory import stage_memory
 from fusionai.graph.bound_call import BoundCall
 from fusionai.graph.calls import StageCalls, total_bytes
-from fusionai.graph.memory import stage_memory
 from fusionai.graph.model import Sizes, SubDag, ValueName
 from fusionai.graph.operators.schema import OpClass
 from fusionai.graph.sizes import type_bytes
@@ -68,8 +68,8 @@ class StageCost:
     def training_bytes(self, in_flight: int, optimizer_states: int) -> int:
         """Return the memory that training takes with `in_flight` microbatches between forward and backward.
 
-        That is weights, their gradients and `optimizer_states` tensors of the same size, what is kept for each
-        microbatch, and the largest working set; the framework's own memory is not counted.
+        It is the sum of weights, their gradients, `optimizer_states` tensors of the same size, the kept bytes of each
+        microbatch, and the largest working set. The framework's own memory is not counted.
         """
         copies = 2 + optimizer_states
         state_bytes = copies * self.trainable_bytes + self.other_bytes + self.fixed_bytes
@@ -77,7 +77,7 @@ class StageCost:
 
 
 def stage_cost(subdag: SubDag, sizes: Sizes) -> StageCost:
-    """Return what a sub-DAG costs at the given sizes.
+    """Return the cost of a sub-DAG at the given sizes.
 
     Raises GraphError when `sizes` lacks a symbol, a tensor exceeds the limits of `graph.sizes`, or the declared types
     do not fit the operators.

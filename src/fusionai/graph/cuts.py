@@ -135,7 +135,7 @@ class _CutSearch:
         return sorted(set(found))
 
     def _apart(self, positions: Iterable[int]) -> list[int]:
-        """Return the positions without those that follow another one with nothing computed in between."""
+        """Return the positions; of neighbours with nothing computed in between, only the first one."""
         kept: list[int] = []
         for position in positions:
             if not kept or not all(self.idle[kept[-1] : position]):

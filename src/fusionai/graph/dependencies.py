@@ -1,4 +1,4 @@
-"""Who reads what in an OP-DAG: producers, consumers, gradients, and what can be computed again anywhere."""
+"""Dependencies in an OP-DAG: producers, consumers, gradients, and nodes that any stage can compute again."""
 
 from __future__ import annotations
 

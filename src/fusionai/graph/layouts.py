@@ -1,4 +1,4 @@
-"""Which values share memory: views resolved to the value that owns the bytes.
+"""Finds the values that share memory: for each view, the value that owns the bytes.
 
 `reshape`, `contiguous` and similar operators return a view where the layout in memory allows it, else a copy. Strides
 are no part of an OP-DAG, but with concrete sizes they follow from the operators, by the rules that torch uses.

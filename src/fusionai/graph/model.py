@@ -57,7 +57,7 @@ class Keyword(msgspec.Struct, frozen=True, tag="keyword", tag_field="is", forbid
 
 Atom = bool | int | float | str | Ref | Size | Keyword | None
 Argument = Atom | tuple[Atom, ...]
-"""What an operator takes: never nested deeper than one tuple."""
+"""An argument of an operator. It is never nested deeper than one tuple."""
 
 
 class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

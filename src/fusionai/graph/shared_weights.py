@@ -19,7 +19,7 @@ from a single process's in its last bits. A smaller bound makes that more likely
 
 
 class WithWeights(Protocol):
-    """A stage, as far as its weights go: a `SubDag`, or what is kept of one."""
+    """A stage's index and weights: a `SubDag`, or an object with these parts of one."""
 
     @property
     def weights(self) -> tuple[Weight, ...]:

@@ -31,7 +31,7 @@ class GraphLimits(msgspec.Struct, frozen=True):
 
 
 class _View(msgspec.Struct, frozen=True):
-    """What OP-DAGs and sub-DAGs have in common."""
+    """The parts that OP-DAGs and sub-DAGs have in common."""
 
     symbols: dict[str, tuple[ValueName, int]]
     inputs: tuple[Input, ...]
@@ -126,7 +126,7 @@ def _ordered(view: _View) -> Iterator[str]:
         known.update(node.outputs)
     for transfer in view.sent:
         if transfer.value not in known:
-            yield f"the value {transfer.value!r} is to be sent, but nothing makes it"
+            yield f"the stage should send the value {transfer.value!r}, but nothing makes it"
 
 
 def _operators(view: _View) -> Iterator[str]:
@@ -237,7 +237,7 @@ DEFAULT_LIMITS = GraphLimits()
 
 
 def verify(graph: OpDag, limits: GraphLimits = DEFAULT_LIMITS) -> None:
-    """Raise GraphError listing what is wrong with an OP-DAG."""
+    """Check an OP-DAG. Raises GraphError with a list of its problems."""
     if graph.vocabulary != VOCABULARY_VERSION:
         raise GraphError(
             f"the OP-DAG {graph.name[:80]!r} is of operator vocabulary {graph.vocabulary}, this FusionAI knows "
@@ -252,7 +252,7 @@ def verify(graph: OpDag, limits: GraphLimits = DEFAULT_LIMITS) -> None:
 
 
 def verify_subdag(subdag: SubDag, limits: GraphLimits = DEFAULT_LIMITS) -> None:
-    """Raise GraphError listing what is wrong with a sub-DAG."""
+    """Check a sub-DAG. Raises GraphError with a list of its problems."""
     if subdag.index < 0:
         raise GraphError(f"a sub-DAG has the index {subdag.index}")
     for transfer in (*subdag.receives, *subdag.sends):
@@ -261,9 +261,9 @@ def verify_subdag(subdag: SubDag, limits: GraphLimits = DEFAULT_LIMITS) -> None:
                 f"the value {transfer.value[:80]!r} goes from stage {transfer.source} to {transfer.target}"
             )
     if any(transfer.target != subdag.index for transfer in subdag.receives):
-        raise GraphError(f"stage {subdag.index} receives what is meant for another stage")
+        raise GraphError(f"stage {subdag.index} lists a tensor to receive that is meant for another stage")
     if any(transfer.source != subdag.index for transfer in subdag.sends):
-        raise GraphError(f"stage {subdag.index} sends what is made in another stage")
+        raise GraphError(f"stage {subdag.index} lists a tensor to send that another stage makes")
     view = _View(
         subdag.symbols,
         subdag.inputs,

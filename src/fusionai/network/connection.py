@@ -223,7 +223,7 @@ class Connection(asyncio.BufferedProtocol, Channel):
             self._transport.abort()
 
     async def finish(self, within_s: float) -> None:
-        """Send what is still queued, then close; drop it when that takes longer than `within_s`."""
+        """Send the queued data, then close. Drop the connection if that takes longer than `within_s`."""
         try:
             async with asyncio.timeout(within_s):
                 if self._lane is not None:

@@ -15,7 +15,7 @@ LEAST_CHARGE = 4096
 
 
 def charge_bytes(message_bytes: int, window_bytes: int) -> int:
-    """Return what a message of `message_bytes` (header and body) takes from a window."""
+    """Return the bytes that a message of `message_bytes` (header and body) takes from a window."""
     return min(max(message_bytes, LEAST_CHARGE), window_bytes)
 
 

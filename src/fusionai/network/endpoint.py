@@ -139,7 +139,7 @@ class Endpoint:
         return None if link is None or link.closed else link
 
     async def wait_for_link(self, peer: PeerId, timeout_s: float) -> Link:
-        """Return the link to `peer` once there is one, whoever dials.
+        """Wait for a link to `peer`, no matter which side dials, and return it.
 
         Raises:
             PeerTimeout: there was none within `timeout_s`.

@@ -98,7 +98,7 @@ class FrameDecoder:
         self._broken = False
 
     def expect(self, body_limits: Mapping[FrameType, int], header_limit: int, admit: Admit | None = None) -> None:
-        """Change what is allowed from the next frame on."""
+        """Change the allowed types and lengths, from the next frame on."""
         if header_limit > _STAGING_BYTES:
             raise ValueError(f"headers are limited to {_STAGING_BYTES} bytes, got a limit of {header_limit}")
         self._body_limits = body_limits
@@ -125,7 +125,7 @@ class FrameDecoder:
         elif self._end == len(self._staging):
             kept = self._end - self._start
             if kept == len(self._staging):
-                raise ProtocolError(f"the peer sent {kept} bytes beyond what was asked of it")
+                raise ProtocolError(f"the peer sent {kept} bytes more than it was asked for")
             self._staging[:kept] = self._staging[self._start :]
             self._start, self._end = 0, kept
         return memoryview(self._staging)[self._end :]

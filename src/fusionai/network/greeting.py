@@ -1,4 +1,4 @@
-"""What two endpoints say first: who they are, what they speak, and whether they may go on."""
+"""The first messages of two endpoints: who they are, which versions they speak, and whether they may go on."""
 
 from __future__ import annotations
 

@@ -59,12 +59,12 @@ class EmulatedLink(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class LabConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which links are emulated, and how."""
+    """The emulated links of a lab."""
 
     links: dict[str, EmulatedLink] = {}
-    """By pair of names: "a->b" for one direction, "a<->b" for both."""
+    """Emulated links by pair of names: "a->b" for one direction, "a<->b" for both."""
     default: EmulatedLink | None = None
-    """For pairs not in `links`; None: not emulated."""
+    """The link of all pairs that are not in `links`; None: they are not emulated."""
     seed: int = 0
     """Seed of the jitter and the losses."""
 

@@ -26,7 +26,7 @@ _measure = msgspec.msgpack.Decoder(BurstMeasure)
 
 
 class LinkProbe(msgspec.Struct, frozen=True):
-    """What a link can do, as measured."""
+    """The measured round trip and bandwidths of a link."""
 
     rtt_s: float
     """Median round-trip time of small control messages."""

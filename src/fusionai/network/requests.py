@@ -38,7 +38,7 @@ class Asking:
         """Close a request. An answer that comes later is ignored."""
         _, answer = self._waiting.pop(number)
         if answer.done() and not answer.cancelled():
-            answer.exception()  # whoever asked may be gone: it is no error that nobody looks at it
+            answer.exception()  # the caller may be gone; asyncio shall not complain that nobody read the exception
 
     def kind(self, number: int) -> str:
         """Return the kind of a request, under which its answer is counted."""

@@ -28,7 +28,7 @@ _CONTEXT = b"FusionAI join token 1\n"
 
 
 class _Claims(NamedTuple):
-    """What is signed, in the order of the encoding."""
+    """The signed part of a token, in the order of the encoding."""
 
     broker: bytes
     addresses: tuple[str, ...]

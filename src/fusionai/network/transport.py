@@ -81,7 +81,7 @@ class Channel(ABC):
 
     @abstractmethod
     async def finish(self, within_s: float) -> None:
-        """Send what is still queued, then close; drop it when that takes longer than `within_s`."""
+        """Send the queued data, then close. Drop the channel if that takes longer than `within_s`."""
 
 
 Admission = Callable[[PeerId, Hello], Awaitable[None]]

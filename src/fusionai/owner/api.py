@@ -79,7 +79,7 @@ def train(
         privacy: "private" keeps every operator that touches raw inputs or labels on this machine.
         compnodes: how many to use; 0: as many as serve best.
         cuts: cut positions, or a function from the OP-DAG to one, instead of the planner's.
-        machines: names of the only compnodes to use; with `cuts` those of the shares, in their order.
+        machines: names of the only compnodes to use. With `cuts`, they take the shares in this order.
         replan: whether the job may go over to a better plan when a machine becomes slower or faster than planned.
         seed: of dropout.
         heldout: microbatches to evaluate on, every `evaluate_every` steps and at the end.

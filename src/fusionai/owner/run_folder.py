@@ -1,4 +1,4 @@
-"""The run folder: what a training run leaves behind.
+"""The run folder: the files of a training run.
 
 RUN/job.toml          the job as run, every default written out
 RUN/plan.json         which machine held which stages, and what the planner predicted

@@ -30,7 +30,7 @@ from fusionai.training.data.tokenizer import END_ID, load_tokenizer
 
 
 def forecast_job(job: JobConfig, what_if: WhatIfPool, *, what_ifs: bool = True) -> Forecast:
-    """Return what a pool would give a job. Blocks for seconds, with large models and pools for half a minute.
+    """Return a forecast of a job on a pool. Blocks for seconds, with large models and pools for half a minute.
 
     Without `what_ifs` neither single machines nor better pools are planned for, which takes most of that time.
 
@@ -65,7 +65,7 @@ def simulate_job(
 
 
 def request_of(job: JobConfig) -> Request:
-    """Return what a job asks of planners, the graph captured and arranged as training does."""
+    """Return the request that planners get for a job: the graph is captured and arranged as in training."""
     source = model_folder(job.model, CONFIGURATION_FILES)
     config = configuration(job.model, job.data, _vocabulary(job, source), source)
     graph = captured_model(job, empty_model(job, config)).graph
@@ -93,9 +93,9 @@ def request_of(job: JobConfig) -> Request:
 
 
 def _vocabulary(job: JobConfig, source: Path | None) -> Vocabulary | None:
-    """Return the vocabulary to plan for: the configuration's, else the named tokenizer's, else of one to be trained.
+    """Return the vocabulary to plan for: from the configuration, else from the named tokenizer, else of a new one.
 
-    A tokenizer trained on a short text may get fewer tokens than it may have; the plan then reckons with too many.
+    A tokenizer trained on a short text may get fewer tokens than its limit; the plan then counts too many.
     """
     if source is not None:
         return None

@@ -25,7 +25,7 @@ from fusionai.execution.plane import OptimizerConfig, ProgramOptions
 from fusionai.execution.planes import plane
 from fusionai.execution.program import MicrobatchKey, RoundProgram
 from fusionai.execution.torch_plane import deferred
-from fusionai.graph import memory
+from fusionai.graph import activation_memory
 from fusionai.graph.cost import stage_cost
 from fusionai.graph.dependencies import deferrable
 from fusionai.graph.model import SubDag, TensorType
@@ -236,7 +236,7 @@ def test_cost_counts_what_can_wait() -> None:
 def test_memory_estimate_holds_with_what_waits(limit_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The estimate for one microbatch against torch's own record of what was allocated and freed, on the CPU."""
     monkeypatch.setattr(deferred, "MOST_DEFERRED_BYTES", limit_bytes)
-    monkeypatch.setattr(memory, "MOST_DEFERRED_BYTES", limit_bytes)
+    monkeypatch.setattr(activation_memory, "MOST_DEFERRED_BYTES", limit_bytes)
     subdags, weights = linear_stack()
     program = plane("torch").load(subdags, ProgramOptions())
     load_weights(program, weights)

@@ -81,7 +81,7 @@ def _timed_steps(
             key = MicrobatchKey(step, index)
             time.sleep(pause_s)
             start_s = time.perf_counter()
-            # The loss is handed out, so a device's queue is empty when this returns.
+            # `forward` returns the loss, so the device's queue is empty when it returns.
             program.forward(stage.index, key, shape.sizes, values, train=True)
             forward_s.append(time.perf_counter() - start_s)
             time.sleep(pause_s)

@@ -1,7 +1,7 @@
 """`fusion.attention` in torch.
 
 Shapes: B sequences, H query heads, G key/value heads (H a multiple of G), T tokens, D and E head sizes.
-The kernels and the order of operations are those of transformers' own attention, so that a captured model
+The kernels and the order of operations are the same as in transformers' attention, so that a captured model
 trains bit for bit like the original.
 """
 

@@ -344,7 +344,7 @@ def _references(node: Node) -> Iterator[ValueName]:
 
 
 def _outputs(subdag: SubDag) -> tuple[ValueName, ...]:
-    """Return the values that a stage hands out, each once: those it sends, then the loss."""
+    """Return the outputs of a stage without repetitions: the values that it sends, then the loss."""
     values = [transfer.value for transfer in subdag.sends]
     if subdag.loss is not None:
         values.append(subdag.loss)

@@ -5,7 +5,7 @@ backward of a linear layer computes only the gradient of its input, and keeps th
 The products are computed once the boundary gradients have been handed out. Zero-bubble schedules split the backward
 pass in the same way (Qi et al., arXiv 2401.10241); here the split stays within one turn of 1F1B.
 
-The results are those of torch bit for bit: the same products, added to the accumulated gradients in the same order.
+The results equal torch's bit for bit: the same products are added to the accumulated gradients in the same order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusionai.execution.torch_plane.tensors import storage_address, storage_bytes
-from fusionai.graph.memory import MOST_DEFERRED_BYTES
+from fusionai.graph.activation_memory import MOST_DEFERRED_BYTES
 
 # Shapes: N = rows (all leading axes together), I = inputs, O = outputs
 

@@ -106,7 +106,7 @@ def draws(node: Node) -> bool:
 
 
 def in_inference(node: Node) -> Node | None:
-    """Return a call as it is in inference mode, or None when it only serves training.
+    """Return the form of a call in inference mode, or None for a call that only serves training.
 
     Dropout does nothing, normalisation uses the running statistics where the model keeps them, and those stay as
     they are.

@@ -15,7 +15,7 @@ _SAME = frozenset(
 _RESHAPES = frozenset({"aten.view.default", "aten.reshape.default", "aten.expand.default", "aten.flatten.using_ints"})
 _BROADCAST = "aten.broadcast_tensors.default"
 _TO_THE_END = (1 << 63) - 1
-"""What torch writes for a slice without an end."""
+"""The number that torch uses as the end of a slice without an end."""
 
 _FULL_IN_FULL_OUT = frozenset(
     {

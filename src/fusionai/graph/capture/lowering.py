@@ -1,4 +1,4 @@
-"""From torch's exported graph to the nodes of an OP-DAG.
+"""Turns torch's exported graph into the nodes of an OP-DAG.
 
 This step replaces what an OP-DAG cannot hold. Integers computed from shapes become size expressions. `getitem` becomes
 an output of the operator that it reads. Assertions vanish. Devices become "local". An operator that writes to an
@@ -19,9 +19,9 @@ from torch.export.graph_signature import InputKind
 
 from fusionai.errors import GraphError
 from fusionai.graph.capture.dtypes import dtype_name
+from fusionai.graph.capture.inlining import inline_regions
 from fusionai.graph.capture.inputs import ExampleInput
 from fusionai.graph.capture.listing import Listing
-from fusionai.graph.capture.regions import inline_regions
 from fusionai.graph.capture.size_expressions import (
     UnknownSizeError,
     size_expression,

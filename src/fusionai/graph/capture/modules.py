@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import Tensor, nn
 
 from fusionai.errors import GraphError
-from fusionai.graph.capture.assembly import assemble, check_operators
+from fusionai.graph.capture.canonical_graph import assemble, check_operators
+from fusionai.graph.capture.capture_checks import MOST_PARAMETERS, check_shapes, check_values
 from fusionai.graph.capture.captured import Captured
 from fusionai.graph.capture.cleanup import normalise, remove_dead, simplify
 from fusionai.graph.capture.inputs import ExampleInput, Role, example_inputs
@@ -19,7 +20,6 @@ from fusionai.graph.capture.lowering import lower
 from fusionai.graph.capture.repeats import NotRepeatedError, instantiate, repeated_layers, shortened
 from fusionai.graph.capture.state import ModuleState
 from fusionai.graph.capture.tracing import LossFunction, LossOf, trace, training
-from fusionai.graph.capture.validation import MOST_PARAMETERS, check_shapes, check_values
 from fusionai.graph.verify import verify
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def _operators(root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState,
 
 
 def _trace(root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState) -> Listing:
-    """Trace a module as it is, and return its operators, simplified."""
+    """Trace the whole module, and return its operators, simplified."""
     listing = lower(trace(root, inputs), inputs, state)
     normalise(listing)
     remove_dead(listing)

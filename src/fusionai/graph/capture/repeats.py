@@ -92,7 +92,7 @@ def shortened(repeats: Sequence[RepeatedLayers]) -> Iterator[None]:
 
 
 def instantiate(listing: Listing, repeats: Sequence[RepeatedLayers], state: ModuleState) -> None:
-    """Complete the listing of a shortened module to that of the whole one, in place.
+    """Complete the listing of a shortened module, in place, so that it becomes the listing of the whole module.
 
     Raises NotRepeatedError, and leaves the listing in no particular state, when the layers of a class are not
     renamings of each other.
@@ -219,7 +219,7 @@ class _Instantiation:
     def _copy(
         self, model: int, number: int, previous: tuple[ValueName, ...]
     ) -> tuple[list[Node], tuple[ValueName, ...]]:
-        """Instantiate layer `number` after `model`, taking what the layer before it passes on."""
+        """Instantiate layer `number` after `model`. It takes the values that the layer before it passes on."""
         prefix, own_prefix = (f"{self._repeats.path}.{each}" for each in (model, number))
         names: dict[ValueName, ValueName] = {
             output: ValueName(f"{output}@{own_prefix}") for node in self._blocks[model] for output in node.outputs

@@ -1,4 +1,4 @@
-"""From the tracer's symbolic sizes (sympy) to the size expressions of an OP-DAG."""
+"""Turns the tracer's symbolic sizes (sympy) into the size expressions of an OP-DAG."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ GRAPH_NAMES: Mapping[str, str] = {
     "fusion_trace.attention.default": "fusion.attention",
     "fusion_trace.grouped_mm.default": "aten._grouped_mm.default",
 }
-"""Operators of this module, and what an OP-DAG calls them."""
+"""By operator of this module: its name in an OP-DAG."""
 
 
 @torch.library.custom_op("fusion_trace::attention", mutates_args=())

@@ -42,7 +42,7 @@ def capture_transformers(
 
     Inputs of the graph are `input_ids` and `labels`, int64 (batch, length), and where the model takes them
     `position_ids`. There is no attention mask: sequences are packed. Labels of -100 do not count. With task
-    "causal" the model shifts the labels itself; with "masked" they stand where the tokens are to be guessed.
+    "causal" the model shifts the labels itself; with "masked" a label stands where its token must be guessed.
 
     Raises GraphError when the model cannot become an OP-DAG.
     """

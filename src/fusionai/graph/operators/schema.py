@@ -1,13 +1,13 @@
-"""What an operator is: its argument schema, and what cuts, costs and planes must know about it.
+"""Operators: their argument schemas, and the properties that cuts, costs and planes need.
 
-Signatures are written in a small language of our own:
+Signatures are written in a small language:
 
     aten.linear.default(input: tensor, weight: tensor, bias: tensor? = none)
     aten.mean.dim(self: tensor, dim: ints?, keepdim: bool = false, *, dtype: dtype? = none)
     aten.topk.default(self: tensor, k: int, dim: int = -1) -> 2
     aten.unbind.int(self: tensor, dim: int = 0) -> list
 
-Arguments after `*` go by keyword only. Kinds are those of `Kind`; "?" allows none. "-> N" is the number of
+Arguments after `*` are given by keyword only. Kinds are listed in `Kind`; "?" allows None. "-> N" is the number of
 outputs (1 when left out), "-> list" a number that depends on the call.
 """
 

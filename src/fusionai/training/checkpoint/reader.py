@@ -83,7 +83,7 @@ class CheckpointReader(_TensorFiles):
     def __init__(self, folder: Path) -> None:
         """Check the manifest, the sizes of all files and the headers of the shards.
 
-        Raises CheckpointError naming what is missing or damaged; contents are checked by `verify`.
+        Raises CheckpointError naming the file or tensor that is missing or damaged. `verify` checks the contents.
         """
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
@@ -113,7 +113,7 @@ class WeightFiles(_TensorFiles):
     """Weights of a folder in the Hugging Face layout, written by any program: one safetensors file, or several."""
 
     def __init__(self, folder: Path) -> None:
-        """Find the files and read their headers. Raises CheckpointError saying what is missing or damaged."""
+        """Find the files and read their headers. Raises CheckpointError naming the file that is missing or damaged."""
         remedy = "download or save the model again"
         self.folder = folder
         if (folder / SINGLE).is_file():

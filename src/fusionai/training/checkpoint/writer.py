@@ -227,7 +227,7 @@ def _write_all(file: BinaryIO, data: bytes | memoryview) -> None:
 
 
 def _flush(path: Path) -> None:
-    # Windows flushes only what is open for writing; a read-only file somebody added stays as the system keeps it.
+    # Windows flushes only files that are open for writing, so a read-only file that somebody added is not flushed.
     with contextlib.suppress(PermissionError), path.open("rb+") as file:
         os.fsync(file.fileno())
 

@@ -39,7 +39,7 @@ class TensorBatches:
         self._heldout = tuple(heldout or ())
 
     def microbatch(self, step: int, index: int) -> Batch:
-        """Call the function and convert what it returns. Raises DataError naming the input that is no tensor."""
+        """Call the function and convert its result. Raises DataError naming the input that is no tensor."""
         return _converted(self._function(step, index), f"microbatch {index} of step {step}")
 
     def heldout(self) -> Sequence[Batch]:

@@ -17,7 +17,7 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Masking:
-    """15 % of the tokens are to be guessed: 80 % of these become the mask token, 10 % a random one, 10 % stay."""
+    """The model guesses 15 % of the tokens. Of these, 80 % become the mask token, 10 % a random one, and 10 % stay."""
 
     mask_token: int
     vocabulary_size: int

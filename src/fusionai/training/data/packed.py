@@ -135,7 +135,7 @@ class PackedText:
         """Return microbatch `index` of a step: `input_ids` and `labels`, both int64 (batch_size, sequence_length).
 
         The content depends on the arguments and the text only. For a causal model the labels are the inputs (the
-        model shifts them). For a masked model a label is -100, except where the token is to be guessed.
+        model shifts them). For a masked model a label is -100, except where the model must guess the token.
         """
         if not 0 <= index < microbatches:
             raise ValueError(f"microbatch {index} is outside a step of {microbatches}")

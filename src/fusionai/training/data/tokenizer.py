@@ -64,7 +64,7 @@ def _load(name: str, place: str, remedy: str, *, local: bool) -> PreTrainedToken
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except Exception as error:
-        # The loader raises whatever its parsers raise (OSError, ValueError, KeyError, exceptions of Rust code).
+        # The loader passes on all errors of its parsers (OSError, ValueError, KeyError, exceptions of Rust code).
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"tokenizer {name!r} cannot be loaded from {place}: {lines[0]}; {remedy}") from error
 

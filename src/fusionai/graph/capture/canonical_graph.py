@@ -1,4 +1,4 @@
-"""From a finished listing to an OP-DAG with canonical names.
+"""Turns a finished listing into an OP-DAG with canonical names.
 
 Names depend on nothing but the operators and their order, so a model traced whole and one whose blocks were
 instantiated give equal graphs, and equal models one content hash.
@@ -41,7 +41,7 @@ def check_operators(listing: Listing) -> None:
 
 
 def assemble(name: str, listing: Listing, inputs: Sequence[ExampleInput], state: ModuleState) -> OpDag:
-    """Return the OP-DAG of a listing: only what is used, names canonical, attentions numbered in order."""
+    """Return the OP-DAG of a listing: only used values, canonical names, attentions numbered in order."""
     read = {each for node in listing.nodes for each in node_reads(node)}
     weights = _weights(listing, state, read)
     definers = {source for source, _ in listing.symbols.values()}

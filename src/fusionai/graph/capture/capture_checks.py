@@ -37,7 +37,7 @@ def check_shapes(graph: OpDag, inputs: Sequence[ExampleInput], state: ModuleStat
 def check_values(graph: OpDag, root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState) -> None:
     """Raise GraphError unless graph and module compute the same loss at a second size.
 
-    Both run in the module's own mode with the same random numbers, on copies of what they would write to.
+    Both run in the module's own mode with the same random numbers, on copies of the tensors that they write to.
     """
     arguments = resized(tuple(inputs))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
