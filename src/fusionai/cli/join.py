@@ -69,8 +69,9 @@ async def _serve(arguments: argparse.Namespace, folder: Path) -> int:
     from fusionai.cli.stopping import stop_event
     from fusionai.compnode.agent import MOST_DRAIN_S, Agent, AgentConfig
     from fusionai.errors import ConfigError
-    from fusionai.units.byte_counts import parse_memory
+    from fusionai.units.byte_counts import bytes_text, parse_memory
     from fusionai.units.durations import parse_duration
+    from fusionai.units.machine_rates import flop_rate_text
 
     nothing = re.fullmatch(r"\s*0+(\.0*)?\s*(ms|s|min|h|d)?\s*", arguments.drain)
     drain_s = 0.0 if nothing else parse_duration(arguments.drain, name="--drain")
@@ -106,10 +107,10 @@ async def _serve(arguments: argparse.Namespace, folder: Path) -> int:
 
     def joined(member: Joined) -> None:
         device = member.device
-        speed = device.flops_per_s.get("matmul", 0.0) / 1e9
+        speed = flop_rate_text(device.flops_per_s.get("matmul", 0.0))
         screen.print(
             f"joined as {member.name}: {device.name} ({device.device}, {device.threads} threads), "
-            f"{speed:,.0f} GFLOP/s in matrix products, offers {device.memory_bytes / 1e9:.1f} GB",
+            f"{speed} in matrix products, offers {bytes_text(device.memory_bytes)}",
             highlight=False,
             soft_wrap=True,
         )

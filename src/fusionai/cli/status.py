@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from fusionai.units.byte_counts import bytes_text
+from fusionai.units.machine_rates import bit_rate_text, byte_rate_text, flop_rate_text
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -56,7 +59,7 @@ def _show(screen: Console, status: Status) -> None:
     if not status.compnodes:
         screen.print("the pool has no compnodes: run `fusionai join TOKEN` on each machine that is to take part")
     else:
-        table = Table("compnode", "state", "device", "GFLOP/s", "offers", "uses", "busy", "holds", "seen", box=None)
+        table = Table("compnode", "state", "device", "speed", "offers", "uses", "busy", "holds", "seen", box=None)
         columns = (
             "disk free",
             "disk write / read",
@@ -73,9 +76,9 @@ def _show(screen: Console, status: Status) -> None:
                 each.name + (" (lab)" if each.lab else ""),
                 each.state,
                 f"{device.name} ({device.device})" if device else "",
-                f"{device.flops_per_s.get('matmul', 0.0) / 1e9:,.0f}" if device else "",
-                f"{device.memory_bytes / 1e9:.1f} GB" if device else "",
-                f"{each.memory_bytes / 1e9:.2f} GB",
+                flop_rate_text(device.flops_per_s.get("matmul", 0.0)) if device else "",
+                bytes_text(device.memory_bytes) if device else "",
+                bytes_text(each.memory_bytes),
                 f"{each.busy:.0%}",
                 "; ".join(held.line for held in each.holds),
                 f"{each.last_seen_s:.0f} s ago",
@@ -90,9 +93,9 @@ def _show(screen: Console, status: Status) -> None:
             table.add_row(
                 f"{link.source} -> {link.target}",
                 f"{profile.rtt_s * 1e3:.1f} ms" if profile else "cannot connect",
-                f"{_mbit(profile.bandwidth_bytes_per_s)} Mbit/s" if profile else "",
+                bit_rate_text(profile.bandwidth_bytes_per_s) if profile else "",
                 "estimated" if profile and profile.estimated else "measured",
-                f"{link.bytes_sent / 1e6:.1f} MB",
+                bytes_text(link.bytes_sent),
             )
         screen.print(table)
     if status.jobs:
@@ -112,23 +115,21 @@ def _show(screen: Console, status: Status) -> None:
         screen.print(table)
 
 
-def _mbit(bytes_per_s: float) -> str:
-    return f"{bytes_per_s * 8 / 1e6:,.0f}"
-
-
 def _disk(disk: DiskProfile | None) -> tuple[str, str]:
     if disk is None:
         return "", ""
     write, read = (
-        "not measured" if speed is None else f"{speed / 1e6:,.0f} MB/s"
+        "not measured" if speed is None else byte_rate_text(speed)
         for speed in (disk.write_bytes_per_s, disk.read_bytes_per_s)
     )
-    return f"{disk.free_bytes / 1e9:,.0f} GB", f"{write} / {read}"
+    return bytes_text(disk.free_bytes), f"{write} / {read}"
 
 
 def _access(access: AccessProfile | None) -> str:
     """Return the estimated bandwidth of a machine's access to the network, up and down."""
-    return "" if access is None else f"{_mbit(access.up_bytes_per_s)} / {_mbit(access.down_bytes_per_s)} Mbit/s"
+    return (
+        "" if access is None else f"{bit_rate_text(access.up_bytes_per_s)} / {bit_rate_text(access.down_bytes_per_s)}"
+    )
 
 
 def _history(known: Availability | None) -> tuple[str, str, str, str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from fusionai.scheduling.profile import DiskProfile
+from fusionai.units.byte_counts import bytes_text
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def measure_disk(folder: Path, *, remeasure: bool = False, keep_free_bytes: int 
     known = None if remeasure else _read_cache(folder / _CACHE)
     if known is None or known.disk != disk:
         if free_bytes < keep_free_bytes + BURSTS_BYTES[-1]:
-            log.info("the disk of %s is not measured: it has only %d MB free", folder, free_bytes // 10**6)
+            log.info("the disk of %s is not measured: it has only %s free", folder, bytes_text(free_bytes))
             return DiskProfile(free_bytes, None, None)
         write, read = _measured(folder / _PROBE)
         known = _Speeds(disk, write, read)
