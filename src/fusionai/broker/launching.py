@@ -7,6 +7,9 @@ import logging
 import secrets
 from collections.abc import Mapping, Sequence
 
+from msgspec.structs import replace
+
+from fusionai.broker.able_machines import able, obstacles, unable_lines
 from fusionai.broker.assigning import assignments
 from fusionai.broker.handing_out import hand_out
 from fusionai.broker.lifecycle import Lifecycle
@@ -15,6 +18,7 @@ from fusionai.broker.pool import PoolState
 from fusionai.broker.prober import Prober
 from fusionai.broker.records import JobRecord, MemberRecord
 from fusionai.errors import GraphError, JobError, PlacementError
+from fusionai.graph.abilities import check_can_run
 from fusionai.graph.cuts import cut
 from fusionai.graph.encoding import content_hash, decode
 from fusionai.graph.model import OpDag
@@ -158,8 +162,11 @@ class Launcher:
         def make(*, pool: Pool) -> Plan:
             return planner.plan(problem.on_pool(pool, driver))
 
-        members = tuple(candidate(each) for each in _named_ones(idle, message.machines))
+        wanted = _named_ones(idle, message.machines)
+        unable = await asyncio.to_thread(obstacles, graph, message.front, message.back, wanted)
+        members = tuple(candidate(each) for each in able(wanted, unable))
         plan = await plan_on_measured_links(self._state, self._prober, members, owner.peer, make)
+        plan = replace(plan, explanation=(*plan.explanation, *unable_lines(unable)))
         chosen = {PeerId(stage.peer) for stage in plan.stages} | {owner.peer}
         lost = [records[peer].name for peer in chosen if self._state.endpoint.link(peer) is None]
         if lost:
@@ -186,6 +193,11 @@ class Launcher:
             links=self._state.links,
             options=message.options,
         )
+        for peer, share in shares.items():
+            # The owner's own machine among them: it was not chosen, so nobody has asked yet.
+            device = members[peer].device
+            if device is not None and device.abilities is not None:
+                check_can_run(members[peer].name, device.abilities, share.share.subdags, "training")
         await hand_out(self._state, self._prober, shares, members)
 
     async def _run(self, job: JobId) -> None:

@@ -210,7 +210,8 @@ class Registry:
             name=record.name,
             role=record.role,
             state=record.state,
-            device=record.device,
+            # What a plane can run is for planning; it would be most of a status.
+            device=None if record.device is None else replace(record.device, abilities=None),
             busy=activity.busy,
             memory_bytes=activity.memory_bytes,
             holds=activity.holds,

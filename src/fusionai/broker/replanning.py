@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from msgspec.structs import replace
 
+from fusionai.broker.able_machines import obstacles
 from fusionai.broker.assigning import assignments
 from fusionai.broker.handing_out import hand_out
 from fusionai.broker.launching import GRAPH_TIMEOUT_S, Launcher, candidate, decoded
@@ -146,6 +147,9 @@ class Replanner:
                 leaving=frozenset(peer for peer in known if self._state.registry.is_leaving(peer)),
             ),
         )
+        idle = [each for peer, each in members.items() if peer not in {stage.peer for stage in running.stages}]
+        unable = await asyncio.to_thread(obstacles, graph, message.front, message.back, idle)
+        pool = replace(pool, members=tuple(each for each in pool.members if each.name not in unable))
         driver = _as_it_is(candidate(owner), message.factors)
 
         def make() -> Replanned | None:

@@ -18,6 +18,8 @@ _MOST_ENTRIES = 1024
 _MOST_HELD = 16
 """Shares of one member: a compnode has two, an owner sixteen. A status lists them of all members, in one message."""
 _MOST_MICROBATCHES = 65_536
+_MOST_OPERATORS = 2048
+"""Of a plane: the vocabulary has some hundred."""
 _MOST_SIZE = 1 << 40
 _MOST_DISK_BYTES = 1 << 60
 _MOST_DISK_BYTES_PER_S = 1e12
@@ -51,6 +53,9 @@ def _check_device(device: DeviceProfile) -> None:
     _require(0 <= device.overhead_s < 60, "the device's overhead is not between 0 and 60 s")
     _require(0 <= device.memory_bytes < _MOST_SIZE << 10, "the device's memory is out of range")
     _require(1 <= device.threads <= 65_536, "the device's number of threads is out of range")
+    if (abilities := device.abilities) is not None:
+        _require(len(abilities.operators) <= _MOST_OPERATORS, "the plane names too many operators")
+        _require(all(len(name) <= 200 for name in (abilities.plane, *abilities.operators)), "an operator is too long")
 
 
 def _check_disk(disk: DiskProfile) -> None:

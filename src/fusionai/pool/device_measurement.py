@@ -113,6 +113,7 @@ def measure(
         memory_bytes_per_s=found.memory_bytes_per_s / slowdown,
         overhead_s=found.overhead_s * slowdown,
         update_bytes_per_s=found.update_bytes_per_s / slowdown,
+        abilities=plane.abilities(chosen),
     )
 
 

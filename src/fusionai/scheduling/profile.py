@@ -6,6 +6,8 @@ import math
 
 import msgspec
 
+from fusionai.graph.abilities import PlaneAbilities
+
 
 class DeviceProfile(msgspec.Struct, frozen=True):
     """One machine's device, as it was measured when it joined."""
@@ -27,6 +29,8 @@ class DeviceProfile(msgspec.Struct, frozen=True):
     """Seconds that one small operator takes."""
     update_bytes_per_s: float = 0.0
     """Achieved bandwidth of the optimizer's update, as `estimator.update_s` counts bytes; 0: that of operators."""
+    abilities: PlaneAbilities | None = None
+    """What the plane can run on the device; None: it did not say, and is taken to run everything."""
 
 
 class DiskProfile(msgspec.Struct, frozen=True):
