@@ -27,7 +27,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from fusionai.graph.capture import capture_transformers
 from fusionai.graph.cuts import cut
 from fusionai.graph.model import OpDag, WeightKey
-from fusionai.scheduling.corrections import corrected
 from fusionai.scheduling.evaluation import evaluated_again
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.planner import plan
@@ -37,6 +36,7 @@ from fusionai.scheduling.replanning import replanned
 from fusionai.scheduling.transfers import TransferSchedule, holders_of, loads_of, state_bytes
 from fusionai.simulation.hardware.catalogue import lookup
 from fusionai.simulation.hardware.efficiency import profile_of
+from fusionai.training.corrections import corrected
 
 GPUS = ("RTX 4090", "RTX 3080", "RTX 2080")
 MEGABIT = 125_000.0

@@ -23,13 +23,13 @@ from fusionai.owner.replan_event import ReplanEvent
 from fusionai.owner.running_job import RunningJob
 from fusionai.pool.identifiers import Epoch, JobEpoch
 from fusionai.pool.messages import JobLaunched, PlanPrepared
-from fusionai.scheduling.corrections import Corrections, Drift
 from fusionai.scheduling.evaluation import evaluated_one
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.problem import TrainingProblem
 from fusionai.scheduling.recovery import Patience
 from fusionai.scheduling.replanning import Replanned
 from fusionai.tensor import TensorData
+from fusionai.training.corrections import Corrections, Drift
 from fusionai.training.driver import Driver, Machine
 
 OPTIONS = ProgramOptions(optimizer=OptimizerConfig(kind="adamw", weight_decay=0.01))

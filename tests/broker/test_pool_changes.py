@@ -12,9 +12,9 @@ from job_party import OPTIONS, STATES, WEIGHT_BYTES, Party, run, undisturbed
 
 from fusionai.errors import PeerLost, PlacementError, ProtocolError
 from fusionai.pool.messages import DeclineReplan, WishToLeave
-from fusionai.scheduling.corrections import Corrections
 from fusionai.scheduling.job_events import Came
 from fusionai.scheduling.recovery import Patience
+from fusionai.training.corrections import Corrections
 from fusionai.training.handing_over import HandOverResult, hand_over
 
 

@@ -18,8 +18,8 @@ from fusionai.simulation.availability import Outage, Scripted
 from fusionai.simulation.bandwidth_sweep import scaled, sweep_bandwidth
 from fusionai.simulation.link_rates import LinkRates
 from fusionai.simulation.prices import MachinePrice, Prices
-from fusionai.simulation.recovery import Replay
 from fusionai.simulation.scenario import Scenario
+from fusionai.simulation.simulated_recovery import Replay
 from fusionai.simulation.simulation_report import SimulationReport
 from fusionai.simulation.simulator import simulate_workload
 from fusionai.simulation.workload import Workload

@@ -22,8 +22,8 @@ from fusionai.owner.local_pool import LocalPool
 from fusionai.owner.membership import OwnerOptions
 from fusionai.owner.replan_event import ReplanEvent
 from fusionai.owner.training_job import Observer, StepEvent
-from fusionai.scheduling.corrections import Corrections
 from fusionai.scheduling.recovery import Patience
+from fusionai.training.corrections import Corrections
 from quick_pool import QuickPool, keep_measurements, start
 
 STEPS = 80

@@ -15,7 +15,6 @@ from fusionai.graph.cost import stage_cost
 from fusionai.graph.cuts import cut, cut_points
 from fusionai.graph.model import OpDag
 from fusionai.graph.sizes import type_bytes
-from fusionai.scheduling.corrections import corrected
 from fusionai.scheduling.evaluation import Evaluated, evaluated_again, evaluated_one
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.planner import plan
@@ -23,6 +22,7 @@ from fusionai.scheduling.problem import TrainingProblem
 from fusionai.scheduling.profile import LinkProfile, Pool
 from fusionai.scheduling.search.one_pipeline import in_flight_limits
 from fusionai.scheduling.segments import MEMORY_MARGIN
+from fusionai.training.corrections import corrected
 
 OWNER = member("owner", gflops=50.0)
 

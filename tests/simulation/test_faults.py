@@ -10,8 +10,8 @@ from workloads import chain, replicas, uniform
 
 from fusionai.simulation.availability import Outage, Poisson, Scripted
 from fusionai.simulation.jitter import Jitter
-from fusionai.simulation.recovery import Replay, Restart
 from fusionai.simulation.scenario import Scenario
+from fusionai.simulation.simulated_recovery import Replay, Restart
 from fusionai.simulation.simulator import simulate_workload
 from fusionai.simulation.workload import Workload
 

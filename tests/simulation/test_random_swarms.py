@@ -14,8 +14,8 @@ from fusionai.simulation.availability import Poisson
 from fusionai.simulation.codecs import Dense, TopK
 from fusionai.simulation.jitter import Jitter
 from fusionai.simulation.link_rates import LinkRates
-from fusionai.simulation.recovery import Recovery, Replay, Restart
 from fusionai.simulation.scenario import Scenario
+from fusionai.simulation.simulated_recovery import Recovery, Replay, Restart
 from fusionai.simulation.simulator import simulate_workload
 from fusionai.simulation.workload import WeightGroup, Workload
 

@@ -14,7 +14,7 @@ from fusionai.simulation.forecast.request import Request, best_on, plan_on, sett
 from fusionai.simulation.forecast.simulated_job import SimulatedJob, SimulationOptions, simulate_on_pool
 from fusionai.simulation.hardware.catalogue import lookup
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
-from fusionai.simulation.recovery import Replay, Restart
+from fusionai.simulation.simulated_recovery import Replay, Restart
 
 POOL = load({"count": 4, "name": "a"})
 

@@ -12,8 +12,8 @@ from workloads import chain, replicas, uniform
 
 from fusionai.simulation.availability import Outage, Poisson, Scripted
 from fusionai.simulation.link_rates import LinkRates
-from fusionai.simulation.recovery import Recovery, Replay, Restart
 from fusionai.simulation.scenario import Scenario
+from fusionai.simulation.simulated_recovery import Recovery, Replay, Restart
 from fusionai.simulation.simulation_report import SimulationReport
 from fusionai.simulation.simulator import simulate_workload
 from fusionai.simulation.workload import Workload

@@ -23,11 +23,11 @@ from fusionai.graph.model import OpDag
 from fusionai.network.identity import PeerId
 from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
 from fusionai.pool.messages import PlanPrepared, ReleaseShare, ReplanJob
-from fusionai.scheduling.corrections import corrected
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.problem import PlanLimits, TrainingProblem
 from fusionai.scheduling.profile import AccessProfile, Member, Pool
 from fusionai.scheduling.replanning import Replanned, replanned
+from fusionai.training.corrections import corrected
 from fusionai.training.weight_routes import keys_by_peer, routes
 
 log = logging.getLogger(__name__)

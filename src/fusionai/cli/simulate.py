@@ -136,7 +136,7 @@ def _simulation_options(arguments: argparse.Namespace, steps: int) -> Simulation
     """Return the simulation that the options describe. Raises ConfigError that names the option."""
     from fusionai.errors import ConfigError
     from fusionai.simulation.forecast.simulated_job import SimulationOptions
-    from fusionai.simulation.recovery import Recovery, Replay, Restart
+    from fusionai.simulation.simulated_recovery import Recovery, Replay, Restart
     from fusionai.units.durations import parse_duration
 
     if arguments.steps is not None and arguments.steps < 1:

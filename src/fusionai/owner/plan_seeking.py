@@ -19,10 +19,10 @@ from fusionai.owner.membership import OwnerMember
 from fusionai.pool.identifiers import JobId
 from fusionai.pool.messages import DeclineReplan, PlanPrepared, PoolChanged, ReplanJob
 from fusionai.scheduling import recovery
-from fusionai.scheduling.corrections import Corrections, MeasuredPasses
 from fusionai.scheduling.job_events import Came, JobEvent, PlanFailed, Slow, WishesToGo, refusal, sentence
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.recovery import AskForPlan, JobView, RefuseRelief, decide
+from fusionai.training.corrections import Corrections, MeasuredPasses
 from fusionai.training.driver import RoundResult
 
 log = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from fusionai.simulation.jitter import SpeedFactors
 from fusionai.simulation.link_rates import LinkRates
 from fusionai.simulation.pass_executor import PassExecutor
 from fusionai.simulation.placed_stages import PlacedStages
-from fusionai.simulation.recovery import Replay, Restart
 from fusionai.simulation.scenario import Scenario
 from fusionai.simulation.simulated_links import SimulatedLinks
+from fusionai.simulation.simulated_recovery import Replay, Restart
 from fusionai.simulation.simulation_report import FailureReport, PassReport, SimulationReport
 from fusionai.simulation.snapshots import Snapshots, neighbours
 from fusionai.simulation.sums_and_commit import SumsAndCommit, sums_and_commit

@@ -11,7 +11,7 @@ from fusionai.simulation.availability import Churn, Scripted
 from fusionai.simulation.codecs import Codec, Dense
 from fusionai.simulation.jitter import Jitter
 from fusionai.simulation.prices import Prices
-from fusionai.simulation.recovery import Recovery, Replay
+from fusionai.simulation.simulated_recovery import Recovery, Replay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,8 +20,8 @@ from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 from fusionai.simulation.jitter import Jitter
 from fusionai.simulation.link_rates import LinkRates, links_of_what_if
 from fusionai.simulation.prices import MachinePrice, Prices, price_of
-from fusionai.simulation.recovery import Recovery, Replay
 from fusionai.simulation.scenario import Scenario
+from fusionai.simulation.simulated_recovery import Recovery, Replay
 from fusionai.simulation.simulation_report import SimulationReport
 from fusionai.simulation.simulator import simulate
 

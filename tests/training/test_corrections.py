@@ -12,9 +12,9 @@ from every_plan import OWNER, planned, slowed
 from training_problems import one_pipeline
 
 from fusionai.errors import ConfigError
-from fusionai.scheduling.corrections import NOTICED, Corrections, MeasuredPasses, corrected
 from fusionai.scheduling.evaluation import evaluated_again
 from fusionai.scheduling.plan import Plan
+from fusionai.training.corrections import NOTICED, Corrections, MeasuredPasses, corrected
 
 GRAPH = decoder(12)
 POOL = pool(member("a"), member("b", gflops=80), member("c", gflops=120), owner=OWNER)
