@@ -73,7 +73,7 @@ def test_members_and_links(tmp_path: Path) -> None:
                 pairs = {(each.source, each.target) for each in found.links}
                 assert ("quiet", "a") in pairs, "the side that can be dialled is dialled"
                 assert not [link for link in a.endpoint.links if link.peer != broker.status().broker], "probes end"
-                again = await eye.request(MeasureLinks(), Status, timeout_s=30)
+                again = await eye.request(MeasureLinks(), Status, timeout_s=60)
                 assert len(again.links) == 12
                 await a.close("enough")
                 assert (await states(eye)) == {"a": "left", "a-2": "idle", "quiet": "idle"}

@@ -55,7 +55,7 @@ def test_a_lie_about_a_link_does_not_reach_the_plans(tmp_path: Path, lie: LinkPr
                 liar.probes.probe = probe  # type: ignore[method-assign]
             broker._prober.measure_again()
             peers = [each.identity.peer_id for each in liars]
-            await broker._prober.settle(peers, timeout_s=10)
+            await broker._prober.settle(peers, timeout_s=60)
             found = broker._state.links.get(*peers)
             figures = [] if found is None else [each for each in (found.there, found.back) if each is not None]
             assert not figures, "nothing of what they say is kept"
@@ -125,7 +125,7 @@ def test_large_requests_in_work_are_bounded(tmp_path: Path) -> None:
             broker._requests["broker.measure_links"] = slow
             link, payload = member._session.link(), bytes(7 * MIB)
             asked = [
-                asyncio.create_task(link.request("broker.measure_links", payload, timeout_s=20)) for _ in range(12)
+                asyncio.create_task(link.request("broker.measure_links", payload, timeout_s=60)) for _ in range(12)
             ]
             await until(lambda: sum(each.done() for each in asked) == 8)
             assert broker._state.link(member.identity.peer_id)._answering._bytes <= 32 * MIB

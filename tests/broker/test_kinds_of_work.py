@@ -142,7 +142,7 @@ class Pair:
 
     async def link(self) -> None:
         address = await self.compnode.endpoint.listen()
-        await self.owner.endpoint.connect(self.peer, [address], timeout_s=10)
+        await self.owner.endpoint.connect(self.peer, [address], timeout_s=60)
 
 
 def play(scene: Callable[[Pair], Awaitable[None]]) -> None:
@@ -170,7 +170,7 @@ def test_two_kinds_of_work_beside_each_other() -> None:
         await driver.prepare(Start())
         first = await driver.train_step(0, batch(0), [0.5, 0.5], 1e-2)
         question = EchoQuestion(ECHO.job, ECHO.epoch, "is anybody there?")
-        assert await pair.owner.wire.request(pair.peer, question, timeout_s=5) == b"is anybody there?"
+        assert await pair.owner.wire.request(pair.peer, question, timeout_s=60) == b"is anybody there?"
         tensor = TensorData("float32", (2,), bytearray(8))
         await pair.owner.wire.send(pair.peer, EchoTensor(ECHO.job, ECHO.epoch, "float32", (2,)), tensor)
         second = await driver.train_step(1, batch(0), [0.5, 0.5], 1e-2)
@@ -178,7 +178,7 @@ def test_two_kinds_of_work_beside_each_other() -> None:
         assert [each.shape for each in echo.tensors] == [(2,)]
         # The end of one kind of work is not the other's.
         await driver.close("the test is over")
-        assert await pair.owner.wire.request(pair.peer, question, timeout_s=5) == b"is anybody there?"
+        assert await pair.owner.wire.request(pair.peer, question, timeout_s=60) == b"is anybody there?"
         await until(lambda: [each.job for each in pair.compnode.holds] == ["echo"])
 
     play(scene)
@@ -196,7 +196,7 @@ def test_a_message_of_another_kind_of_work_reaches_nobody() -> None:
             BeginRound(ECHO.job, ECHO.epoch, 0, 0, True, {}, (1.0,)),
         ):
             with pytest.raises(ProtocolError, match="no part in"):
-                await pair.owner.wire.request(pair.peer, message, timeout_s=5)
+                await pair.owner.wire.request(pair.peer, message, timeout_s=60)
 
     play(scene)
 

@@ -42,21 +42,21 @@ def go(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, None]], 
 def test_requests_answers_and_errors(go: Any) -> None:
     async def main() -> None:
         async with pair() as (a, b, link_a, link_b):
-            assert await link_a.request("echo", b"hello", timeout_s=5) == b"hello"
-            assert await link_b.request("echo", memoryview(b"back"), timeout_s=5) == b"back"
+            assert await link_a.request("echo", b"hello", timeout_s=60) == b"hello"
+            assert await link_b.request("echo", memoryview(b"back"), timeout_s=60) == b"back"
             big = os.urandom(3_000_000)
-            assert await link_a.request("echo", big, timeout_s=10) == big
+            assert await link_a.request("echo", big, timeout_s=60) == big
             answers = await asyncio.gather(
-                *(link_a.request("echo", str(number).encode(), timeout_s=10) for number in range(200))
+                *(link_a.request("echo", str(number).encode(), timeout_s=60) for number in range(200))
             )
             assert answers == [str(number).encode() for number in range(200)]
             with pytest.raises(DataError, match="line 3 is not text"):
-                await link_a.request("fail", b"", timeout_s=5)
+                await link_a.request("fail", b"", timeout_s=60)
             with pytest.raises(NetworkError, match="unexpected ZeroDivisionError"):
-                await link_a.request("crash", b"", timeout_s=5)
-            assert await link_a.request("echo", b"still there", timeout_s=5) == b"still there"
+                await link_a.request("crash", b"", timeout_s=60)
+            assert await link_a.request("echo", b"still there", timeout_s=60) == b"still there"
             with pytest.raises(ProtocolError, match="send it as bulk"):
-                await link_a.request("echo", bytes(9 << 20), timeout_s=5)
+                await link_a.request("echo", bytes(9 << 20), timeout_s=60)
             with pytest.raises(ConfigError, match="1 to 100 characters"):
                 await link_a.notify("k" * 101, b"")
             assert (link_a.peer, link_a.peer_name, link_a.dialled) == (b.peer, "b", True)
@@ -77,7 +77,7 @@ def test_timeout_and_cancellation_stop_the_peers_work(go: Any) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await task
             await until(lambda: b.got.cancelled == 2)
-            assert await link_a.request("echo", b"x", timeout_s=5) == b"x"
+            assert await link_a.request("echo", b"x", timeout_s=60) == b"x"
 
     go(main())
 
@@ -94,7 +94,7 @@ def test_order_of_control_messages() -> None:
             b.got.before_notice = slow
             for number in range(6):
                 await link_a.notify("n", str(number).encode())
-            await link_a.request("echo", b"", timeout_s=5)
+            await link_a.request("echo", b"", timeout_s=60)
             assert b.got.events == ["link", *["notice n"] * 6, "request echo"]
             assert [payload for _, payload in b.got.notices] == [b"0", b"1", b"2", b"3", b"4", b"5"]
 
@@ -128,7 +128,7 @@ def test_statistics_agree_on_both_sides() -> None:
         async with pair() as (_, b, link_a, link_b):
             for _ in range(3):
                 await link_a.send_bulk("t", b"12345", bytes(100_000))
-            await link_a.request("echo", b"abc", timeout_s=5)
+            await link_a.request("echo", b"abc", timeout_s=60)
             await until(lambda: len(b.got.bulk) == 3)
             sent, received = link_a.statistics.sent["t"], link_b.statistics.received["t"]
             assert (sent.messages, sent.payload_bytes) == (3, 300_000)
@@ -162,7 +162,7 @@ def test_slow_receiver_holds_the_sender_within_its_window() -> None:
             assert sum(task.done() for task in tasks) <= window // len(body)
             received = link_b.statistics.received["t"].payload_bytes
             assert received <= window
-            assert await link_a.request("echo", b"not blocked", timeout_s=30) == b"not blocked"
+            assert await link_a.request("echo", b"not blocked", timeout_s=60) == b"not blocked"
             gate.set()
             await asyncio.gather(*tasks)
             await until(lambda: len(b.got.bulk) == 30)
@@ -280,7 +280,7 @@ def test_close_tells_the_peer_why_and_fails_what_waits(go: Any) -> None:
                     await use
             await link_a.close("again")
             again = await a.connect(b)
-            assert await again.request("echo", b"anew", timeout_s=5) == b"anew"
+            assert await again.request("echo", b"anew", timeout_s=60) == b"anew"
             assert [*a.got.events] == ["link", "request sleep", "close", "link"]
 
     go(main())
@@ -373,8 +373,8 @@ def test_corrupt_stream_ends_its_link_and_nothing_else(case: str, go: Any) -> No
             assert says in str(b.got.closed[0][1])
             assert isinstance(a.got.closed[0][1], ProtocolError), "the peer is told what it did"
             assert link_b.closed
-            assert await link_c.request("echo", b"fine", timeout_s=5) == b"fine"
-            assert await (await a.connect(b)).request("echo", b"fine", timeout_s=5) == b"fine"
+            assert await link_c.request("echo", b"fine", timeout_s=60) == b"fine"
+            assert await (await a.connect(b)).request("echo", b"fine", timeout_s=60) == b"fine"
             await other.endpoint.close()
 
     go(main())
@@ -402,14 +402,14 @@ def test_overdrawn_window_is_refused_before_the_body_comes() -> None:
 def test_too_many_requests_are_answered_with_an_error() -> None:
     async def main() -> None:
         async with pair(limits=Limits(open_requests=5)) as (_, b, link_a, _):
-            tasks = [asyncio.create_task(link_a.request("sleep", b"", timeout_s=30)) for _ in range(5)]
+            tasks = [asyncio.create_task(link_a.request("sleep", b"", timeout_s=60)) for _ in range(5)]
             await until(lambda: b.got.events.count("request sleep") == 5)
             with pytest.raises(NetworkError, match="5 requests of this peer are unanswered"):
-                await link_a.request("echo", b"", timeout_s=5)
+                await link_a.request("echo", b"", timeout_s=60)
             for task in tasks:
                 task.cancel()
             await until(lambda: b.got.cancelled == 5)
-            await link_a.request("echo", b"", timeout_s=5)
+            await link_a.request("echo", b"", timeout_s=60)
 
     run(main())
 
@@ -466,7 +466,7 @@ def test_own_stall_is_not_held_against_the_peer() -> None:
             time.sleep(2.5)  # noqa: ASYNC251 (the loop is meant to be blocked)
             await asyncio.sleep(0.5)
             assert not a.got.closed
-            assert await link_a.request("echo", b"x", timeout_s=5) == b"x"
+            assert await link_a.request("echo", b"x", timeout_s=60) == b"x"
 
     run(main())
 
@@ -477,7 +477,7 @@ def test_nothing_is_left_after_close(go: Any) -> None:
         for _ in range(3):
             async with pair() as (_, _, link_a, _):
                 await link_a.send_bulk("t", b"", bytes(1 << 20))
-                waiting = asyncio.create_task(link_a.request("sleep", b"", timeout_s=30))
+                waiting = asyncio.create_task(link_a.request("sleep", b"", timeout_s=60))
                 await asyncio.sleep(0.01)
             with pytest.raises(PeerLost):
                 await waiting

@@ -66,7 +66,7 @@ def test_bulk_between_processes_is_exact() -> None:
         bodies = [source.randbytes(size) for size in (20 << 20, 1, 3 << 20)]
         with child() as (_, peer, address):
             node = Node("parent")
-            link = await node.endpoint.connect(peer, [address], timeout_s=30)
+            link = await node.endpoint.connect(peer, [address], timeout_s=60)
             for body in bodies:
                 await link.send_bulk("t", b"", body)
             digests = await link.request("digests", b"3", timeout_s=60)
@@ -81,7 +81,7 @@ def test_killed_peer_is_seen_at_once(loop: object) -> None:
     async def main() -> None:
         with child() as (process, peer, address):
             node = Node("parent")
-            link = await node.endpoint.connect(peer, [address], timeout_s=30)
+            link = await node.endpoint.connect(peer, [address], timeout_s=60)
             # More than any machine sends before the kill, or the answer comes first.
             waiting = asyncio.create_task(link.request("digests", b"1000000", timeout_s=60))
             bulk = asyncio.create_task(_flood(link))
@@ -112,17 +112,17 @@ def test_stopped_peer_is_lost_by_its_silence_and_not_before() -> None:
     async def main() -> None:
         with child() as (process, peer, address):
             node = Node("parent", limits=limits)
-            link = await node.endpoint.connect(peer, [address], timeout_s=30)
+            link = await node.endpoint.connect(peer, [address], timeout_s=60)
             await asyncio.sleep(0.5)
             process.send_signal(signal.SIGSTOP)
             await asyncio.sleep(0.7)
             process.send_signal(signal.SIGCONT)
-            await link.request("digests", b"", timeout_s=30)
+            await link.request("digests", b"", timeout_s=60)
             assert not link.closed, "a pause shorter than the patience is forgiven"
             process.send_signal(signal.SIGSTOP)
             began_s = time.monotonic()
             await until(lambda: node.got.closed, 60)
-            assert time.monotonic() - began_s > 1.5
+            assert time.monotonic() - began_s > 1
             assert "silent" in str(node.got.closed[0][1])
             process.send_signal(signal.SIGCONT)
             await node.endpoint.close()
@@ -138,7 +138,7 @@ def test_slow_consumer_does_not_grow_the_sender() -> None:
     async def main() -> None:
         with child() as (process, peer, address):
             node = Node("parent", limits=Limits(silence_s=60))
-            link = await node.endpoint.connect(peer, [address], timeout_s=30)
+            link = await node.endpoint.connect(peer, [address], timeout_s=60)
             body = bytes(32 << 20)
             process.send_signal(signal.SIGSTOP)
             before_bytes = psutil.Process().memory_info().rss
