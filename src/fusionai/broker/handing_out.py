@@ -1,4 +1,4 @@
-"""Shares of a plan to the machines that are to hold them, and links between these."""
+"""Hands the shares of a plan out to its machines, and has the machines link to each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes to the store behind the broker's back: many changes become few transactions, off the event loop."""
+"""Writes the broker's records to its store in the background: many changes in few transactions, off the event loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Result = TypeVar("_Result")
 WRITE_EVERY_S = 0.1
 """How long a change may wait for others to share its transaction."""
 RETRY_S = 5.0
-"""Pause after the disk refused a write; the newest state of each record is kept meanwhile."""
+"""Pause after the disk refused a write. Meanwhile the newest version of each record is kept in memory."""
 
 
 class Journal:
@@ -47,7 +47,7 @@ class Journal:
         self._tasks.start(self._write_behind(), "journal")
 
     async def load(self) -> tuple[list[MemberRecord], list[JobRecord], list[LinkRecord]]:
-        """Return all that was kept."""
+        """Return all members, jobs and links of the store."""
         return await self._call(lambda: (self._store.members(), self._store.jobs(), self._store.links()))
 
     async def get(self, name: str) -> str | None:

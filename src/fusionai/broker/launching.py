@@ -1,4 +1,4 @@
-"""From a submitted job to machines that hold their shares of it."""
+"""Launching a job: a plan for it, and its shares handed out to the machines of the plan."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ GRAPH_TIMEOUT_S = 120.0
 PROBES_TIMEOUT_S = 10.0
 """How long a submission waits for link probes under way: a plan on unmeasured links may be a bad one."""
 MOST_GRAPHS = 8
-"""OP-DAGs waiting for their request, of all owners."""
+"""Most OP-DAGs, of all owners together, that wait for the request that names them."""
 MOST_SUBMISSIONS = 8
-"""Submissions in work, each with its whole OP-DAG in memory."""
+"""Most submissions that are worked on at the same time. Each keeps its whole OP-DAG in memory."""
 
 
 class Launcher:

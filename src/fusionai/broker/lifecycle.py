@@ -24,11 +24,11 @@ from fusionai.scheduling.recovery import DropPlan, EndJob, JobView, LookAgain, P
 log = logging.getLogger(__name__)
 
 _PROGRESS_EVERY_S = 0.5
-"""An owner that tells more often than this is not heard: what it says is for people."""
+"""Shortest time between two reports of progress that count. They are for people, so earlier ones are ignored."""
 
 
 class Lifecycle:
-    """Ends jobs, by what members say and by what happens to them."""
+    """Ends a job when its owner says so, or when a machine of it is lost."""
 
     def __init__(self, state: PoolState, prober: Prober, *, patience: Patience) -> None:
         self._state = state
@@ -37,7 +37,7 @@ class Lifecycle:
         self._waiting: dict[PeerId, asyncio.Task[None]] = {}
         self._progress_s: dict[JobId, float] = {}
         self._releasing: set[PeerId] = set()
-        """Members that are being told to drop jobs; one that does not listen is told nothing more meanwhile."""
+        """Members to which orders to drop jobs are on their way; they get no more until the last has arrived."""
 
     # --- what happens to members ------------------------------------------------------------------------------
 
@@ -65,7 +65,7 @@ class Lifecycle:
         self._consider(Left(peer, why) if for_good else Lost(peer, why))
 
     def _consider(self, event: Lost | Left, *, waited_s: float = 0.0, restarted: bool = False) -> None:
-        """Do what is to be done about an absence, for every job that the member has a part in."""
+        """Act on the absence of a member, for every job that the member takes part in."""
         peer = PeerId(event.peer)
         for record in self._jobs_of(peer):
             view = JobView(
@@ -120,7 +120,7 @@ class Lifecycle:
         return sentence(event, name=name, who=who)
 
     def _held(self, peer: PeerId, record: JobRecord) -> str:
-        """Return what a compnode told last of its share of a job's running plan, for people; "" if nothing."""
+        """Return the line for people that a compnode last sent of its share of a job's running plan; "" if none."""
         told = [each for each in self._state.registry.activity(peer).holds if each.job == record.job]
         return next((each.line for each in told if each.epoch == record.epoch), "")
 
@@ -147,7 +147,7 @@ class Lifecycle:
             self._free(peer, record.job)
 
     def progress(self, peer: PeerId, message: JobProgress) -> None:
-        """Note how far a job is."""
+        """Note the progress of a job."""
         record = self.owned(peer, message.job)
         now_s = self._state.now_s()
         last = message.step >= message.steps
@@ -254,5 +254,5 @@ class Lifecycle:
 
 
 def _releases(record: JobRecord, reason: str) -> list[ReleaseShare]:
-    """Return the words that have a machine drop whatever it may hold of a job."""
+    """Return the messages that make a machine drop every share that it may hold of a job."""
     return [ReleaseShare(record.job, epoch, reason) for epoch in record.epochs]

@@ -1,4 +1,4 @@
-"""What the link book tells of the pairs that nobody probed."""
+"""Estimated links between pairs that nobody has probed, from the links that were measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusionai.network.identity import PeerId
 from fusionai.scheduling.profile import AccessProfile
 
 _REST = 4.0
-"""Between two estimates that only `status` asks for pass this many times the seconds that the last one took."""
+"""Least pause between two estimates that only `status` asks for, in multiples of the time that the last one took."""
 
 
 class LinkEstimates:
@@ -26,7 +26,7 @@ class LinkEstimates:
         self._rest_until_s = 0.0
         self._working = asyncio.Lock()
         self.known: Mapping[PeerId, AccessProfile] = {}
-        """As of the last `refresh`."""
+        """The estimates of the last `refresh`."""
 
     async def refresh(self, *, now: bool) -> Mapping[PeerId, AccessProfile]:
         """Return estimates of all measures, or unless `now` is set, perhaps of those a moment ago.

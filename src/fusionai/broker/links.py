@@ -12,31 +12,32 @@ from fusionai.scheduling.profile import AccessProfile, LinkProfile
 Pair = tuple[PeerId, PeerId]
 
 UNREACHABLE = LinkProfile(rtt_s=60.0, bandwidth_bytes_per_s=1.0)
-"""What the planner reckons with where neither side can dial: no plan that has a choice uses such a link."""
+"""The link that the planner assumes between two machines of which neither can dial the other. It is so slow that a plan
+uses it only where there is no other choice."""
 
 
 def pair(one: PeerId, other: PeerId) -> Pair:
-    """Return the two in the order under which a pair is kept."""
+    """Return two peers in the order in which their pair is stored."""
     return (one, other) if one < other else (other, one)
 
 
 class LinkBook:
-    """Measured pairs, each once. Every new measure is handed to `keep`."""
+    """All measured pairs. Every new measurement is handed to `keep`, which stores it."""
 
     def __init__(self, keep: Callable[[LinkRecord], None]) -> None:
         self._keep = keep
         self._links: dict[Pair, LinkRecord] = {}
         self._of: dict[PeerId, set[Pair]] = {}
         self.version = 0
-        """Rises with every change."""
+        """Counts the changes."""
 
     def restore(self, records: Iterable[LinkRecord]) -> None:
-        """Take measures from before a restart."""
+        """Take over the measurements from before a restart of the broker."""
         for record in sorted(records, key=lambda each: each.measured_s):
             self._put(record)
 
     def measured(self, record: LinkRecord) -> None:
-        """Note a measure; it replaces the pair's earlier one."""
+        """Note a measurement; it replaces the pair's earlier one."""
         self._put(record)
         self._keep(record)
 
@@ -48,15 +49,15 @@ class LinkBook:
             self._of.get(key[0] if key[1] == peer else key[1], set()).discard(key)
 
     def get(self, one: PeerId, other: PeerId) -> LinkRecord | None:
-        """Return a pair's measure."""
+        """Return the measurement of a pair."""
         return self._links.get(pair(one, other))
 
     def records(self) -> list[LinkRecord]:
-        """Return all measures."""
+        """Return all measurements."""
         return list(self._links.values())
 
     def partners(self, peer: PeerId) -> dict[PeerId, LinkRecord]:
-        """Return the measures of one peer, by the other side."""
+        """Return the measurements of one peer's links, by the other side."""
         keys = self._of.get(peer, set())
         return {key[0] if key[1] == peer else key[1]: self._links[key] for key in keys}
 
@@ -78,7 +79,7 @@ class LinkBook:
         return found
 
     def dials(self, one: MemberRecord, other: MemberRecord) -> bool:
-        """Whether `one` is to dial `other`, rather than the other way round. Of the two, exactly one is told so."""
+        """Return whether `one` is to dial `other`. With the two swapped, the answer is the opposite."""
         record = self.get(one.peer, other.peer)
         if record is not None and record.there is not None:
             return record.source == one.peer

@@ -1,4 +1,4 @@
-"""Plans made on links that were measured: those which a plan uses, where they are only estimated, are measured first.
+"""Planning on measured links: where a plan uses links that are only estimated, they are measured, and it is made again.
 
 In a small pool every pair is measured anyway. In a large one most are estimated from a few probes of each machine, and
 a plan picks the links that look best: so also those whose estimate is too good.
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 MOST_PLANS_AGAIN = 2
 MEASURING_TIMEOUT_S = 15.0
-"""How long a plan's links may be measured; what is not by then stays an estimate."""
+"""How long the measuring of a plan's links may take. A link that is not measured by then stays an estimate."""
 
 _MUCH = 1.5
-"""A measure that differs by more than this factor from what was reckoned is worth another plan."""
+"""Another plan is made if a measured link differs from its estimate by more than this factor."""
 _MUCH_RTT_S = 0.01
 
 
@@ -86,7 +86,7 @@ def _directions(pairs: Sequence[Pair]) -> list[str]:
 
 
 def _far(pool: Pool, name: str, measured: Mapping[str, LinkProfile]) -> bool:
-    """Whether a link was measured and is much better or worse than the pool said."""
+    """Return whether a link was measured and is much better or worse than the estimate in the pool."""
     found = measured.get(name)
     if found is None:
         return False

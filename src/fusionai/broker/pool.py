@@ -1,4 +1,4 @@
-"""What all parts of the broker share: the books, and words with members."""
+"""What all parts of the broker share: its records, and how it sends messages to members."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TELL_TIMEOUT_S = 10.0
 
 
 class PoolState:
-    """The broker's books and its way to speak to members."""
+    """The broker's records, and its messages to members."""
 
     def __init__(self, endpoint: Endpoint, journal: Journal) -> None:
         self.endpoint = endpoint

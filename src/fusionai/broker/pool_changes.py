@@ -19,16 +19,16 @@ from fusionai.pool.messages import DeclineReplan, NoReplacement, PoolChanged
 log = logging.getLogger(__name__)
 
 GATHER_S = 1.0
-"""Newcomers within so long are told of together."""
+"""Machines that come within this time are reported to owners together."""
 
 _PROBES_TIMEOUT_S = 20.0
-"""How long the links of newcomers may be measured before owners hear of them."""
+"""How long the links of new machines may be measured before owners hear of the machines."""
 
 _MOST_NAMED = 5
 
 
 class PoolChanges:
-    """Tells owners, and takes their answers to the machines that wait for them."""
+    """Tells owners of changes in the pool, and passes their answers on to the machines that wait to leave."""
 
     def __init__(self, state: PoolState, prober: Prober) -> None:
         self._state = state
@@ -39,7 +39,7 @@ class PoolChanges:
     # --- machines that come -------------------------------------------------------------------------------------
 
     def come(self, record: MemberRecord) -> None:
-        """A compnode has come, or come back, and no job has it."""
+        """Note a compnode that has come, or come back, and that no job uses."""
         if record.role != "compnode" or record.state != "idle" or not self._running():
             return
         self._come.add(record.peer)
@@ -83,7 +83,7 @@ class PoolChanges:
             self._state.tell(member.peer, NoReplacement(f"job {record.name} is being launched"))
 
     def decline(self, record: JobRecord, message: DeclineReplan) -> None:
-        """An owner cannot do without the machines of its job that want to go."""
+        """Pass on that an owner cannot do without the machines of its job that want to go."""
         registry = self._state.registry
         for peer in record.leased:
             if registry.is_leaving(peer):

@@ -11,10 +11,11 @@ from msgspec.structs import replace
 from fusionai.scheduling.profile import Availability
 
 PRIOR_BETWEEN_LOSSES_S = 86_400.0
-"""What a newcomer counts for: one loss a day. Assumed, not measured; a day of presence weighs as much as it does."""
+"""A new machine is assumed to vanish once a day. The assumption weighs as much as one day of observation."""
 
 BLIP_S = 5.0
-"""A member that vanished and is back within this was cut off, not gone: no job is given up for it by default."""
+"""A member that is back within this time was only cut off, and is not counted as lost: by default no job ends within
+it."""
 
 
 class Presence(msgspec.Struct, frozen=True, kw_only=True):

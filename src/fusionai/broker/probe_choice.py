@@ -15,14 +15,15 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
 FIRST = 7
-"""Partners chosen at once."""
+"""Partners that are chosen in one go."""
 AT_MOST = 8
-"""Partners of a newcomer in all, the broker apart."""
+"""Most partners of a newcomer, not counting the broker."""
 
 _SAME_NETWORK = 2
 _WIDE = 1
 _WIDE_SHARE = 0.25
-"""A wide partner is one of this share of the widest, at random, so that no single machine is probed by everybody."""
+"""A partner with high bandwidth is drawn at random from this share of the best machines, so that no single machine is
+probed by everybody."""
 
 _Peer = TypeVar("_Peer", bound=str)
 

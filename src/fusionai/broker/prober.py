@@ -36,11 +36,11 @@ AGAIN = 4
 MOST_AGAIN = 200
 """Pairs that are measured anew at once in a larger pool."""
 CONCURRENT = 4
-"""Probes at once in the whole pool: each may fill the link of two homes for a second."""
+"""Most probes that run at the same time in the whole pool. A probe may fill the links of two homes for a second."""
 
 _EXPECT_TIMEOUT_S = 10.0
 _PROBE_TIMEOUT_S = 60.0
-"""Dialling, and on a very slow link a burst of 64 KiB each way."""
+"""How long a probe may take. It dials, and sends 64 KiB each way, which takes long on a very slow link."""
 
 
 class Prober:
@@ -57,7 +57,7 @@ class Prober:
         self._random = random.Random(0)
 
     def consider(self, peer: PeerId) -> None:
-        """Measure what is not measured yet of a member that has come, come back, or become idle."""
+        """Measure the links of a member that has come, come back or become idle, where they are not measured yet."""
         record = self._state.registry.get(peer)
         if record is None or record.role == "observer" or record.state not in PRESENT:
             return
@@ -105,7 +105,7 @@ class Prober:
             yield
 
     def forget(self, peer: PeerId) -> None:
-        """A member is gone for good."""
+        """Forget a member that is gone for good."""
         lock = self._locks.get(peer)
         if lock is not None and not lock.locked():
             del self._locks[peer]

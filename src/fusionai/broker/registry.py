@@ -15,7 +15,7 @@ from fusionai.pool.messages import Heartbeat, MemberStatus, RegisterMember
 from fusionai.scheduling.profile import AccessProfile, DiskProfile
 
 MOST_MEMBERS = 20_000
-"""Members remembered; those longest gone make room for new ones."""
+"""Most members that are remembered. New members replace those that have been gone for the longest time."""
 
 _QUIET = Heartbeat(busy=0.0, memory_bytes=0, holds=(), bytes_sent={})
 
@@ -118,11 +118,11 @@ class Registry:
             self._put(replace(record, seen_s=now_s))
 
     def wants_to_leave(self, peer: PeerId) -> None:
-        """Note that a member gets no further work: it waits to be relieved. Until it registers anew, or goes."""
+        """Note that a member waits to leave and gets no further work, until it registers anew or goes."""
         self._leaving.add(peer)
 
     def is_leaving(self, peer: PeerId) -> bool:
-        """Whether a member waits to be relieved."""
+        """Return whether a member waits to leave."""
         return peer in self._leaving
 
     # --- leases ---------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ class Registry:
         return True
 
     def job_of(self, peer: PeerId) -> JobId | None:
-        """Return the job that has a member."""
+        """Return the job that a member is leased to."""
         return self._leases.get(peer)
 
     def _settle(self, peer: PeerId) -> None:
@@ -172,7 +172,7 @@ class Registry:
         return record is not None and record.state in PRESENT
 
     def idle(self) -> list[MemberRecord]:
-        """Return the compnodes that no job has, and that do not wait to leave."""
+        """Return the compnodes that are leased to no job and do not wait to leave."""
         taken = self._leases.keys() | self._leaving
         return [each for each in self.present("compnode") if each.peer not in taken]
 

@@ -1,4 +1,4 @@
-"""A running job gets a new plan: planned on what its machines are now, and handed out while the old one steps on."""
+"""New plans for running jobs: made for the machines as they are now, and handed out while the old plan still runs."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class AgentConfig:
     throttle: Throttle | None = None
     lab: LabConfig | None = None
     drain_s: float = 300.0
-    """When stopped with a part in a job: how long others may take to take it over; 0 leaves at once."""
+    """How long other machines may take to take over this one's shares when it is stopped; 0 leaves at once."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.drain_s <= MOST_DRAIN_S:

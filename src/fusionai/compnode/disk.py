@@ -1,9 +1,9 @@
-"""What the disk under a state folder does: free bytes, and sequential speeds, measured once a disk.
+"""Measures the disk under a state folder: free bytes, and sequential speeds, which are measured once for each disk.
 
-Written are bursts that grow fourfold, each followed by a sync, so that the system's cache is not taken for the disk; a
-slow disk fails to finish small bursts quickly and never gets large ones. At most 213 MiB are written, in about half
-a second, and deleted at once. Read is the largest burst, after the system was asked to drop it from its cache. Where
-it cannot be asked (Windows), and on a nearly full disk, nothing is said rather than something wrong.
+Bursts that grow fourfold are written, each followed by a sync, so that the system's cache is not taken for the disk. A
+slow disk takes long for small bursts and never gets large ones. At most 213 MiB are written, in about half a second,
+and deleted at once. Then the largest burst is read, after the system was asked to drop it from its cache. Where the
+system cannot be asked (Windows), and on a nearly full disk, the speeds stay unknown.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Leaving in order: what this machine holds goes to others first, while the job trains on."""
+"""Leaving in order: before this machine leaves, other machines take over its shares, while the job goes on."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fusionai.pool.messages import HeldShare, NoReplacement, WishToLeave
 log = logging.getLogger(__name__)
 
 ASK_TIMEOUT_S = 5.0
-"""A broker that does not answer by then is not waited for."""
+"""How long to wait for the broker's answer."""
 
 ASK_AGAIN_S = 30.0
-"""The owner may have been without a link to the broker, and not have heard."""
+"""How often the wish to leave is repeated: the owner may have had no link to the broker when it was first passed on."""
 
 
 class Relief(MemberPart):

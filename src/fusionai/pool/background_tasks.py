@@ -1,4 +1,4 @@
-"""Background tasks with an owner: started here, logged when they fail, cancelled and awaited with it."""
+"""Background tasks of an object: logged when they fail, and cancelled and awaited when the object is closed."""
 
 from __future__ import annotations
 

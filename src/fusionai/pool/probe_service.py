@@ -1,4 +1,4 @@
-"""This machine's part in the broker's measuring of links: whom to admit for a probe, and probing itself."""
+"""What a member does when the broker measures links: it admits a peer that will probe it, or probes a peer."""
 
 from __future__ import annotations
 

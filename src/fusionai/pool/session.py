@@ -49,7 +49,8 @@ class BrokerSession:
         self._tasks = BackgroundTasks()
         self._closing = False
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Gets the error that makes going on senseless: the broker has another key, or admits this member no more."""
+        """Gets the error after which no further attempt is made: the broker has another key, or no longer admits this
+        member."""
 
     async def open(self, *, heartbeat: Callable[[], Heartbeat] | None) -> None:
         """Connect and register for the first time, and from then on keep it so.
