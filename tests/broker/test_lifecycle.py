@@ -29,10 +29,12 @@ from fusionai.pool.messages import (
     RegisterMember,
     ReleaseShare,
 )
+from fusionai.scheduling.recovery import Patience
 
 JOB = JobId("job")
 NEXT = Epoch(1)
 GRACE_S, RECOVERY_S = 30.0, 90.0
+PATIENCE = Patience(broker_link_s=GRACE_S, broker_restart_s=RECOVERY_S)
 
 
 def peer_of(name: str) -> PeerId:
@@ -95,7 +97,7 @@ class Books:
         state.now_s = lambda: 1e9 + now_s()
         self.state: PoolState = state
         self.prober = Prober()
-        self.lifecycle = Lifecycle(self.state, self.prober, grace_s=GRACE_S, recovery_s=RECOVERY_S)  # type: ignore[arg-type]
+        self.lifecycle = Lifecycle(self.state, self.prober, patience=PATIENCE)  # type: ignore[arg-type]
         for peer in NAMES:
             self.come(peer)
         self.state.jobs.put(self.job())

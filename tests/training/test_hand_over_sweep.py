@@ -22,8 +22,8 @@ from toy_pipelines import OWNER, STATES, Pipeline, Reference, batch, three_machi
 from fusionai.errors import JobError
 from fusionai.network.clock import run_scripted
 from fusionai.pool.identifiers import FIRST_EPOCH, Epoch
+from fusionai.scheduling.recovery import PATIENCE
 from fusionai.training.handing_over import hand_over
-from fusionai.training.stage_host import NEIGHBOUR_GRACE_S
 
 NAMES = (OWNER, "a", "b", "c", "d")
 OLD = three_machines()
@@ -70,7 +70,7 @@ def run_with(fault: Callable[[ScriptedPool, Seen], None] | None, seen: Seen | No
                 driver, ended = running, following
             points = list(pool.faults.seen)
             await ended.close("it goes on by the other plan")
-            await asyncio.sleep(2 * NEIGHBOUR_GRACE_S)
+            await asyncio.sleep(2 * PATIENCE.neighbour_link_s)
             try:
                 outcome.losses += [each.loss for each in await pool.train(driver, 1, first=1)]
                 outcome.weights = await pool.tensors(driver)
