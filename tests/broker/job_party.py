@@ -30,7 +30,8 @@ from fusionai.scheduling.recovery import Patience
 from fusionai.scheduling.replanning import Replanned
 from fusionai.tensor import TensorData
 from fusionai.training.corrections import Corrections, Drift
-from fusionai.training.driver import Driver, Machine
+from fusionai.training.driver import Driver
+from fusionai.training.machine import Machine
 
 OPTIONS = ProgramOptions(optimizer=OptimizerConfig(kind="adamw", weight_decay=0.01))
 STATES = OPTIONS.optimizer.states

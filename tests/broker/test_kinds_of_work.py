@@ -23,7 +23,8 @@ from fusionai.pool.job_wire import JobWire, MessageKinds
 from fusionai.pool.member import MemberConfig
 from fusionai.tensor import DType, TensorData
 from fusionai.training.assignment_parcels import Assignment, pack
-from fusionai.training.driver import Driver, Machine
+from fusionai.training.driver import Driver
+from fusionai.training.machine import Machine
 from fusionai.training.messages import BeginRound
 from fusionai.training.roster import Roster
 from fusionai.training.share import Share

@@ -114,7 +114,7 @@ def test_a_newcomer_that_dies_in_the_hand_over(tmp_path: Path, monkeypatch: pyte
         gone = f"c .*ended the link|compnode c|no link to {party.peer('c')[:12]}"
         assert re.search(gone, event.error)
         monkeypatch.setattr(WeightTraffic, "take", take)
-        await party.driver.check()
+        await party.driver.watch.check()
         await party.steps(3)
         for name in "ab":
             await until(lambda name=name: held(party.members[name]) == [first_plan(party.launched)])  # type: ignore[misc]

@@ -25,7 +25,7 @@ from fusionai.owner.replan_event import ReplanEvent
 from fusionai.owner.training_job import Observer, StepEvent
 from fusionai.pool.messages import JobLaunched
 from fusionai.scheduling.recovery import Patience
-from fusionai.training.driver import Machine
+from fusionai.training.machine import Machine
 
 STEPS = 60
 THROTTLED_AFTER = 6

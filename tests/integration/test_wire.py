@@ -30,7 +30,7 @@ from fusionai.owner.local_pool import LocalPool
 from fusionai.owner.membership import OwnerOptions
 from fusionai.owner.training_job import Observer, StepEvent
 from fusionai.pool.messages import JobLaunched
-from fusionai.training.driver import Machine
+from fusionai.training.machine import Machine
 from quick_pool import QuickPool
 
 COMPNODES = 3

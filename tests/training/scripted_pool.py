@@ -38,7 +38,8 @@ from fusionai.pool.identifiers import FIRST_EPOCH, Epoch, JobEpoch, JobId
 from fusionai.pool.job_wire import JobWire
 from fusionai.tensor import TensorData
 from fusionai.training.compute import ProgramCall
-from fusionai.training.driver import Driver, Machine, RoundResult
+from fusionai.training.driver import Driver, RoundResult
+from fusionai.training.machine import Machine
 from fusionai.training.messages import TRAINING_MESSAGES
 from fusionai.training.roster import Roster
 from fusionai.training.scripted_compute import ScriptedCompute, Transition

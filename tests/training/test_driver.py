@@ -22,7 +22,7 @@ from fusionai.network.identity import PeerId
 from fusionai.pool.identifiers import FIRST_EPOCH, JobEpoch
 from fusionai.scheduling.job_events import GivenUp
 from fusionai.tensor import TensorData
-from fusionai.training.driver import PULL_TIMEOUT_S, READY_TIMEOUT_S, Driver, RoundResult
+from fusionai.training.driver import Driver, RoundResult
 from fusionai.training.messages import (
     BeginRound,
     Boundary,
@@ -37,6 +37,7 @@ from fusionai.training.messages import (
     ShareFailed,
     WeightTensor,
 )
+from fusionai.training.weight_orders import PULL_TIMEOUT_S, READY_TIMEOUT_S
 
 A, B = peer_of("a"), peer_of("b")
 PIPELINE = Pipeline(chain([Layer("first"), Layer("second")]), (1,), ("a", "b"))
@@ -238,7 +239,7 @@ def test_what_is_not_finite_is_dropped_everywhere(which: str, changes: dict[str,
             assert [each.apply for each in machine.got(CommitRound)] == [False]
         here.a.changes = here.b.changes = {}
         await here.step()  # nothing has failed but the step
-        assert not here.driver.failed
+        assert not here.driver.watch.failed
 
     go(course)
 
@@ -257,7 +258,7 @@ def test_a_report_that_cannot_be_ends_the_job(changes: dict[str, Any], says: str
         here.b.changes = changes
         with pytest.raises(JobError, match=rf"compnode b \(stage 1\) reports {says}"):
             await here.step()
-        assert here.driver.failed
+        assert here.driver.watch.failed
         assert not here.a.got(CommitRound)
 
     go(course)
@@ -286,7 +287,7 @@ def test_who_has_no_part_in_the_job_is_refused() -> None:
         with pytest.raises(ProtocolError, match="has no part in job"):
             await here.driver.on_tensor(peer_of("stranger"), pulled(FIRST), noise("w"))
         await here.driver.on_peer_closed(peer_of("stranger"), PeerLost("gone"))
-        assert not here.driver.failed
+        assert not here.driver.watch.failed
 
     go(course)
 
@@ -352,9 +353,9 @@ def test_a_lost_machine_ends_the_job_by_its_name(moment: str) -> None:
         here.pool.network.kill("b")
         with pytest.raises(JobError, match=r"compnode b \(stage 1\) is lost: "):
             await stepping
-        assert here.driver.failed
+        assert here.driver.watch.failed
         with pytest.raises(JobError, match=r"compnode b \(stage 1\) is lost"):
-            await here.driver.check()
+            await here.driver.watch.check()
         assert [each.round for each in here.a.got(CommitRound)] == [0]
 
     go(course)
@@ -362,10 +363,10 @@ def test_a_lost_machine_ends_the_job_by_its_name(moment: str) -> None:
 
 def test_the_first_reason_counts() -> None:
     async def course(here: Job) -> None:
-        await here.driver.check()
+        await here.driver.watch.check()
         here.driver.happened(GivenUp("the first"))
         here.driver.happened(GivenUp("the second"))
-        for call in (here.step(), here.driver.check(), here.driver.prepare(Start())):
+        for call in (here.step(), here.driver.watch.check(), here.driver.prepare(Start())):
             with pytest.raises(JobError, match="the first"):
                 await call
 

@@ -14,7 +14,7 @@ from fusionai.owner.replan_event import ReplanEvent
 from fusionai.owner.training_job import Observer, StepEvent
 from fusionai.pool.messages import JobLaunched
 from fusionai.training.describe import stage_line
-from fusionai.training.driver import Machine
+from fusionai.training.machine import Machine
 from fusionai.units.byte_counts import bytes_text
 
 

@@ -28,7 +28,7 @@ from fusionai.training.config import JobConfig, to_toml
 from fusionai.training.data.packed import PackedText, pack_documents
 from fusionai.training.data.sources import text_documents
 from fusionai.training.data.tokenizer import load_tokenizer, masking, train_tokenizer
-from fusionai.training.driver import WeightSource
+from fusionai.training.weight_orders import WeightSource
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from fusionai.graph.cuts import cut
 from fusionai.graph.model import OpDag
 from fusionai.network.identity import PeerId
 from fusionai.scheduling.plan import Plan
-from fusionai.training.driver import Machine
+from fusionai.training.machine import Machine
 
 
 def machines_of(graph: OpDag, plan: Plan, names: Mapping[str, str]) -> list[Machine]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusionai.scheduling.plan import Plan
-from fusionai.training.driver import Machine
+from fusionai.training.machine import Machine
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from fusionai.errors import CheckpointError
 from fusionai.graph.model import OpDag
 from fusionai.tensor import TensorData
 from fusionai.training.checkpoint import CheckpointReader, latest
-from fusionai.training.driver import WeightSource
+from fusionai.training.weight_orders import WeightSource
 
 
 class CheckpointWeights:

@@ -19,8 +19,9 @@ from fusionai.pool.identifiers import FIRST_EPOCH, Epoch, JobEpoch, JobId
 from fusionai.pool.messages import ForgetPlan, JobEnded, JobLaunched, PlanPrepared, SwitchPlan
 from fusionai.scheduling.job_events import GivenUp
 from fusionai.scheduling.plan import Plan
-from fusionai.training.driver import Driver, Machine, RoundResult
+from fusionai.training.driver import Driver, RoundResult
 from fusionai.training.handing_over import hand_over
+from fusionai.training.machine import Machine
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class RunningJob:
         except FusionError as error:
             await new.close(f"its plan is not taken: {error}")
             await self._forget(epoch, str(error))
-            await running.check()
+            await running.watch.check()
             log.warning("the new plan could not be taken, the job goes on by the old one: %s", error)
             self.seeker.failed(error)
             return self._event(done, noticed, str(error))

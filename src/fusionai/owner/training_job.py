@@ -14,8 +14,10 @@ from fusionai.owner.replan_event import ReplanEvent
 from fusionai.pool.messages import JobLaunched
 from fusionai.training.config import PlacementConfig, TrainingConfig
 from fusionai.training.data.batches import Batches
-from fusionai.training.driver import Machine, RoundResult, WeightSource
+from fusionai.training.driver import RoundResult
 from fusionai.training.learning_rate import ScheduleConfig
+from fusionai.training.machine import Machine
+from fusionai.training.weight_orders import WeightSource
 
 
 @dataclass(frozen=True, kw_only=True)

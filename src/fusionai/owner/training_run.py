@@ -18,7 +18,8 @@ from fusionai.owner.training_job import Observer, TrainingJob, TrainingResult
 from fusionai.owner.training_loop import TrainingLoop
 from fusionai.pool.identifiers import Epoch, JobEpoch
 from fusionai.pool.messages import JobLaunched, SubmitJob
-from fusionai.training.driver import Driver, Machine, sizes_of
+from fusionai.training.driver import Driver
+from fusionai.training.machine import Machine, sizes_of
 
 SUBMIT_TIMEOUT_S = 300.0
 """Planning of a large model, and every compnode's making of its program."""

@@ -31,7 +31,7 @@ async def hand_over(running: Driver, new: Driver, states: Sequence[str], *, opti
 
     `states` are the optimizer's, `optimizer_step` the updates applied so far. When this returns, the job may go on by
     the new plan, and the running one may be ended. On any error the running plan is as it was; whether it still lives,
-    `running.failed` tells.
+    `running.watch.failed` tells.
     """
     start_s = now_s()
     ways = routes({each.peer: each.keys for each in running.machines}, {each.peer: each.keys for each in new.machines})
@@ -42,14 +42,14 @@ async def hand_over(running: Driver, new: Driver, states: Sequence[str], *, opti
         for weight in subdag.weights
         if weight.trainable
     }
-    await new.inherit(ways.sources)
-    moved = asyncio.ensure_future(running.give(new.epoch, ways.targets))
+    await new.weights.inherit(ways.sources)
+    moved = asyncio.ensure_future(running.weights.give(new.epoch, ways.targets))
     try:
-        await new.guard(moved)  # what ends the new plan ends the waiting
+        await new.watch.guard(moved)  # what ends the new plan ends the waiting
     finally:
         moved.cancel()
         await asyncio.wait({moved})
-    await new.settle(_counts(ways.sources, trainable, len(states)), optimizer_step=optimizer_step)
+    await new.weights.settle(_counts(ways.sources, trainable, len(states)), optimizer_step=optimizer_step)
     return HandOverResult(moved.result(), now_s() - start_s)
 
 
