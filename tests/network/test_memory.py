@@ -12,11 +12,11 @@ from fusionai.errors import ConfigError, NetworkError, PeerLost
 from fusionai.network.clock import now_s, run_scripted
 from fusionai.network.framing import FrameType
 from fusionai.network.lab import EmulatedLink, LabConfig
-from fusionai.network.memory import DROP, TWICE, Fate, Message
+from fusionai.network.memory_channel import DROP, TWICE, CarriedMessage, Fate
 
 
 def test_a_script_sees_every_message_twice() -> None:
-    seen: list[tuple[str, Message]] = []
+    seen: list[tuple[str, CarriedMessage]] = []
 
     async def main() -> None:
         async with linked() as (network, _, b, link):
@@ -101,7 +101,7 @@ def test_a_machine_dies_at_the_very_message() -> None:
     async def main() -> None:
         async with linked() as (network, _, b, link):
 
-            def on_arrival(message: Message) -> None:
+            def on_arrival(message: CarriedMessage) -> None:
                 if message.content == b"second":
                     network.kill("b")
 

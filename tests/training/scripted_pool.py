@@ -32,7 +32,8 @@ from fusionai.network.identity import Identity, PeerId
 from fusionai.network.lab import EmulatedLink, LabConfig
 from fusionai.network.limits import Limits
 from fusionai.network.link import Link
-from fusionai.network.memory import Fate, MemoryNetwork, Message
+from fusionai.network.memory import MemoryNetwork
+from fusionai.network.memory_channel import CarriedMessage, Fate
 from fusionai.pool.contacts import Contact
 from fusionai.pool.identifiers import FIRST_EPOCH, Epoch, JobEpoch, JobId
 from fusionai.pool.job_wire import JobWire
@@ -209,7 +210,7 @@ class ScriptedPool:
         self.network.on_send = self._on_send
         self.network.on_arrival = self._on_arrival
         self.faults = Faults()
-        self.fate: Callable[[Message], Fate | None] = lambda message: None
+        self.fate: Callable[[CarriedMessage], Fate | None] = lambda message: None
         """What becomes of messages, where no fault is due."""
         self.duration_s = duration_s
         self._names = names
@@ -251,14 +252,14 @@ class ScriptedPool:
     def owner(self) -> ScriptedMachine:
         return self.machines[OWNER]
 
-    def _on_send(self, message: Message) -> Fate | None:
+    def _on_send(self, message: CarriedMessage) -> Fate | None:
         self._come_by(message, message.source, "sends", message.target)
         return self.fate(message)
 
-    def _on_arrival(self, message: Message) -> None:
+    def _on_arrival(self, message: CarriedMessage) -> None:
         self._come_by(message, message.target, "gets", message.source)
 
-    def _come_by(self, message: Message, machine: str, verb: str, other: str) -> None:
+    def _come_by(self, message: CarriedMessage, machine: str, verb: str, other: str) -> None:
         if not message.kind.startswith(PREFIX):
             return
         kind = message.kind.removeprefix(PREFIX)
