@@ -157,7 +157,7 @@ def test_more_waiting_tensors_than_memory(tmp_path: Path) -> None:
     async def play(pool: Pool) -> None:
         host = pool.b.hosting.host(first_plan(pool.driver.launched))
         assert host is not None
-        host._limit_bytes = 8 * MIB
+        host.limit_memory(8 * MIB)
         rows = MIB // 32
         await pool.driver.begin(pool.b, sizes=rows, microbatches=100)
         header = boundary(pool, rows=rows)
@@ -185,9 +185,9 @@ def test_tied_gradients_of_rounds_long_over_are_not_kept(tmp_path: Path) -> None
         header = TiedGradient(job, FIRST_EPOCH, 0, dag.weights[0].key, "float32", (8, 8))
         for number in [*range(-50, 0), 0, 0]:
             await pool.a.wire.send(pool.b.identity.peer_id, replace(header, round=number), zeros(header))
-        await until(lambda: len(host._tied) == 1)
+        await until(lambda: len(host._rounds.exchange) == 1)
         await pool.a.endpoint.link(pool.b.identity.peer_id).ping(timeout_s=60)  # type: ignore[union-attr]
-        assert len(host._tied) == 1
+        assert len(host._rounds.exchange) == 1
         assert not pool.driver.failures
 
     dag = tied()
