@@ -4,7 +4,7 @@
 
 On made-up internets (tests/broker/synthetic_internet.py), every machine joining in turn, probed with the broker
 and a few others: at random, or as the broker chooses (`broker.probe_choice`). Errors are relative, over unprobed pairs
-drawn at random ("far"), and over all pairs within sites, probed or not ("site"). Plans are of `plan_swarm`, made with
+drawn at random ("far"), and over all pairs within sites, probed or not ("site"). Plans are of `planner.plan`, made with
 measured and estimated links and worked through on the true ones; the ratio is that of the step to the step planned with
 the truth. "measured" plans again with the links that the plan uses measured, at most twice, as the broker does.
 """

@@ -149,7 +149,7 @@ class Party:
             plan = evaluated_one(problem, cuts, machines, running.microbatches).plan()
             return Replanned(plan, (), 0.0, 1.0, "the test wants it")
 
-        self._monkeypatch.setattr("fusionai.broker.replanning.replanned", choose)
+        self._monkeypatch.setattr("fusionai.broker.replanner.replanned", choose)
         drifted = (Drift(self.launched.plan.stages[0].peer, 2.0, 0),)
         with self._monkeypatch.context() as patch:
             patch.setattr(Corrections, "drifted", lambda corrections: drifted)

@@ -17,7 +17,7 @@ from fusionai.broker.pool import PoolState
 from fusionai.broker.pool_changes import PoolChanges
 from fusionai.broker.prober import Prober
 from fusionai.broker.records import PRESENT, MemberRecord
-from fusionai.broker.replanning import Replanner
+from fusionai.broker.replanner import Replanner
 from fusionai.broker.store import SqliteStore
 from fusionai.broker.validation import check_heartbeat, check_progress, check_register, check_replan, check_submit
 from fusionai.errors import AuthenticationError, ConfigError, NetworkError, ProtocolError, StorageError, TokenError

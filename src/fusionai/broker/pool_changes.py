@@ -1,7 +1,7 @@
 """What owners of running jobs hear of the pool: machines that came, and machines that want to go.
 
 A plan is made for the pool as it was. Whether another one is worth its moves is for the owner to ask
-(`broker.replanning`): it alone knows how many steps are left and how fast they are.
+(`broker.replanner`): it alone knows how many steps are left and how fast they are.
 """
 
 from __future__ import annotations

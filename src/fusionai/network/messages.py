@@ -14,7 +14,7 @@ import msgspec
 import fusionai.errors
 from fusionai.errors import FusionError, NetworkError, ProtocolError
 
-PROTOCOL_MAJOR = 1
+PROTOCOL_MAJOR = 2
 PROTOCOL_MINOR = 0
 
 

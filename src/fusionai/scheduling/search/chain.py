@@ -235,8 +235,8 @@ def measured_all(
     return [Chain(tuple(row[0]), tuple(row[1]), row[2], row[3], in_flight_limit) for row in rows]
 
 
-def roomy(costs: SegmentCosts, chain: Chain) -> bool:
-    """Whether memory has no say in a chain's cuts: its stages have room for more than 1F1B asks for."""
+def memory_does_not_bind(costs: SegmentCosts, chain: Chain) -> bool:
+    """Whether a chain would be cut alike with more memory: all its stages have room for more than 1F1B asks for."""
     room = _room(costs, np.asarray(chain.machines), np.asarray(chain.bounds))
     return bool((room > np.arange(len(room), 0, -1) + costs.segments.outer_after + 1).all())
 

@@ -9,7 +9,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fusionai.scheduling.links import Indices
-from fusionai.scheduling.search.chain import Chain, hops_of, measured, ordered, proportional, roomy, solved
+from fusionai.scheduling.search.chain import (
+    Chain,
+    hops_of,
+    measured,
+    memory_does_not_bind,
+    ordered,
+    proportional,
+    solved,
+)
 from fusionai.scheduling.search.chain_polish import polished
 from fusionai.scheduling.search.grouping import Grouping
 from fusionai.scheduling.search.segment_costs import SegmentCosts
@@ -78,7 +86,9 @@ class ChainSolver:
                 found = solved(costs, order, tried, sharing=sharing, tolerance=tolerance)
                 if found is not None and (best is None or seconds(found) < seconds(best)):
                     best = found
-            if best is not None and (roomy(costs, best) or seconds(best) < _BALANCED * microbatches * ideal_s):
+            if best is not None and (
+                memory_does_not_bind(costs, best) or seconds(best) < _BALANCED * microbatches * ideal_s
+            ):
                 break
         place = {int(machine): index for index, machine in enumerate(machines)}
         self.known[key] = None if best is None else (tuple(place[each] for each in best.machines), best)

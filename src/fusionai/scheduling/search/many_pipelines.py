@@ -26,7 +26,7 @@ from fusionai.scheduling.search.end_estimate import end_s
 from fusionai.scheduling.search.grouping import Grouping, fenced, groupings, scopes
 from fusionai.scheduling.search.segment_costs import SegmentCosts
 from fusionai.scheduling.search.segment_tables import costs_in_segments
-from fusionai.scheduling.search.selection import NO_GUESS, Selection, selected, weighed
+from fusionai.scheduling.search.selection import UNESTIMATED, Selection, selected, weighed
 from fusionai.scheduling.search.shares import shared_out
 from fusionai.scheduling.search.small_pools import best_small_chains
 from fusionai.scheduling.search.step_bound import least_s
@@ -42,12 +42,13 @@ _REFINED = 14
 """Groupings whose chains are solved."""
 
 _OF_SITES = 5
-"""Those of groupings by sites that are solved in any case."""
+"""Groupings by site: the planner always solves the best few of them exactly."""
 
 _MANY_CHAINS = 16
 _HOPELESS_OF_MANY = 1.3
 _HOPELESS = 2.5
-"""Groupings of more chains than that, and of fewer, are not solved if the guess is so many times the best so far."""
+"""A grouping is not solved if its estimate is so many times the best step so far. The first factor is for groupings of
+more than `_MANY_CHAINS` chains, the second for others."""
 
 _WORTH_POLISHING = 1.5
 """Chains are polished if they take at most so many times the best so far."""
@@ -56,10 +57,10 @@ _MOST_SITES = 64
 """Clusters of near machines up to which they are grouped one by one."""
 
 _LOOKED_AT = 12
-"""Selections of which the end of the step is reckoned as it would be."""
+"""Selections whose end of the step is worked out exactly."""
 
 _WORKED_THROUGH = 6
-"""Those of them whose schedules are worked through, at most."""
+"""At most so many of these selections have their schedules executed."""
 
 _ALONE = 8
 """Machines that are weighed as doing everything by themselves: updates tell them apart only where they are close."""
@@ -177,7 +178,7 @@ def _selections(solver: ChainSolver) -> list[Selection]:
     if not found:
         # Quick guesses cut by speed, and what is cut for memory may fit all the same: whatever does is welcome.
         guessed = {key for _, key in guesses}
-        rest += [(NO_GUESS, way) for key, way in ways.items() if key not in guessed]
+        rest += [(UNESTIMATED, way) for key, way in ways.items() if key not in guessed]
         found = [each for each in (refined(solver, way, guess) for guess, way in rest) if each is not None]
     return found
 

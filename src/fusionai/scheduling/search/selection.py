@@ -33,8 +33,8 @@ class Selection:
     """Seconds of summing gradients at the end of the step for each byte that the machine with most weights holds."""
 
 
-NO_GUESS = Selection((), (), math.inf)
-"""Of chains that nobody could guess: by speed alone they fit nowhere."""
+UNESTIMATED = Selection((), (), math.inf)
+"""Stands for a grouping without an estimate: cut in proportion to speed, its chains fit nowhere. It sorts last."""
 
 
 def weighed(costs: SegmentCosts, chains: Sequence[Chain], below_s: float = math.inf) -> Selection | None:

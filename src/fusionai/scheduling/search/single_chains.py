@@ -12,7 +12,7 @@ from fusionai.scheduling.search.chain_solver import ChainSolver, estimated, refi
 from fusionai.scheduling.search.grouping import Grouping, fenced, groupings, scopes
 from fusionai.scheduling.search.segment_costs import SegmentCosts
 from fusionai.scheduling.search.segment_tables import costs_in_segments
-from fusionai.scheduling.search.selection import NO_GUESS
+from fusionai.scheduling.search.selection import UNESTIMATED
 
 _REFINED = 8
 """Groups whose chain is solved."""
@@ -31,7 +31,7 @@ def best_single_chains(costs: SegmentCosts, machines: Indices) -> list[Chain]:
             first = grouping.groups[0]
             ways.setdefault(tuple(first.tolist()), Grouping((first,)))
     # What fits nowhere when it is cut by speed may fit when it is cut for memory, and is solved last.
-    guesses = [(estimated(costs, way) or NO_GUESS, way) for way in ways.values()]
+    guesses = [(estimated(costs, way) or UNESTIMATED, way) for way in ways.values()]
     guesses.sort(key=lambda pair: pair[0].step_s)
     found: list[tuple[float, Chain]] = []
     for guess, way in guesses:
