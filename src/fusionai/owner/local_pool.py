@@ -22,7 +22,7 @@ from fusionai.errors import JobError
 
 log = logging.getLogger(__name__)
 
-_START_TIMEOUT_S = 120.0
+_START_TIMEOUT_S = 300.0
 """Seconds that a child may take to import torch and to measure the machine, when the machine is busy."""
 
 _STOP_TIMEOUT_S = 10.0
@@ -148,6 +148,10 @@ def _first_json_line(child: _Child, stream: IO[bytes]) -> dict[str, object]:
             return found
     except ValueError:
         pass
-    child.process.wait(_STOP_TIMEOUT_S)
+    try:
+        child.process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        child.process.kill()  # a busy machine may take longer; what is wrong has been said
+        child.process.wait()
     tail = child.log.read_text(encoding="utf-8", errors="replace")[-2000:]
     raise JobError(f"{child.name} did not start: {line.decode(errors='replace').strip()}\n{tail}".strip())
