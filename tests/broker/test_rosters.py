@@ -64,7 +64,7 @@ def test_which_rosters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 host.take_roster(stolen)
             begin = BeginRound(before.job, LATER, 0, 0, True, {"s0": 2}, (1.0,))
             await party.owner.wire.notify(host._wire.me, begin)
-            await until(lambda: host._current is not None)
+            await until(lambda: not host._rounds.idle)
             with pytest.raises(ProtocolError, match="a round is in progress"):
                 host.take_roster(later(host, Epoch(6)))
 
