@@ -452,7 +452,7 @@ def test_gradients_of_a_tied_weight_are_kept_for_their_round_only() -> None:
             await host.on_control(DRIVER, begin(0))
             for number in (*range(-50, 0), 0, 0):
                 await host.on_tensor(C, shared(number), noise("gradient"))
-            assert len(host._tied) == 1
+            assert len(host._rounds.exchange) == 1
             with pytest.raises(ProtocolError, match="a tensor of round 2 came, but round 1 is next"):
                 await host.on_tensor(C, shared(2), noise("gradient"))
             for peer, header, says in (
@@ -461,7 +461,7 @@ def test_gradients_of_a_tied_weight_are_kept_for_their_round_only() -> None:
             ):
                 with pytest.raises(ProtocolError, match=says):
                     await host.on_tensor(peer, header, noise("gradient", None if len(header.shape) == 1 else 4))
-            assert len(host._tied) == 1
+            assert len(host._rounds.exchange) == 1
 
     run_scripted(main())
 
