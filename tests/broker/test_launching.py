@@ -265,7 +265,7 @@ def test_a_job_whose_owner_does_not_come_back_after_the_restart(tmp_path: Path) 
                 await submit(owner, compnodes=1)
             await owner.close()
             await until(lambda: not a.holds)
-            async with broker_at(tmp_path) as broker:
+            async with broker_at(tmp_path, times=replace(QUICK, recovery_s=0.5)) as broker:
                 await until(lambda: broker.status().jobs[-1].state == "failed")
                 assert "owner" in broker.status().jobs[-1].reason
                 await until(lambda: broker.status().compnodes[0].state == "idle")
