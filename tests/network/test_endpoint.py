@@ -237,7 +237,7 @@ def test_minor_versions_work_together() -> None:
 
 @pytest.mark.parametrize("dialler_is_newer", [True, False])
 def test_major_versions_are_refused_by_name(dialler_is_newer: bool, caplog: pytest.LogCaptureFixture) -> None:
-    new, old = PeerVersion(major=2, minor=1, package="3.0"), PeerVersion(package="0.1")
+    new, old = PeerVersion(major=3, minor=1, package="3.0"), PeerVersion(package="0.1")
 
     async def main() -> None:
         a = Node("a", release=new if dialler_is_newer else old)
@@ -245,15 +245,15 @@ def test_major_versions_are_refused_by_name(dialler_is_newer: bool, caplog: pyte
         async with nodes(a, b):
             with pytest.raises(ProtocolError) as caught:
                 await a.connect(b)
-            assert "protocol 2.1 (fusionai 3.0)" in str(caught.value)
-            assert "protocol 1.0 (fusionai 0.1)" in str(caught.value)
+            assert "protocol 3.1 (fusionai 3.0)" in str(caught.value)
+            assert "protocol 2.0 (fusionai 0.1)" in str(caught.value)
             assert b.got.links == []
 
     with caplog.at_level(logging.WARNING):
         run(main())
     logged = caplog.text
-    assert "protocol 2.1 (fusionai 3.0)" in logged
-    assert "protocol 1.0 (fusionai 0.1)" in logged
+    assert "protocol 3.1 (fusionai 3.0)" in logged
+    assert "protocol 2.0 (fusionai 0.1)" in logged
 
 
 # --- addresses ------------------------------------------------------------------------------------------------
