@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 
@@ -87,6 +88,8 @@ def test_three_holders_of_one_weight_sum_in_one_order() -> None:
             await pool.train(driver, 4, microbatches=3)
             for step in range(4):
                 reference.train_step(batch(step, 3), [1 / 3] * 3, 0.125)
+            assert await pool.tensors(driver) == reference.tensors()
+            await asyncio.sleep(1)  # the other two have heard of the last commit by then, too
             held = {bytes(pool.machines[name].program.read(WeightKey("shared")).data) for name in "abc"}
             assert held == {reference.tensors()["shared", None]}
 
