@@ -79,7 +79,8 @@ def test_scripted_seconds_are_the_pipelines() -> None:
 
 def test_three_holders_of_one_weight_sum_in_one_order() -> None:
     """Sums of three depend on their order in the last bits: every holder takes the last stage first."""
-    pipeline = Pipeline(chain([Layer("shared"), Layer("shared"), Layer("shared")]), (1, 2), ("a", "b", "c"))
+    layers = [Layer("shared"), Layer("shared", skip=0), Layer("shared", skip=1)]
+    pipeline = Pipeline(chain(layers), (1, 3), ("a", "b", "c"))
 
     async def main() -> None:
         reference = Reference(pipeline)
