@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 
@@ -14,6 +15,7 @@ from toy_pipelines import OWNER, ROWS, STATES, WIDTH, Layer, Pipeline, Reference
 
 from fusionai.errors import GraphError, JobError
 from fusionai.graph.cuts import cut
+from fusionai.graph.model import WeightKey
 from fusionai.network.clock import run_scripted
 from fusionai.network.lab import EmulatedLink, LabConfig
 from fusionai.network.limits import Limits
@@ -71,6 +73,26 @@ def test_scripted_seconds_are_the_pipelines() -> None:
                 assert report.busy_s == pytest.approx(6.0)
                 assert sum(report.forward_s.values()) == pytest.approx(2.0)
                 assert sum(report.backward_s.values()) == pytest.approx(4.0)
+
+    run_scripted(main())
+
+
+def test_three_holders_of_one_weight_sum_in_one_order() -> None:
+    """Sums of three depend on their order in the last bits: every holder takes the last stage first."""
+    layers = [Layer("shared"), Layer("shared", skip=0), Layer("shared", skip=1)]
+    pipeline = Pipeline(chain(layers), (1, 3), ("a", "b", "c"))
+
+    async def main() -> None:
+        reference = Reference(pipeline)
+        async with ScriptedPool(*NAMES) as pool:
+            driver = await pool.launch(pipeline)
+            await pool.train(driver, 4, microbatches=3)
+            for step in range(4):
+                reference.train_step(batch(step, 3), [1 / 3] * 3, 0.125)
+            assert await pool.tensors(driver) == reference.tensors()
+            await asyncio.sleep(1)  # the other two have heard of the last commit by then, too
+            held = {bytes(pool.machines[name].program.read(WeightKey("shared")).data) for name in "abc"}
+            assert held == {reference.tensors()["shared", None]}
 
     run_scripted(main())
 
