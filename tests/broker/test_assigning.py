@@ -7,7 +7,7 @@ from broker_pool import graph, profile
 from msgspec.structs import replace
 
 from fusionai.broker.assigning import assignments
-from fusionai.broker.links import LinkBook
+from fusionai.broker.link_book import LinkBook
 from fusionai.broker.records import MemberRecord
 from fusionai.errors import FusionError, PlacementError, ProtocolError
 from fusionai.execution.plane import ProgramOptions

@@ -6,7 +6,7 @@ import pytest
 from broker_pool import profile
 from msgspec.structs import replace
 
-from fusionai.broker.links import LinkBook
+from fusionai.broker.link_book import LinkBook
 from fusionai.broker.records import LinkRecord, MemberRecord
 from fusionai.broker.registry import Registry
 from fusionai.broker.validation import check_heartbeat, check_register

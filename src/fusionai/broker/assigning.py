@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from msgspec.structs import replace
 
-from fusionai.broker.links import LinkBook
+from fusionai.broker.link_book import LinkBook
 from fusionai.broker.records import MemberRecord
 from fusionai.errors import PlacementError
 from fusionai.execution.plane import ProgramOptions

@@ -6,8 +6,8 @@ import asyncio
 import time
 from collections.abc import Mapping
 
+from fusionai.broker.link_book import LinkBook
 from fusionai.broker.link_estimation import LinkProbes, estimate_links
-from fusionai.broker.links import LinkBook
 from fusionai.broker.records import LinkRecord
 from fusionai.network.identity import PeerId
 from fusionai.scheduling.profile import AccessProfile

@@ -11,8 +11,8 @@ import msgspec
 
 from fusionai.broker.jobs import JobBook
 from fusionai.broker.journal import Journal
+from fusionai.broker.link_book import LinkBook
 from fusionai.broker.link_estimates import LinkEstimates
-from fusionai.broker.links import LinkBook
 from fusionai.broker.registry import Registry
 from fusionai.errors import NetworkError, PeerLost
 from fusionai.network.endpoint import Endpoint

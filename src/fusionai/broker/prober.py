@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from msgspec.structs import replace
 
-from fusionai.broker.links import Pair, pair
+from fusionai.broker.link_book import Pair, pair
 from fusionai.broker.pool import PoolState
 from fusionai.broker.probe_choice import AT_MOST, FIRST, first_partners, network_of, next_partner
 from fusionai.broker.records import PRESENT, LinkRecord, MemberRecord
