@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 
 from fusionai.simulation.headline.card_clusters import LATENCY_S
 from fusionai.simulation.headline.headline_report import Headline, Row
+
+_WIDTH = 120
+"""Characters of a line of prose."""
 
 _CLAIM = "The abstract of FusionAI (arXiv 2309.01172) says that 50 RTX 3080 reach the throughput of 4 H100."
 
 
 def page(found: Headline, date: datetime.date, *, command: str) -> str:
     """Return the page; it ends with a line break. `command` is what made it."""
-    return "\n".join(_lines(found, date, command)) + "\n"
+    return wrapped(_lines(found, date, command))
+
+
+def wrapped(lines: Iterable[str]) -> str:
+    """Return lines as one text in which prose has at most `_WIDTH` characters a line; tables stay as they are."""
+    found: list[str] = []
+    for line in lines:
+        if len(line) <= _WIDTH or line.startswith("|"):
+            found.append(line)
+            continue
+        indent = "  " if line.startswith("- ") else ""
+        found += textwrap.wrap(line, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(found) + "\n"
 
 
 def holds(row: Row, found: Headline) -> bool:
