@@ -207,14 +207,14 @@ def test_as_many_shares_as_memory_allows() -> None:
 
     async def scene(pair: Pair) -> None:
         training = await pair.hold_training(24 * MIB)
-        assert training._limit_bytes == 64 * MIB
+        assert training._rounds._limit_bytes == 64 * MIB
         echo = await pair.hold_echo(memory_bytes=8 * MIB)
-        assert (training._limit_bytes, echo.limit_bytes) == (40 * MIB, 24 * MIB)
+        assert (training._rounds._limit_bytes, echo.limit_bytes) == (40 * MIB, 24 * MIB)
         third = JobEpoch(JobId("third"), FIRST_EPOCH)
         with pytest.raises(PlacementError, match=r"needs 34,603,008 bytes beside 33,554,432 that it holds"):
             await pair.hold_echo(third, memory_bytes=33 * MIB)
         await pair.hold_echo(third, memory_bytes=32 * MIB)
-        assert (training._limit_bytes, echo.limit_bytes) == (24 * MIB, 8 * MIB)
+        assert (training._rounds._limit_bytes, echo.limit_bytes) == (24 * MIB, 8 * MIB)
         await pair.compnode.hosting.release(third, "over")
         await pair.compnode.hosting.release(TRAINING, "over")
         assert echo.limit_bytes == 64 * MIB
