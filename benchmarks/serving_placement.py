@@ -33,7 +33,7 @@ from fusionai.scheduling.serving.serving_evaluation import Evaluator, HeldRange
 from fusionai.scheduling.serving.serving_model import ServingModel, serving_model
 from fusionai.scheduling.serving.serving_plan import ServingPlan
 from fusionai.scheduling.serving.serving_planner import plan_of_placement, plan_serving
-from fusionai.scheduling.serving.task import ServingTask
+from fusionai.scheduling.serving.serving_task import ServingTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "scheduling"))
 

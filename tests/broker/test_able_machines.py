@@ -71,3 +71,15 @@ def test_nobody_can() -> None:
     found = obstacles(GRAPH, 0, len(GRAPH.nodes), members)
     with pytest.raises(PlacementError, match=r"no free compnode can run this model: a cannot.*and 1 others cannot"):
         able(members, found)
+
+
+def test_nothing_is_left_for_compnodes() -> None:
+    last = len(GRAPH.nodes)
+    with pytest.raises(PlacementError, match="no operator is left for compnodes"):
+        obstacles(GRAPH, last, last, [member("a", EVERYTHING)])
+
+
+def test_a_plan_names_a_few_of_many() -> None:
+    lines = unable_lines({f"machine-{number}": "its plane does not train" for number in range(20_000)})
+    assert len(lines) == 9
+    assert lines[-1].startswith("19992 more machines")

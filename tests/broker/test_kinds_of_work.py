@@ -222,6 +222,24 @@ def test_as_many_shares_as_memory_allows() -> None:
     play(scene)
 
 
+def test_a_share_that_cannot_be_made_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(pair: Pair) -> None:
+        training = await pair.hold_training(24 * MIB)
+        seen: list[int] = []
+
+        async def broken(self: EchoWork, work: EchoShare, wire: JobWire, **options: object) -> EchoHost:
+            seen.append(training._rounds._limit_bytes)
+            raise JobError("no program")
+
+        monkeypatch.setattr(EchoWork, "host", broken)
+        with pytest.raises(JobError, match="no program"):
+            await pair.hold_echo(memory_bytes=8 * MIB)
+        assert seen == [40 * MIB], "the first share gives way before the second is made"
+        assert training._rounds._limit_bytes == 64 * MIB
+
+    play(scene)
+
+
 def test_what_hosting_refuses() -> None:
     async def scene(pair: Pair) -> None:
         await pair.hold_echo()
@@ -235,7 +253,7 @@ def test_what_hosting_refuses() -> None:
             await pair.hold_echo(JobEpoch(ECHO.job, Epoch(2)))
         for number in range(14):
             await pair.hold_echo(JobEpoch(JobId(f"job-{number}"), FIRST_EPOCH), memory_bytes=-(1 << 40))
-        with pytest.raises(JobError, match="already"):
+        with pytest.raises(JobError, match="holds 16 shares of jobs already, which is the most"):
             await pair.hold_echo(JobEpoch(JobId("one too many"), FIRST_EPOCH), memory_bytes=0)
 
     play(scene)

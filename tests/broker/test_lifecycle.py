@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from fusionai.broker.lifecycle import Lifecycle
-from fusionai.broker.pool import PoolState
+from fusionai.broker.pool_state import PoolState
 from fusionai.broker.records import JobRecord, MemberState, Preparation
 from fusionai.errors import JobError, PeerLost, ProtocolError
 from fusionai.network.clock import now_s, run_scripted

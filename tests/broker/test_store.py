@@ -133,3 +133,32 @@ def test_the_journal_writes_the_newest_version_and_keeps_what_failed(tmp_path: P
     store = SqliteStore(path)
     assert store.members() == []
     store.close()
+
+
+SCHEMA_1_JOB = """{"job":"abc","name":"n","owner":"oooo","owner_name":"","state":"running","reason":"","step":7,
+"steps":9,"loss":null,"tokens_per_s":0.0,"compnodes":{"cccc":"c"},"config":"","plan":{"graph_hash":"00","sizes":{"b":1},
+"microbatches":4,"privacy":"open","owner":"oooo","stages":[{"stage":0,"peer":"cccc","start":0,"stop":3,"in_flight":1,
+"predicted":{"forward_s":1.0,"backward_s":1.0,"update_s":1.0,"memory_bytes":10,"send_s":0.0}}],"predicted_step_s":1.0,
+"bottleneck":"stage 0","explanation":[]},"submitted_s":1.0,"generations":["abc.2","abc.3"],"prepared":3,
+"preparing":{"generation":"abc.3","plan":{"graph_hash":"00","sizes":{"b":1},"microbatches":4,"privacy":"open",
+"owner":"oooo","stages":[],"predicted_step_s":1.0,"bottleneck":"","explanation":[]},"compnodes":{}}}"""
+"""A row that the version with schema 1 wrote, while a further plan was prepared."""
+
+
+def test_a_database_of_schema_1_is_read_on(tmp_path: Path) -> None:
+    path = tmp_path / "broker.sqlite"
+    SqliteStore(path).close()
+    old = sqlite3.connect(path)
+    old.execute("INSERT INTO jobs VALUES ('abc', 'running', 1.0, ?)", (SCHEMA_1_JOB,))
+    old.execute("UPDATE meta SET value = '1' WHERE name = 'schema'")
+    old.commit()
+    old.close()
+    for _ in range(2):  # upgraded once, then read as it is
+        store = SqliteStore(path)
+        (record,) = store.jobs()
+        assert store.get("schema") == "2"
+        store.close()
+        assert (record.job, record.step, record.prepared, record.preparing) == ("abc", 7, 3, None)
+        assert record.plan is not None
+        assert [(stage.peer, stage.stop) for stage in record.plan.stages] == [("cccc", 3)]
+        assert record.plan.pipelines[0].microbatches == 4

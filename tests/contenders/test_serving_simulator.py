@@ -26,7 +26,7 @@ from fusionai.scheduling.serving.load import load_of
 from fusionai.scheduling.serving.serving_evaluation import Evaluator, HeldRange
 from fusionai.scheduling.serving.serving_plan import FlowPlan, ServingPlan
 from fusionai.scheduling.serving.serving_planner import plan_of_placement, plan_serving
-from fusionai.scheduling.serving.task import ServingTask
+from fusionai.scheduling.serving.serving_task import ServingTask
 
 RATE, DELAY_S = 1e6, 0.01
 

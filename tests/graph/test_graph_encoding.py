@@ -183,7 +183,7 @@ def test_ten_thousand_malformed_texts_raise_graph_errors_only() -> None:
         slowest_s = max(slowest_s, time.process_time() - started_s)
     assert refused > MUTATIONS * 0.8
     assert by_rules > MUTATIONS * 0.15, "many must get past the parser, to the rules"
-    assert slowest_s < 3
+    assert slowest_s < 10
     assert psutil.Process().memory_info().rss - before_bytes < 64 << 20
 
 

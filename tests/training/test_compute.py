@@ -18,7 +18,7 @@ from fusionai.graph.model import ValueName
 from fusionai.network.clock import now_s, run_scripted
 from fusionai.network.loop import run
 from fusionai.training.compute import Compute, ComputeThread, Round
-from fusionai.training.ledger import RoundLedger, Slot, Task
+from fusionai.training.ledger import ReadyPass, RoundLedger, Slot
 from fusionai.training.scripted_compute import ScriptedCompute, Transition
 from fusionai.training.slowdown import FULL_SPEED, Slowdown, Throttle
 
@@ -33,7 +33,7 @@ class Heard:
         self.complete = asyncio.Event()
         self.failed = asyncio.Event()
 
-    def on_pass(self, current: Round, task: Task, outputs: dict[ValueName, Any]) -> None:
+    def on_pass(self, current: Round, task: ReadyPass, outputs: dict[ValueName, Any]) -> None:
         self.events.append(f"{task.turn.direction} {task.turn.index}")
         self.outputs.append(outputs)
 

@@ -25,7 +25,8 @@ def stage_costs(work: SegmentCosts, bounds: Sequence[int]) -> tuple[StageCost, .
 def job_of_cuts(work: SegmentCosts, bounds: Sequence[int]) -> RoutedJob:
     """Return what stages cut at `bounds` (indices of `work.positions`, both ends among them) take on every machine.
 
-    Machines are numbered as in `task.machines`. The owner's stages come first and last, and nobody else may hold them.
+    Machines are numbered as in the problem's `machines`. The owner's stages come first and last, and nobody else may
+    hold them.
     A value that several later stages read is taken to be handed on from stage to stage.
     """
     task = work.problem

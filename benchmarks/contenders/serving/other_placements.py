@@ -12,7 +12,7 @@ from fusionai.scheduling.serving.placements import equal_layers, petals_like, se
 from fusionai.scheduling.serving.serving_evaluation import Evaluator, HeldRange
 from fusionai.scheduling.serving.serving_plan import ServingPlan
 from fusionai.scheduling.serving.serving_planner import plan_of_placement
-from fusionai.scheduling.serving.task import ServingTask
+from fusionai.scheduling.serving.serving_task import ServingTask
 
 PLACEMENTS: Mapping[str, Callable[[Evaluator], list[HeldRange]]] = {
     "petals": petals_like,

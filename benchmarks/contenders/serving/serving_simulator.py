@@ -28,7 +28,7 @@ from fusionai.errors import ConfigError
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.serving.serving_estimator import range_times
 from fusionai.scheduling.serving.serving_plan import ServingPlan
-from fusionai.scheduling.serving.task import ServingTask
+from fusionai.scheduling.serving.serving_task import ServingTask
 
 _GATEWAY = -1
 

@@ -11,7 +11,7 @@ from contenders.serving.requests import Request
 from fusionai.scheduling.estimator import flops_rate
 from fusionai.scheduling.links import Floats
 from fusionai.scheduling.profile import DeviceProfile
-from fusionai.scheduling.serving.task import ServingTask
+from fusionai.scheduling.serving.serving_task import ServingTask
 
 
 class Conversation:

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 from fusionai.broker.records import MemberRecord
 from fusionai.errors import PlacementError
 from fusionai.graph.cuts import cut
 from fusionai.graph.model import OpDag
 
+_MOST_LINES = 8
+"""Machines that a plan names one by one: the plan travels in a message and is kept."""
+
 
 def obstacles(graph: OpDag, front: int, back: int, members: Sequence[MemberRecord]) -> dict[str, str]:
     """Return why machines cannot train the nodes [front, back) of a graph, by name; those that can are left out.
 
+    Raises PlacementError if nothing lies between `front` and `back`.
+
     A machine that told no abilities, as older versions do, is taken to have them all: its plane refuses a stage that it
     cannot run. Takes a millisecond for each few operators: call it in a thread.
     """
+    if not any(each.device is not None and each.device.abilities is not None for each in members):
+        return {}
+    if front >= back:
+        raise PlacementError(
+            f"no operator is left for compnodes: the owner keeps those before {front} and from {back} on; train a "
+            "larger model, or plan the job as open"
+        )
     ends = [position for position in (front, back) if 0 < position < len(graph.nodes)]
     distributed = cut(graph, ends)[1 if front > 0 else 0]
     found: dict[str, str] = {}
@@ -48,5 +61,7 @@ def able(members: Sequence[MemberRecord], unable: dict[str, str]) -> list[Member
 
 
 def unable_lines(unable: dict[str, str]) -> tuple[str, ...]:
-    """Return a line for people about each machine that a plan leaves out because its plane cannot run the model."""
-    return tuple(f"{name} is left out: {obstacle}" for name, obstacle in unable.items())
+    """Return lines for people about machines that a plan leaves out because their planes cannot run the model."""
+    lines = [f"{name} is left out: {obstacle}" for name, obstacle in islice(unable.items(), _MOST_LINES)]
+    more = len(unable) - len(lines)
+    return (*lines, *([f"{more} more machines are left out because their planes cannot run the model"] if more else ()))

@@ -13,8 +13,8 @@ import msgspec
 from fusionai.broker.journal import Journal
 from fusionai.broker.launching import PROBES_TIMEOUT_S, Launcher
 from fusionai.broker.lifecycle import Lifecycle
-from fusionai.broker.pool import PoolState
 from fusionai.broker.pool_changes import PoolChanges
+from fusionai.broker.pool_state import PoolState
 from fusionai.broker.prober import Prober
 from fusionai.broker.records import PRESENT, MemberRecord
 from fusionai.broker.replanner import Replanner
@@ -119,7 +119,7 @@ class Broker:
             kind_of(MeasureLinks): self._on_measure,
             kind_of(JobEnded): self._on_ended,
             kind_of(LeavePool): self._on_leave,
-            kind_of(WishToLeave): self._on_relieve,
+            kind_of(WishToLeave): self._on_wish_to_leave,
             kind_of(ReplanJob): self._on_replan,
             kind_of(SwitchPlan): self._on_switch,
             kind_of(ForgetPlan): self._on_forget,
@@ -352,7 +352,7 @@ class Broker:
         self._prober.forget(member.peer)
         return b""
 
-    async def _on_relieve(self, member: MemberRecord, payload: bytes) -> bytes:
+    async def _on_wish_to_leave(self, member: MemberRecord, payload: bytes) -> bytes:
         self._changes.relieve(member, decode(WishToLeave, payload).reason[:500] or "it wants to leave")
         return b""
 

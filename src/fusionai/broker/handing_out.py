@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-from fusionai.broker.pool import PoolState
+from fusionai.broker.pool_state import PoolState
 from fusionai.broker.prober import Prober
 from fusionai.broker.records import MemberRecord
 from fusionai.errors import FusionError, JobError, NetworkError, PeerTimeout
@@ -22,25 +22,27 @@ CONNECT_TIMEOUT_S = 60.0
 
 
 async def hand_out(
-    state: PoolState, prober: Prober, shares: Mapping[PeerId, Assignment], members: Mapping[PeerId, MemberRecord]
+    state: PoolState, prober: Prober, assignments: Mapping[PeerId, Assignment], members: Mapping[PeerId, MemberRecord]
 ) -> None:
     """Give every machine its share; when this returns, all have made their programs and are linked.
 
     Raises FusionError: what a machine answered, with its name. The others may hold their shares then.
     """
     async with prober.undisturbed(members):
-        await all_of(_assign(state, members[peer], share) for peer, share in shares.items())
+        await all_of(_assign(state, members[peer], each) for peer, each in assignments.items())
         # Only now does every machine know whom to admit.
-        await all_of(_connect(state, members[peer], share.plan) for peer, share in shares.items())
+        await all_of(_connect(state, members[peer], each.plan) for peer, each in assignments.items())
 
 
-async def _assign(state: PoolState, member: MemberRecord, share: Assignment) -> None:
-    packed = await asyncio.to_thread(pack, share)
+async def _assign(state: PoolState, member: MemberRecord, assigned: Assignment) -> None:
+    packed = await asyncio.to_thread(pack, assigned)
     try:
         async with asyncio.timeout(ASSIGN_TIMEOUT_S):
             link = state.link(member.peer)
-            await link.send_bulk(ASSIGNMENT, str(share.plan).encode(), packed)
-            await state.order(member.peer, AssignShare(share.plan.job, share.plan.epoch), timeout_s=ASSIGN_TIMEOUT_S)
+            await link.send_bulk(ASSIGNMENT, str(assigned.plan).encode(), packed)
+            await state.order(
+                member.peer, AssignShare(assigned.plan.job, assigned.plan.epoch), timeout_s=ASSIGN_TIMEOUT_S
+            )
     except TimeoutError:
         raise PeerTimeout(f"{_who(member)} did not take its share of the job within {ASSIGN_TIMEOUT_S:.0f} s") from None
     except FusionError as error:

@@ -14,7 +14,7 @@ from fusionai.broker.assigning import assignments
 from fusionai.broker.handing_out import hand_out
 from fusionai.broker.lifecycle import Lifecycle
 from fusionai.broker.planning import plan_on_measured_links
-from fusionai.broker.pool import PoolState
+from fusionai.broker.pool_state import PoolState
 from fusionai.broker.prober import Prober
 from fusionai.broker.records import JobRecord, MemberRecord
 from fusionai.errors import GraphError, JobError, PlacementError
@@ -164,6 +164,9 @@ class Launcher:
 
         wanted = _named_ones(idle, message.machines)
         unable = await asyncio.to_thread(obstacles, graph, message.front, message.back, wanted)
+        if unable and problem.limits.in_order:
+            name, obstacle = next(iter(unable.items()))
+            raise PlacementError(f"placement.machines gives a share to {name}, but {obstacle}; name another machine")
         members = tuple(candidate(each) for each in able(wanted, unable))
         plan = await plan_on_measured_links(self._state, self._prober, members, owner.peer, make)
         plan = replace(plan, explanation=(*plan.explanation, *unable_lines(unable)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from fusionai.broker.pool import PoolState
+from fusionai.broker.pool_state import PoolState
 from fusionai.broker.prober import Prober
 from fusionai.broker.records import OVER, PRESENT, JobRecord, JobState, Preparation
 from fusionai.errors import JobError, ProtocolError

@@ -15,7 +15,7 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from fusionai.broker.link_book import Pair, pair
-from fusionai.broker.pool import PoolState
+from fusionai.broker.pool_state import PoolState
 from fusionai.broker.presence import availability
 from fusionai.broker.prober import Prober
 from fusionai.network.identity import PeerId

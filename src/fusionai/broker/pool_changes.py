@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from fusionai.broker.pool import PoolState
+from fusionai.broker.pool_state import PoolState
 from fusionai.broker.prober import Prober
 from fusionai.broker.records import OVER, JobRecord, MemberRecord
 from fusionai.errors import ProtocolError

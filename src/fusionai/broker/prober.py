@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from msgspec.structs import replace
 
 from fusionai.broker.link_book import Pair, pair
-from fusionai.broker.pool import PoolState
+from fusionai.broker.pool_state import PoolState
 from fusionai.broker.probe_choice import AT_MOST, FIRST, first_partners, network_of, next_partner
 from fusionai.broker.records import PRESENT, LinkRecord, MemberRecord
 from fusionai.broker.validation import check_link

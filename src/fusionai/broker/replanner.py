@@ -14,7 +14,7 @@ from fusionai.broker.handing_out import hand_out
 from fusionai.broker.launching import GRAPH_TIMEOUT_S, Launcher, candidate, decoded
 from fusionai.broker.lifecycle import Lifecycle
 from fusionai.broker.planning import with_history
-from fusionai.broker.pool import PoolState
+from fusionai.broker.pool_state import PoolState
 from fusionai.broker.prober import Prober
 from fusionai.broker.records import JobRecord, MemberRecord, Preparation
 from fusionai.errors import JobError

@@ -12,9 +12,13 @@ from typing import Any, TypeVar
 import msgspec
 
 from fusionai.broker.records import JobRecord, LinkRecord, MemberRecord
+from fusionai.broker.store_upgrades import upgraded_job
 from fusionai.errors import StorageError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+_FIRST_SCHEMA = "1"
+"""Its jobs have plans of one pipeline; they are upgraded when the database is opened."""
 
 Record = MemberRecord | JobRecord | LinkRecord
 _Record = TypeVar("_Record", MemberRecord, JobRecord, LinkRecord)
@@ -124,11 +128,20 @@ class SqliteStore(Store):
         if not tables >= {"meta", "members", "jobs", "links"}:
             raise StorageError(f"{self.path} is not a broker's database; give another --state-dir")
         found = self.get("schema")
-        if found != str(SCHEMA_VERSION):
+        if found == _FIRST_SCHEMA:
+            self._upgrade()
+        elif found != str(SCHEMA_VERSION):
             raise StorageError(
                 f"the broker's database {self.path} has schema {found}, this version knows {SCHEMA_VERSION}: "
                 "update fusionai, or give another --state-dir"
             )
+
+    def _upgrade(self) -> None:
+        """Bring a database of schema 1 up to date, in the transaction that opens it."""
+        rows = self._database.execute("SELECT job, record FROM jobs").fetchall()
+        for job, text in rows:
+            self._database.execute("UPDATE jobs SET record = ? WHERE job = ?", (upgraded_job(text), job))
+        self._database.execute("UPDATE meta SET value = ? WHERE name = 'schema'", (str(SCHEMA_VERSION),))
 
     def members(self) -> list[MemberRecord]:
         return self._records("SELECT record FROM members", MemberRecord)

@@ -19,12 +19,12 @@ _MOST_HELD = 16
 """Shares of one member: a compnode has two, an owner sixteen. A status lists them of all members, in one message."""
 _MOST_MICROBATCHES = 65_536
 _MOST_OPERATORS = 2048
-"""Of a plane: the vocabulary has some hundred."""
+"""Most operators that a plane may name; the vocabulary has some hundred."""
 _MOST_SIZE = 1 << 40
 _MOST_DISK_BYTES = 1 << 60
 _MOST_DISK_BYTES_PER_S = 1e12
 _MOST_BYTES_PER_S = 1e12
-"""Of a link: no machine has ten network cards of 800 Gbit/s."""
+"""Most bytes per second of a link: no machine has ten network cards of 800 Gbit/s."""
 
 
 def check_register(message: RegisterMember) -> None:
@@ -55,6 +55,7 @@ def _check_device(device: DeviceProfile) -> None:
     _require(1 <= device.threads <= 65_536, "the device's number of threads is out of range")
     if (abilities := device.abilities) is not None:
         _require(len(abilities.operators) <= _MOST_OPERATORS, "the plane names too many operators")
+        _require(len(abilities.dtypes) <= 64, "the plane names too many element types")
         _require(all(len(name) <= 200 for name in (abilities.plane, *abilities.operators)), "an operator is too long")
 
 

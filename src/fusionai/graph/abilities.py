@@ -14,7 +14,7 @@ from fusionai.errors import PlacementError
 from fusionai.graph.model import SubDag
 from fusionai.tensor import DType
 
-Work = Literal["training", "decoding"]
+ProgramUse = Literal["training", "decoding"]
 """`training`: rounds of forward, backward and update. `decoding`: sessions that generate tokens."""
 
 _NAMED = 5
@@ -42,7 +42,7 @@ class PlaneAbilities(msgspec.Struct, frozen=True, kw_only=True):
         """Return the operators of a sub-DAG that the plane does not have, sorted."""
         return tuple(sorted({node.op for node in subdag.nodes}.difference(self.operators)))
 
-    def obstacle(self, subdag: SubDag, work: Work) -> str | None:
+    def obstacle(self, subdag: SubDag, work: ProgramUse) -> str | None:
         """Return why the plane cannot do this work on a sub-DAG, or None when it can."""
         if work == "training" and not self.training:
             return f"its plane {self.plane!r} does not train"
@@ -57,7 +57,7 @@ class PlaneAbilities(msgspec.Struct, frozen=True, kw_only=True):
         return None
 
 
-def check_can_run(machine: str, abilities: PlaneAbilities, subdags: Sequence[SubDag], work: Work) -> None:
+def check_can_run(machine: str, abilities: PlaneAbilities, subdags: Sequence[SubDag], work: ProgramUse) -> None:
     """Refuse to give a machine stages that its plane cannot run.
 
     Args:

@@ -13,7 +13,7 @@ from fusionai.network.framing import Frame, FrameType
 from fusionai.network.greeting import Announcement, check_greeting, check_release, refusal
 from fusionai.network.identity import PeerId
 from fusionai.network.limits import Limits
-from fusionai.network.messages import Hello, Refuse, decode, encode
+from fusionai.network.messages import Hello, LinkRefused, decode, encode
 from fusionai.units.addresses import split_address
 
 HEAD_START_S = 0.3
@@ -66,7 +66,7 @@ async def dial(
 
 def _welcomed(frame: Frame, announcement: Announcement, connection: Connection) -> Hello:
     if frame.type is FrameType.REFUSE:
-        raise refusal(decode(Refuse, frame.header), connection.peer)
+        raise refusal(decode(LinkRefused, frame.header), connection.peer)
     if frame.type is not FrameType.WELCOME:
         raise ProtocolError(f"{connection.peer[:12]} answered the greeting with {frame.type.name}")
     check_release(frame.header, announcement.release, connection.peer)

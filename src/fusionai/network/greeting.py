@@ -11,8 +11,8 @@ from fusionai.network.limits import Limits
 from fusionai.network.messages import (
     Greeting,
     Hello,
+    LinkRefused,
     PeerVersion,
-    Refuse,
     decode,
     error_from,
     error_name,
@@ -75,13 +75,13 @@ def check_greeting(hello: Hello) -> None:
         raise ProtocolError("a greeting's limits must be above 0")
 
 
-def refuse(error: FusionError, mine: PeerVersion) -> Refuse:
+def refuse(error: FusionError, mine: PeerVersion) -> LinkRefused:
     """Return the message that tells a dialler why it is refused."""
     name = _DUPLICATE if isinstance(error, DuplicateLink) else error_name(error)
-    return Refuse(error=name, text=short_text(error)[:1000], release=mine)
+    return LinkRefused(error=name, text=short_text(error)[:1000], release=mine)
 
 
-def refusal(message: Refuse, peer: PeerId) -> FusionError:
+def refusal(message: LinkRefused, peer: PeerId) -> FusionError:
     """Return the error that a refused dialler raises."""
     if message.error == _DUPLICATE:
         return DuplicateLink(message.text)

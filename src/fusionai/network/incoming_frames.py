@@ -10,7 +10,7 @@ from fusionai.network.credit import SendCredit
 from fusionai.network.framing import Frame, FrameType
 from fusionai.network.inbox import Inbox
 from fusionai.network.liveness import Liveness
-from fusionai.network.messages import Bulk, Call, Credit, Failure, Notice, Ping, Refuse, Reply, decode, error_from
+from fusionai.network.messages import Bulk, Call, Credit, Failure, LinkRefused, Notice, Ping, Reply, decode, error_from
 from fusionai.network.probing import BURST, RESERVED, ProbeResponder
 from fusionai.network.requests import Answering, Asking
 from fusionai.network.statistics import LinkStatistics
@@ -95,7 +95,7 @@ class IncomingFrames:
                 self._count("link.ping", frame)
                 self._liveness.on_pong(decode(Ping, frame.header).number)
             case FrameType.BYE:
-                bye = decode(Refuse, frame.header)
+                bye = decode(LinkRefused, frame.header)
                 error = error_from(bye.error, f"{self._who} ended the link: {bye.text}")
                 self._end(error if isinstance(error, NetworkError) else PeerLost(str(error)))
 

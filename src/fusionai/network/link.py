@@ -35,9 +35,9 @@ from fusionai.network.messages import (
     Call,
     Credit,
     Hello,
+    LinkRefused,
     Notice,
     Ping,
-    Refuse,
     Reply,
     short_text,
 )
@@ -288,9 +288,9 @@ class Link:
         self._outbox.fail(error)
         self._liveness.fail(error)
         if farewell is not None and self._control.failure is None:
-            self._control.send(FrameType.BYE, Refuse(error="PeerLost", text=farewell[:1000]))
+            self._control.send(FrameType.BYE, LinkRefused(error="PeerLost", text=farewell[:1000]))
         elif isinstance(error, ProtocolError):
-            self._control.send(FrameType.BYE, Refuse(error="ProtocolError", text=short_text(error)))
+            self._control.send(FrameType.BYE, LinkRefused(error="ProtocolError", text=short_text(error)))
         self._ending = asyncio.get_running_loop().create_task(self._take_down(error))
 
     # --- tasks --------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ class MemoryChannel(Channel):
         self._read()
 
     def shape(self, shaper: LinkShaper, *, urgent: bool) -> None:
-        """Refuse: the network itself has the delays."""
+        """LinkRefused: the network itself has the delays."""
         raise ConfigError("a memory network takes its own lab configuration; give the endpoint none")
 
     # --- sending ----------------------------------------------------------------------------------------------

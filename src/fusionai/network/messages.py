@@ -65,7 +65,7 @@ class Hello(Greeting, frozen=True, kw_only=True):
     """Bytes that the listener's `authorise` judges, such as a join token; empty on the bulk channel."""
 
 
-class Refuse(msgspec.Struct, frozen=True, kw_only=True):
+class LinkRefused(msgspec.Struct, frozen=True, kw_only=True):
     """REFUSE: the listener refuses the dialler and closes. BYE carries the same header."""
 
     error: str
@@ -126,7 +126,7 @@ _Header = TypeVar("_Header", bound=msgspec.Struct)
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (Greeting, Hello, Refuse, Call, Reply, Failure, Notice, Bulk, Credit, Ping)
+    for kind in (Greeting, Hello, LinkRefused, Call, Reply, Failure, Notice, Bulk, Credit, Ping)
 }
 _ERRORS: dict[str, type[FusionError]] = {
     name: value

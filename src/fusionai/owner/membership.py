@@ -52,8 +52,8 @@ class OwnerMember(PoolMember):
     async with joined(options) as owner:
         await owner.send_graph(content_hash, encoded)
         launched = await owner.request(submit, JobLaunched, timeout_s=300)   # errors of the broker, by class and text
-        owner.on_job_lost(launched.job, driver.fail)       # called at most once, even if it is lost already
         driver = Driver(launched.job, owner.wire, ...)     # `wire` reaches all machines of the plan by now
+        owner.on_job_lost(launched.job, give_up)           # called at most once, even if it is lost already
         owner.tell(JobProgress(...))                       # in the background; lost when the broker is away
         await owner.request(JobEnded(...), None, timeout_s=10)
     """

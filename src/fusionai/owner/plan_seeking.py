@@ -31,7 +31,7 @@ REPLAN_TIMEOUT_S = 300.0
 """Planning, and every machine's making of its new program."""
 
 _MOST_NAMES = 8
-"""Of machines that came, whatever a broker says."""
+"""Most names of machines that came, whatever the broker sends."""
 
 
 @dataclass(frozen=True, kw_only=True)

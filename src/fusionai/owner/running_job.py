@@ -99,6 +99,8 @@ class RunningJob:
         self._member.on_pool_changed(self.job, None)
         await self.seeker.close()
         await self.driver.close(reason or state)
+        # Of a plan without stages here there is no host that the driver could end.
+        await self._member.release(JobEpoch(self.job, self.driver.epoch), reason or state)
         await tell_end(self._member, self.job, state, reason)
 
     # --- inside -----------------------------------------------------------------------------------------------

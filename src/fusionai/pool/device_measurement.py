@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _CACHE = "calibration.json"
 _METHOD = "decoders"
-"""Of measuring: what another one measured is not taken for it."""
+"""How devices are measured. A result that another way of measuring gave is not used."""
 
 _MOST_CACHED = 64
 

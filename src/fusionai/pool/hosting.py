@@ -42,7 +42,7 @@ PARCEL_TIMEOUT_S = 120.0
 _MOST_PARCELS = 4
 
 _MOST_EPOCHS = 2
-"""Of one job: the running plan's, and one of a plan that is prepared to follow it."""
+"""Most epochs of one job held at once: the running plan's, and one of a plan that is prepared to follow it."""
 
 _MOST_SHARES = 16
 """Shares held at once, whatever memory they take: a bound on what a broker can make this machine keep in its books."""
@@ -166,6 +166,7 @@ class Hosting(MemberPart):
         held = _Held(work)
         self._check_room(plan, held)
         self._held[plan] = held
+        self._share_memory()  # before the new program takes its part
 
         async def ended(reason: str) -> None:
             self._drop(plan)
@@ -173,7 +174,9 @@ class Hosting(MemberPart):
         try:
             held.host = await work_kind.host(work, self._wire, limit_bytes=self._limit(plan.job), on_end=ended)
         except BaseException:
-            self._held.pop(plan, None)
+            if self._held.get(plan) is held:
+                del self._held[plan]
+            self._share_memory()
             raise
         if self._held.get(plan) is not held:
             # Released while its host was made.
@@ -187,8 +190,10 @@ class Hosting(MemberPart):
 
     def _check_room(self, plan: JobEpoch, new: _Held) -> None:
         relatives = [held for each, held in self._held.items() if each.job == plan.job]
-        if plan in self._held or len(relatives) >= _MOST_EPOCHS or len(self._held) >= _MOST_SHARES:
-            raise JobError(f"this machine works for job {next(iter(self._held)).job} already")
+        if plan in self._held or len(relatives) >= _MOST_EPOCHS:
+            raise JobError(f"this machine works for job {plan.job} already")
+        if len(self._held) >= _MOST_SHARES:
+            raise JobError(f"this machine holds {_MOST_SHARES} shares of jobs already, which is the most it takes")
         taken = self._taken()
         if taken + new.memory_bytes > self._profile.memory_bytes:
             what = "of the running plan" if len(relatives) == len(self._held) else "that it holds"
@@ -209,7 +214,8 @@ class Hosting(MemberPart):
         machine offers, and all of it where there is one job.
         """
         free = self._profile.memory_bytes - self._taken()
-        return self._taken(job) + free // len({plan.job for plan in self._held})
+        takers = {plan.job for plan, held in self._held.items() if held.memory_bytes} | {job}
+        return self._taken(job) + free // len(takers)
 
     def _share_memory(self) -> None:
         for plan, held in self._held.items():

@@ -55,7 +55,7 @@ class MessageKinds:
     """What the machines of one kind of work say to each other."""
 
     prefix: str
-    """With which the kinds of all its messages begin, such as "train."."""
+    """The kinds of all its messages begin with this, such as "train."."""
     control: tuple[type[msgspec.Struct], ...]
     """Small messages, sent as requests or notices. Each is a `JobMessage`."""
     bulk: tuple[type[msgspec.Struct], ...]

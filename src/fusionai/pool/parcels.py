@@ -45,7 +45,7 @@ class ParcelInbox:
                 await self._arrived.wait_for(lambda: self._parcels.get(sender, ("", b""))[0] == name)
                 return self._parcels.pop(sender)[1]
         except TimeoutError:
-            raise PeerTimeout(f"{name[:16]} did not arrive from {sender[:12]} within {timeout_s:g} s") from None
+            raise PeerTimeout(f"{name[:64]} did not arrive from {sender[:12]} within {timeout_s:g} s") from None
 
     def drop(self, sender: PeerId) -> None:
         """Forget what a sender left."""

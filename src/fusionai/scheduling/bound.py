@@ -234,7 +234,7 @@ class _Work:
 
     seconds_DK: Floats
     starts_D: Floats
-    """Of starting operators on devices that do so while they compute: of that and the work the larger counts."""
+    """Seconds to start operators, on devices that start them while they compute: the larger of the two counts."""
 
 
 def _work(

@@ -1,6 +1,7 @@
 """The end of a step: gradients are summed among the holders of a weight, machines report, and weights are updated.
 
-Every estimate of it is made here, for plans and for simulated steps.
+Plans and simulated steps take it from here. `search.end_estimate` has a quicker estimate for candidates, and the
+analysis of the headline has closed formulas of its own.
 
 The gradients of one weight go around a ring of its holders. A ring all-reduce of b bytes over R holders takes
 2 (R - 1) rounds of b / R bytes (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of

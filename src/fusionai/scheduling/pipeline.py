@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-Line: TypeAlias = tuple[str, Literal["up", "down"]]
+SharedLine: TypeAlias = tuple[str, Literal["up", "down"]]
 """A machine's uplink or downlink."""
 
-_LinesTaken: TypeAlias = tuple[tuple[Line, float], tuple[Line, float]]
+_LinesTaken: TypeAlias = tuple[tuple[SharedLine, float], tuple[SharedLine, float]]
 """The sender's uplink and the receiver's downlink, with the seconds that a tensor takes them."""
 
 _LEAST_EXECUTED = 128
@@ -82,7 +82,7 @@ class PipelineTimes:
     """Compute seconds by machine."""
     link_busy_s: dict[tuple[str, str], float]
     """Seconds that each directed link is occupied."""
-    line_busy_s: dict[Line, float]
+    line_busy_s: dict[SharedLine, float]
     """The same of uplinks and downlinks, where links share them."""
 
 
@@ -117,8 +117,8 @@ class _Run:
         self.forward_queued, self.backward_queued = [False] * count, [False] * count
         self.free_s, self.busy_s = [0.0] * len(self.machines), [0.0] * len(self.machines)
         self.link_free_s, self.link_busy_s = [0.0] * len(self.links), [0.0] * len(self.links)
-        self.line_free_s: dict[Line, float] = defaultdict(float)
-        self.line_busy_s: dict[Line, float] = defaultdict(float)
+        self.line_free_s: dict[SharedLine, float] = defaultdict(float)
+        self.line_busy_s: dict[SharedLine, float] = defaultdict(float)
         # (start, forward after backward, earlier stage after later); the start is a lower bound.
         self.queue: list[tuple[float, bool, int]] = []
         self.end_s = 0.0

@@ -1,8 +1,9 @@
 """What a job does about what happens to it: one pure function, for broker, driver and stages alike.
 
 Each of them sees events that the others do not, and each has its own view. None decides by itself how long to wait or
-whether to end the job: `decide` does, from the view and the event alone, without a clock and without I/O. Today a job
-can wait, ask for another plan, or end; replacing a lost machine will be one more action.
+whether to end the job: `decide` does, from the view and the event alone, without a clock and without I/O. Today the
+actions are to wait, to ask for another plan, to refuse relief, to drop a plan or a share, and to end the job. Replacing
+a lost machine will be one more.
 """
 
 from __future__ import annotations

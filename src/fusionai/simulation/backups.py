@@ -44,18 +44,18 @@ class Backups:
         self._offers_bytes = offers_bytes
         self._known = tuple(dict.fromkeys((*offers_bytes, *workload.peers)))
 
-    def spares(self, assembly: PlacedStages, now_s: float) -> list[str]:
+    def spares(self, placed: PlacedStages, now_s: float) -> list[str]:
         """Return the machines without a stage that are there now. The driver's machine is no backup."""
-        taken = {stage.machine for stage in assembly.stages} | {self._workload.driver}
+        taken = {stage.machine for stage in placed.stages} | {self._workload.driver}
         return [peer for peer in self._known if peer not in taken and self._presence.up_from_s(peer, now_s) == now_s]
 
-    def choose(self, assembly: PlacedStages, lost: Sequence[PlacedStage], now_s: float) -> Backup | None:
+    def choose(self, placed: PlacedStages, lost: Sequence[PlacedStage], now_s: float) -> Backup | None:
         """Return the fastest machine that is there now and has room for all of `lost`, else the first to come.
 
         Returns None when no such machine ever comes.
         """
         gone = lost[0].machine
-        taken = {stage.machine for stage in assembly.stages if stage.machine != gone} | {self._workload.driver}
+        taken = {stage.machine for stage in placed.stages if stage.machine != gone} | {self._workload.driver}
         need_bytes = sum(stage.load.memory_bytes for stage in lost)
         best: tuple[float, float, str] | None = None
         for peer in self._known:
@@ -74,7 +74,7 @@ class Backups:
 
     def state_of(
         self,
-        assembly: PlacedStages,
+        placed: PlacedStages,
         stage: PlacedStage,
         snapshots: Snapshots,
         step: int,
@@ -86,7 +86,7 @@ class Backups:
         """Return where the state of a lost stage is.
 
         Args:
-            assembly: the stages; the lost ones are still on the dead machine.
+            placed: the stages; the lost ones are still on the dead machine.
             stage: the lost one.
             snapshots: of the job.
             step: finished steps.
@@ -94,7 +94,7 @@ class Backups:
             known_s: seconds of the run, when the death is known.
             step_start_s: seconds of the run, when the present step began.
         """
-        if (parts := self._replicas(assembly, stage, died_s - step_start_s, known_s)) is not None:
+        if (parts := self._replicas(placed, stage, died_s - step_start_s, known_s)) is not None:
             return StateSource(step, parts, known_s, f"replicas on {', '.join(peer for peer, _ in parts)}")
         snapshot_step, holders = snapshots.of(stage, died_s - step_start_s)
         there = sorted((self._presence.up_from_s(holder, known_s), place) for place, holder in enumerate(holders))
@@ -105,7 +105,7 @@ class Backups:
         return StateSource(snapshot_step, parts, from_s, f"{what} on {holder or 'the driver'}")
 
     def _replicas(
-        self, assembly: PlacedStages, stage: PlacedStage, died_s: float, now_s: float
+        self, placed: PlacedStages, stage: PlacedStage, died_s: float, now_s: float
     ) -> tuple[tuple[str, float], ...] | None:
         """Return machines of other pipelines that hold all of a stage's weights, or None."""
         place = stage.pipeline, stage.stage
@@ -114,7 +114,7 @@ class Backups:
             if place not in group.stages:
                 continue
             for other in group.stages:
-                held = assembly.places.get(other)
+                held = placed.places.get(other)
                 if (
                     held is not None
                     and held.machine != stage.machine
@@ -130,7 +130,7 @@ class Backups:
         return tuple(parts.items()) or None
 
 
-def replay_s(assembly: PlacedStages, lost: Sequence[PlacedStage]) -> float:
+def replay_s(placed: PlacedStages, lost: Sequence[PlacedStage]) -> float:
     """Return the seconds in which the machine that `lost` stages were moved to computes one past step of theirs.
 
     Neighbours stream the step's boundary tensors while it computes, so each microbatch takes as long as its passes, or

@@ -45,10 +45,10 @@ class JobRun:
         self._scenario = scenario
         self._recovery = scenario.recovery
         self._channels = SimulatedLinks(links, may_be_cut=True)
-        self._assembly = PlacedStages(workload, self._channels, scenario.codec_of)
+        self._placed = PlacedStages(workload, self._channels, scenario.codec_of)
         self._presence = OutageCalendar(scenario.churn)
         self._backups = Backups(workload, self._presence, offers_bytes or {})
-        self._snapshots = Snapshots(self._assembly, workload.driver)
+        self._snapshots = Snapshots(self._placed, workload.driver)
         known = (*(offers_bytes or {}), *workload.peers)
         self._factors = SpeedFactors(scenario.jitter, tuple(dict.fromkeys(known))) if scenario.jitter else None
         self._accounts = Accounts()
@@ -106,17 +106,17 @@ class JobRun:
         every = self._recovery.snapshot_steps
         if every is None or self._step == 0 or self._step % every:
             return
-        assembly = self._assembly
+        placed = self._placed
         if isinstance(self._recovery, Replay):
-            holders = neighbours(assembly, self._recovery.holders, self._backups.spares(assembly, self._now_s))
+            holders = neighbours(placed, self._recovery.holders, self._backups.spares(placed, self._now_s))
         else:
-            holders = {stage.number: (self._workload.driver,) for stage in assembly.stages}
-        self._snapshots.begin(self._step, assembly.stages, holders)
+            holders = {stage.number: (self._workload.driver,) for stage in placed.stages}
+        self._snapshots.begin(self._step, placed.stages, holders)
 
     def _deaths_s(self) -> dict[str, float]:
         """Return when machines that hold stages die, from the step's start; those that do not are left out."""
         found = {}
-        for machine in {stage.machine: None for stage in self._assembly.stages}:
+        for machine in {stage.machine: None for stage in self._placed.stages}:
             if (down_s := self._presence.next_down_s(machine, self._now_s)) < math.inf:
                 found[machine] = down_s - self._now_s
         return found
@@ -133,10 +133,10 @@ class JobRun:
         factors = self._factors.next_step() if self._factors else {}
         if isinstance(self._recovery, Restart) and first_s < math.inf:
             # A death ends the step for everybody.
-            until_s = {stage.machine: first_s for stage in self._assembly.stages}
-            executor = PassExecutor(self._assembly, factors=factors, dies_s=until_s, record=record)
+            until_s = {stage.machine: first_s for stage in self._placed.stages}
+            executor = PassExecutor(self._placed, factors=factors, dies_s=until_s, record=record)
         else:
-            executor = PassExecutor(self._assembly, factors=factors, dies_s=deaths_s, record=record)
+            executor = PassExecutor(self._placed, factors=factors, dies_s=deaths_s, record=record)
         self._accounts.executed_steps += 1
         failures: list[Takeover] = []
         while True:
@@ -148,7 +148,7 @@ class JobRun:
                 if end.committed_s <= death_s:
                     break
             elif opened and next_s < death_s:
-                opened.go_on(executor, self._assembly, self._now_s)
+                opened.go_on(executor, self._placed, self._now_s)
                 continue
             elif death_s == math.inf:
                 raise ValueError("the pipeline cannot finish: a stage may hold nothing in flight (in_flight is 0)")
@@ -173,7 +173,7 @@ class JobRun:
 
     def _end(self, executor: PassExecutor) -> SumsAndCommit:
         return sums_and_commit(
-            self._assembly,
+            self._placed,
             self._workload.groups,
             self._workload.driver,
             free_s=executor.free_s,
@@ -261,7 +261,7 @@ class JobRun:
         """
         died_s = self._now_s + death_s
         known_s = died_s + recovery.detection_s
-        assembly = self._assembly
+        placed = self._placed
         lost = executor.lose(machine)
         self._snapshots.lose_sender(machine, death_s)
         self._channels.lose(machine, death_s)
@@ -280,10 +280,10 @@ class JobRun:
             caught_up_s=None,
             recovery_s=None,
         )
-        backup = self._backups.choose(assembly, lost, known_s)
+        backup = self._backups.choose(placed, lost, known_s)
         sources = [
             self._backups.state_of(
-                assembly, stage, self._snapshots, self._step, died_s=died_s, known_s=known_s, step_start_s=self._now_s
+                placed, stage, self._snapshots, self._step, died_s=died_s, known_s=known_s, step_start_s=self._now_s
             )
             for stage in lost
         ]
@@ -298,7 +298,7 @@ class JobRun:
             failures.append(Takeover(report, lost, machine, (), math.inf))
             return False
         for stage, load in zip(lost, backup.loads, strict=True):
-            assembly.move(stage, load)
+            placed.move(stage, load)
             stage.factor = executor.factors.get(load.peer, 1.0)
         del deaths_s[machine]
         executor.dies_s.pop(machine, None)
@@ -320,8 +320,8 @@ class JobRun:
         died_s = self._now_s + death_s
         known_s = died_s + self._recovery.detection_s
         interrupted = self._step
-        lost = self._assembly.held_by(machine)
-        backup = self._backups.choose(self._assembly, lost, known_s)
+        lost = self._placed.held_by(machine)
+        backup = self._backups.choose(self._placed, lost, known_s)
         self._snapshots.lose_sender(machine, death_s)
         self._channels.lose(machine, death_s)
         self._cut_off(executor, death_s)
@@ -342,9 +342,9 @@ class JobRun:
             self._accounts.failures.append(report)
             raise _Stalled(f"{machine} died at {died_s:,.1f} s and no machine that could take its stages ever comes")
         for stage, load in zip(lost, backup.loads, strict=True):
-            self._assembly.move(stage, load)
+            self._placed.move(stage, load)
         state_bytes: dict[str, float] = {}
-        for stage in self._assembly.stages:
+        for stage in self._placed.stages:
             state_bytes[stage.machine] = state_bytes.get(stage.machine, 0.0) + stage.load.state_bytes
         loading_s = max(
             self._channels.send_state(self._workload.driver, peer, size_bytes, 0.0)

@@ -43,7 +43,7 @@ class PassExecutor:
 
     def __init__(
         self,
-        assembly: PlacedStages,
+        placed: PlacedStages,
         *,
         factors: Mapping[str, float] | None = None,
         dies_s: Mapping[str, float] | None = None,
@@ -52,13 +52,13 @@ class PassExecutor:
         """Begin a step.
 
         Args:
-            assembly: the stages; their state is that of this step from now on.
+            placed: the stages; their state is that of this step from now on.
             factors: on the seconds of passes, by machine; 1 for those not named.
             dies_s: when machines die; those not named do not.
             record: keep the passes in `passes`.
         """
-        self._assembly = assembly
-        self._shared = assembly.channels.shared
+        self._placed = placed
+        self._shared = placed.channels.shared
         self.factors = factors or {}
         self.dies_s = dict(dies_s or {})
         self.passes: list[Pass] | None = [] if record else None
@@ -75,16 +75,16 @@ class PassExecutor:
         # A pass: (start, forward, minus stage, number, epoch); the start is a lower bound. A send: (time, _SENDING,
         # count, lane, microbatch, epoch of the receiver).
         self._queue: list[tuple[float, int, int, int, int] | tuple[float, int, int, int, int, int]] = []
-        for stage in assembly.stages:
+        for stage in placed.stages:
             stage.begin(self.factors.get(stage.machine, 1.0))
             self.busy_s[stage.machine] = self.free_s[stage.machine] = 0.0
             self.left += 2 * stage.microbatches
-        for stage in assembly.stages:
+        for stage in placed.stages:
             self._offer(stage)
 
     def run(self, until_s: float = math.inf) -> bool:
         """Work through what starts before `until_s`; return whether all passes are done."""
-        queue, stages, free_s = self._queue, self._assembly.stages, self.free_s
+        queue, stages, free_s = self._queue, self._placed.stages, self.free_s
         while queue and queue[0][0] < until_s:
             event = heapq.heappop(queue)
             if event[1] == _SENDING:
@@ -102,11 +102,6 @@ class PassExecutor:
                 continue
             self._pass(stage, start_s, backward=not rank)
         return self.left == 0
-
-    @property
-    def stuck(self) -> bool:
-        """Return whether passes are left that nothing will ever start."""
-        return self.left > 0 and not (self._queue and self._queue[0][0] < math.inf)
 
     def _offer(self, stage: PlacedStage) -> None:
         """Queue a stage's next passes if everything they need is on its way."""
@@ -188,7 +183,7 @@ class PassExecutor:
 
     def _send_due(self, event: tuple[float, int, int, int, int] | tuple[float, int, int, int, int, int]) -> None:
         now_s, _, _, number, index, epoch = event  # type: ignore[misc]
-        lane = self._assembly.lanes[number]
+        lane = self._placed.lanes[number]
         if epoch != lane.target.epoch or lane.made_s[index] > now_s or lane.arrival_s[index] < math.inf:
             return
         if lane.channel is not None and (ready_s := lane.channel.ready_s) > now_s:
@@ -217,7 +212,7 @@ class PassExecutor:
         They begin the step again wherever `restore` puts them. What they received is gone, but senders keep it; what
         they sent and is through stays.
         """
-        lost = self._assembly.held_by(machine)
+        lost = self._placed.held_by(machine)
         for stage in lost:
             stage.epoch += 1
             self.left += sum(stage.done)
@@ -237,7 +232,7 @@ class PassExecutor:
         for place, event in enumerate(self._queue):
             if event[1] == _SENDING:
                 _, _, _, number, index, _ = event  # type: ignore[misc]
-                lane = self._assembly.lanes[number]
+                lane = self._placed.lanes[number]
                 due_s = max(now_s, lane.made_s[index], lane.target.available_s)
                 self._queue[place] = min(event[0], due_s), *event[1:]
         heapq.heapify(self._queue)

@@ -20,9 +20,9 @@ class _Snapshot:
 class Snapshots:
     """The last snapshot that everybody has, and the one on its way. The initial state is with the driver."""
 
-    def __init__(self, assembly: PlacedStages, driver: str) -> None:
-        initial: dict[int, tuple[str, ...]] = {stage.number: (driver,) for stage in assembly.stages}
-        self._channels: SimulatedLinks = assembly.channels
+    def __init__(self, placed: PlacedStages, driver: str) -> None:
+        initial: dict[int, tuple[str, ...]] = {stage.number: (driver,) for stage in placed.stages}
+        self._channels: SimulatedLinks = placed.channels
         self._whole = _Snapshot(0, dict.fromkeys(initial, driver), initial)
         self._sending: _Snapshot | None = None
         self.begun = self.skipped = 0
@@ -86,15 +86,15 @@ class Snapshots:
         )
 
 
-def neighbours(assembly: PlacedStages, count: int, spares: list[str]) -> dict[int, tuple[str, ...]]:
+def neighbours(placed: PlacedStages, count: int, spares: list[str]) -> dict[int, tuple[str, ...]]:
     """Return who holds each stage's snapshot: the next machines of its pipeline, around its end; spares if too few."""
     by_pipeline: dict[int, list[str]] = {}
-    for stage in assembly.stages:
+    for stage in placed.stages:
         machines = by_pipeline.setdefault(stage.pipeline, [])
         if stage.machine not in machines:
             machines.append(stage.machine)
     found = {}
-    for stage in assembly.stages:
+    for stage in placed.stages:
         machines = by_pipeline[stage.pipeline]
         place = machines.index(stage.machine)
         others = machines[place + 1 :] + machines[:place]

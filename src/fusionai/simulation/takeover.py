@@ -42,17 +42,17 @@ class Takeover:
     def __post_init__(self) -> None:
         self.next_s = self.due_s
 
-    def go_on(self, executor: PassExecutor, assembly: PlacedStages, step_start_s: float) -> None:
+    def go_on(self, executor: PassExecutor, placed: PlacedStages, step_start_s: float) -> None:
         """Begin what is next, now that it is `next_s`, or wait until its links are free."""
         now_s = self.next_s
-        used = self._replay_channels() if self.restored else self._state_channels(assembly)
+        used = self._replay_channels() if self.restored else self._state_channels(placed)
         if (free_s := max((channel.ready_s for channel in used), default=now_s)) > now_s:
             self.next_s = free_s
         elif self.restored:
-            self._replay(executor, assembly, now_s, step_start_s)
+            self._replay(executor, placed, now_s, step_start_s)
         else:
             arrivals_s = [
-                assembly.channels.send_state(peer, self.backup, size_bytes, now_s)
+                placed.channels.send_state(peer, self.backup, size_bytes, now_s)
                 for source in self.sources
                 for peer, size_bytes in source.parts
             ]
@@ -74,9 +74,9 @@ class Takeover:
             self.replay_compute_s *= max(0.0, at_s - self.replay_from_s) / length_s if self.replay_compute_s else 0.0
             self.replay_from_s = self.replay_until_s = min(self.replay_from_s, at_s)
 
-    def _state_channels(self, assembly: PlacedStages) -> list[SimulatedLink]:
+    def _state_channels(self, placed: PlacedStages) -> list[SimulatedLink]:
         return [
-            assembly.channels.between(peer, self.backup)
+            placed.channels.between(peer, self.backup)
             for source in self.sources
             for peer, _ in source.parts
             if peer != self.backup
@@ -96,7 +96,7 @@ class Takeover:
     def _replay_channels(self) -> list[SimulatedLink]:
         return [channel for _, channel, _ in self._lanes()]
 
-    def _replay(self, executor: PassExecutor, assembly: PlacedStages, now_s: float, step_start_s: float) -> None:
+    def _replay(self, executor: PassExecutor, placed: PlacedStages, now_s: float, step_start_s: float) -> None:
         steps = self.report.replayed_steps
         self.report = msgspec.structs.replace(self.report, restored_s=step_start_s + self.due_s)
         sent_s = [
@@ -104,7 +104,7 @@ class Takeover:
             for lane, channel, microbatches in self._lanes()
         ]
         self.replay_from_s = now_s
-        self.replay_until_s = max([now_s + steps * replay_s(assembly, self.stages), *sent_s])
+        self.replay_until_s = max([now_s + steps * replay_s(placed, self.stages), *sent_s])
         self.replay_compute_s = steps * compute_s(self.stages)
         self.due_s = self.next_s = math.inf
         for stage in self.stages:

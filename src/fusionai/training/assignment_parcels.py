@@ -86,7 +86,9 @@ def unpack(data: bytes) -> Assignment:
 
 
 def _check(assignment: Assignment) -> None:
-    share, stages = assignment.share, assignment.roster.stages
+    share, pipelines = assignment.share, assignment.roster.pipelines
+    # The runtime runs one pipeline.
+    stages = len(pipelines[0]) if pipelines else 0
     for subdag in share.subdags:
         if not 0 <= subdag.index < stages or share.in_flight.get(subdag.index, 0) < 1:
             raise ProtocolError(f"the assignment's stage {subdag.index} has no place in its job of {stages} stages")

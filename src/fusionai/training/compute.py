@@ -23,7 +23,7 @@ from fusionai.execution.program import MicrobatchKey, RoundProgram
 from fusionai.graph.model import Sizes, ValueName
 from fusionai.network.clock import now_s
 from fusionai.tensor import TensorData
-from fusionai.training.ledger import RoundLedger, Slot, Task
+from fusionai.training.ledger import ReadyPass, RoundLedger, Slot
 from fusionai.training.slowdown import Slowdown
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class ProgramCall:
 ProgramCalls = Generator[ProgramCall, Any, None]
 """Calls that belong together; each is sent the result of the one before."""
 
-OnPass = Callable[[Round, Task, dict[ValueName, TensorData]], None]
+OnPass = Callable[[Round, ReadyPass, dict[ValueName, TensorData]], None]
 
 
 class Compute(ABC):
@@ -152,10 +152,10 @@ class Compute(ABC):
             return self._pass(self._round, task)
         return None
 
-    def _take(self, current: Round) -> Task | None:
+    def _take(self, current: Round) -> ReadyPass | None:
         return current.ledger.take()
 
-    def _finish(self, current: Round, task: Task) -> bool:
+    def _finish(self, current: Round, task: ReadyPass) -> bool:
         """Count a pass as done; return whether the round is complete. The lock is held."""
         current.ledger.finish(task)
         return current.ledger.complete
@@ -186,7 +186,7 @@ class Compute(ABC):
         else:
             future.set_result(result)
 
-    def _pass(self, current: Round, task: Task) -> ProgramCalls:
+    def _pass(self, current: Round, task: ReadyPass) -> ProgramCalls:
         assert self._program is not None
         program, turn = self._program, task.turn
         key = MicrobatchKey(current.step, turn.index)

@@ -30,7 +30,7 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class ReadyPass:
     """A pass that can run now, with the tensors it takes; gradients of the last stage first."""
 
     stage: int
@@ -105,7 +105,7 @@ class RoundLedger:
         self._here[slot] = tensor
         return True
 
-    def take(self, within: Callable[[int], bool] = lambda stage: True) -> Task | None:
+    def take(self, within: Callable[[int], bool] = lambda stage: True) -> ReadyPass | None:
         """Return the most urgent pass whose tensors are all here, and count it as running; None if none is.
 
         Each stage offers the first of its open turns that can run. Of several stages one that offers a backward goes
@@ -124,18 +124,18 @@ class RoundLedger:
             values = {
                 value: self._pop(Slot(stage, turn.index, value, False, source)) for value, source in needs.forward
             }
-            return Task(stage, turn, values, {})
+            return ReadyPass(stage, turn, values, {})
         gradients: dict[ValueName, tuple[TensorData, ...]] = {}
         for value, target in needs.backward:
             tensor = self._pop(Slot(stage, turn.index, value, True, target))
             gradients[value] = (*gradients.get(value, ()), tensor)
-        return Task(stage, turn, {}, gradients)
+        return ReadyPass(stage, turn, {}, gradients)
 
     def _pop(self, slot: Slot) -> TensorData:
         self._charged_bytes -= self._charged.pop(slot, 0)
         return self._here.pop(slot)
 
-    def finish(self, task: Task) -> None:
+    def finish(self, task: ReadyPass) -> None:
         """Count a running pass as done."""
         self._running.remove(task.stage)
         self._turns[task.stage].done(task.turn)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from fusionai.tensor import TensorData
 from fusionai.training.compute import Compute, OnPass, ProgramCall, ProgramCalls, Round
-from fusionai.training.ledger import Slot, Task
+from fusionai.training.ledger import ReadyPass, Slot
 from fusionai.training.slowdown import Slowdown
 
 
@@ -23,8 +23,8 @@ class Transition:
 
     kind: Literal["delivered", "taken", "finished", "completed"]
     round: int
-    what: Slot | Task | None
-    """What was delivered (a Slot), taken or finished (a Task)."""
+    what: Slot | ReadyPass | None
+    """What was delivered (a Slot), taken or finished (a ReadyPass)."""
 
 
 class ScriptedCompute(Compute):
@@ -71,13 +71,13 @@ class ScriptedCompute(Compute):
         if current is not None:
             self._on_transition(Transition("delivered", current.number, slot))
 
-    def _take(self, current: Round) -> Task | None:
+    def _take(self, current: Round) -> ReadyPass | None:
         task = super()._take(current)
         if task is not None:
             self._on_transition(Transition("taken", current.number, task))
         return task
 
-    def _finish(self, current: Round, task: Task) -> bool:
+    def _finish(self, current: Round, task: ReadyPass) -> bool:
         complete = super()._finish(current, task)
         self._on_transition(Transition("finished", current.number, task))
         if complete:

@@ -18,7 +18,7 @@ from fusionai.tensor import TensorData
 from fusionai.training.admission import check_round
 from fusionai.training.boundaries import Outgoing, check_source, check_type
 from fusionai.training.compute import Compute, Round
-from fusionai.training.ledger import RoundLedger, Slot, Task
+from fusionai.training.ledger import ReadyPass, RoundLedger, Slot
 from fusionai.training.messages import BeginRound, Boundary, CommitRound, RoundReport, TiedGradient
 from fusionai.training.roster import Roster
 from fusionai.training.share import Share
@@ -129,10 +129,10 @@ class StageRounds:
         key = (message.train, tuple(sorted(message.sizes.items())))
         if key in self._admitted:
             return
-        await asyncio.to_thread(
-            check_round, self._share, message.sizes, train=message.train, limit_bytes=self._limit_bytes
-        )
-        if len(self._admitted) < _MOST_SIZES:
+        limit_bytes = self._limit_bytes
+        await asyncio.to_thread(check_round, self._share, message.sizes, train=message.train, limit_bytes=limit_bytes)
+        # The limit may have changed meanwhile, and what was checked against the old one is not remembered.
+        if limit_bytes == self._limit_bytes and len(self._admitted) < _MOST_SIZES:
             self._admitted.add(key)
 
     # --- tensors that come --------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class StageRounds:
 
     # --- tensors that go ----------------------------------------------------------------------------------------
 
-    def pass_done(self, current: Round, task: Task, outputs: dict[ValueName, TensorData]) -> None:
+    def pass_done(self, current: Round, task: ReadyPass, outputs: dict[ValueName, TensorData]) -> None:
         """Send what a pass gave to the stages that need it."""
         roster = self._roster()
         subdag = self._share.subdag(task.stage)

@@ -242,7 +242,7 @@ def memory_does_not_bind(costs: SegmentCosts, chain: Chain) -> bool:
 
 
 def _room(costs: SegmentCosts, machines: Indices, bounds: Indices) -> Floats:
-    """Return, by stage, the number of microbatches that its machine has room for; shapes as in `Work.stage_s`."""
+    """Return, by stage, the number of microbatches that its machine has room for. Shapes: `SegmentCosts.stage_s`."""
     segments, start, stop = costs.segments, bounds[..., :-1], bounds[..., 1:]
     fixed = segments.fixed_bytes_PP[start, stop]
     flight = np.maximum(segments.flight_bytes_PP[start, stop], 1.0)

@@ -25,7 +25,8 @@ from fusionai.scheduling.search.selection import Selection, selected
 
 _TOLERANCE = 2e-3
 _TOLERANCE_OF_MANY = 5e-2
-"""Of the cuts of one chain: an ideal pipeline is a guide only, and a pool of many has many chains."""
+"""How far the cuts of one chain may be from the best of an ideal pipeline, which is a guide only. A pool of many
+machines has many chains to solve."""
 
 _MANY_CHAINS = 16
 

@@ -22,7 +22,7 @@ from fusionai.scheduling.search.end_estimate import holders
 from fusionai.scheduling.search.segment_costs import SegmentCosts
 
 _MOST_KNOTS = 12
-"""Those of most pace up to which all sets are compared; others are put in one by one."""
+"""Up to so many of the fastest machines, all sets are compared; the others join one by one."""
 
 _MOST_OTHERS = 32
 """Knots that are looked at in all."""

@@ -28,7 +28,7 @@ class Selection:
     shares: tuple[int, ...]
     step_s: float
     pipelines_s: float = math.inf
-    """Of the step, what the slowest pipeline takes."""
+    """Seconds of the step that the slowest pipeline takes."""
     sum_s_per_byte: float = 0.0
     """Seconds of summing gradients at the end of the step for each byte that the machine with most weights holds."""
 

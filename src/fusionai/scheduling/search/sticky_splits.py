@@ -29,7 +29,7 @@ from fusionai.scheduling.transfers import Holders, TransferSchedule
 Floats = NDArray[np.float64]
 
 _SHARES = (1.0, 0.3, 0.0)
-"""Of the summed waiting that counts: all, about one of three machines, nothing."""
+"""Shares of the summed waiting that are tried: all of it, about one of three machines, nothing."""
 
 FEW_STEPS = 10
 """Splits are sought as if no more steps were left, too: the nearest of many that are about equally fast."""

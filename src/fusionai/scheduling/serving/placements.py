@@ -10,7 +10,7 @@ import numpy as np
 from fusionai.errors import PlacementError
 from fusionai.scheduling.links import Indices
 from fusionai.scheduling.serving.serving_evaluation import Evaluator, HeldRange
-from fusionai.scheduling.serving.task import ServingTask
+from fusionai.scheduling.serving.serving_task import ServingTask
 
 _MOST_REPLICAS = 8
 

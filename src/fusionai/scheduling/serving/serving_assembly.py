@@ -13,7 +13,7 @@ from fusionai.scheduling.serving.latency import Route
 from fusionai.scheduling.serving.serving_estimator import CHUNK_TOKENS
 from fusionai.scheduling.serving.serving_evaluation import EvaluatedPlacement, Evaluator, HeldRange
 from fusionai.scheduling.serving.serving_plan import FlowPlan, ServingPlan, ShardPlan
-from fusionai.scheduling.serving.task import ServingTask
+from fusionai.scheduling.serving.serving_task import ServingTask
 from fusionai.scheduling.serving.throughput import bound_tokens_per_s
 from fusionai.units.byte_counts import bytes_text
 from fusionai.units.durations import seconds_text

@@ -19,7 +19,7 @@ from fusionai.scheduling.links import Floats
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.serving.flow import SINK, SOURCE, Arc, most_flow
 from fusionai.scheduling.serving.serving_estimator import TABLES, RangeTimes, range_times
-from fusionai.scheduling.serving.task import ServingTask
+from fusionai.scheduling.serving.serving_task import ServingTask
 from fusionai.units.byte_counts import bytes_text
 
 _ROUNDS = 8

@@ -13,7 +13,7 @@ from fusionai.scheduling.serving.serving_assembly import assembled
 from fusionai.scheduling.serving.serving_evaluation import Evaluator, HeldRange
 from fusionai.scheduling.serving.serving_plan import ServingPlan
 from fusionai.scheduling.serving.serving_shortage import nothing_fits
-from fusionai.scheduling.serving.task import ServingTask
+from fusionai.scheduling.serving.serving_task import ServingTask
 from fusionai.scheduling.serving.throughput import best_throughput
 
 PLANNER = "fusionai"

@@ -25,7 +25,7 @@ _MOST_COMBINATIONS = 300_000
 """Placements of a pool that is searched whole."""
 
 _MOST_EVALUATED = 600
-"""Of those, how many are evaluated before the search gives up being whole."""
+"""How many of these are evaluated before the search stops being exhaustive."""
 
 _MOST_REGIONS = 4
 """More clusters are arranged along one tour instead of in every way."""

@@ -30,11 +30,6 @@ class Cluster:
         """Return the profile of each machine, shares of the peak as assumed for all GPUs alike."""
         return profile_of(self.hardware)
 
-    @property
-    def peak_tflops(self) -> float:
-        """Return the peak of all of them, bf16 dense."""
-        return self.count * self.hardware.flops_per_s["bf16"] / 1e12
-
 
 def consumer(mbps: float, count: int = 50) -> Cluster:
     """Return RTX 3080 on links of so many Mbit/s, the same up and down."""

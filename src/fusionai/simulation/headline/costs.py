@@ -21,7 +21,7 @@ from fusionai.scheduling.links import Floats
 from fusionai.scheduling.profile import DeviceProfile
 from fusionai.scheduling.segments import Segments, make_segments
 
-Task: TypeAlias = Literal["training", "inference"]
+ModelUse: TypeAlias = Literal["training", "inference"]
 
 PRECISION = "bf16"
 
@@ -55,7 +55,7 @@ class Costs:
     """A model in one task, costed with batches of one and two: all that matters grows in proportion to the rest."""
 
     model: Model
-    task: Task
+    task: ModelUse
     one: Segments
     two: Segments
     weight_bytes: float
@@ -92,7 +92,7 @@ class Ranges:
         return self.forward_s_PP + self.backward_s_PP
 
 
-def costs_of(model: Model, task: Task) -> Costs:
+def costs_of(model: Model, task: ModelUse) -> Costs:
     """Cost a model. Blocks for seconds."""
     sizes = model.sizes(1)
     points = cut_points(model.graph, sizes)

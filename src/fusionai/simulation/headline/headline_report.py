@@ -8,7 +8,7 @@ import msgspec
 
 from fusionai.simulation.codecs import Codec, Dense, TopK
 from fusionai.simulation.headline.card_clusters import Cluster, consumer, datacentre
-from fusionai.simulation.headline.costs import Costs, Model, Task, costs_of
+from fusionai.simulation.headline.costs import Costs, Model, ModelUse, costs_of
 from fusionai.simulation.headline.plan_search import PlanSearch, UniformPlan
 from fusionai.simulation.headline.reconstruction import Check, checks, peak_tflops
 from fusionai.simulation.headline.simulated_pipelines import best_worked
@@ -17,7 +17,7 @@ from fusionai.simulation.prices import Prices
 TOP_K = 100.0
 """One element in so many is sent: a what-if in time, which says nothing about convergence."""
 
-STEPS: dict[Task, tuple[int, ...]] = {"inference": (512,), "training": (512, 8192)}
+STEPS: dict[ModelUse, tuple[int, ...]] = {"inference": (512,), "training": (512, 8192)}
 """Samples of a step, or of a stream to infer from."""
 
 COMPARABLE = 0.8
@@ -31,7 +31,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One model in one task on one pool."""
 
     model: str
-    task: Task
+    task: ModelUse
     pool: str
     link: str
     link_mbps: float

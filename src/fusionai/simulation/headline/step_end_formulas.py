@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fusionai.scheduling.estimator import update_passes
 from fusionai.scheduling.links import Floats
 from fusionai.simulation.codecs import Codec
 from fusionai.simulation.headline.card_clusters import Cluster
@@ -58,5 +59,5 @@ class StepEndFormulas:
         """Return the seconds of reporting and of updating the weights of a stage."""
         if self.costs.task == "inference":
             return 0.0
-        passes = 2 + 2 * ADAM_COPIES + 3  # as `estimator.update_s`
+        passes = update_passes(ADAM_COPIES)
         return passes * held_bytes / self.cluster.device.memory_bytes_per_s + 2 * self.cluster.latency_s
