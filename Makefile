@@ -7,9 +7,9 @@ else
 BIN := $(VENV)/bin
 endif
 STAMP := $(VENV)/.installed
-# A worker for each core, at most four: each holds torch, a fork server and pools. A worker that is done takes over half
-# of what another one has left.
-WORKERS := --numprocesses logical --maxprocesses 4 --dist worksteal
+# A worker more than cores, because tests of pools wait much of their time; at most four, because each holds torch, a
+# fork server and pools. A worker that is done takes over half of what another one has left.
+WORKERS := --numprocesses $(shell $(PYTHON) -c "import os; print(min(4, os.cpu_count() + 1))") --dist worksteal
 
 .PHONY: demo test lint types unit slow fuzz format clean
 
