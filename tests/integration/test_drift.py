@@ -96,6 +96,14 @@ def bytes_to_move(before: tuple[Machine, ...], after: tuple[Machine, ...], *, st
     return total
 
 
+def one_ulp_off(model: nn.Module) -> nn.Module:
+    """Change one element of one weight to the next number that float32 has."""
+    with torch.no_grad():
+        weight = model.get_parameter("model.layers.4.mlp.up_proj.weight")
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf))
+    return model
+
+
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-12)).item()
 
@@ -111,9 +119,15 @@ def test_a_throttled_compnode_gives_work_away_and_nothing_else_changes(
     alone = llama(tied=tied)
     batch = token_batch("llama", 2, 48)
     adamw = {"kind": "adamw", "weight_decay": 0.01}
-    expected = train_alone(
-        alone, batch, steps=STEPS, microbatches=4, optimizer=adamw, learning_rate=1e-3, gradient_clip=0.5
-    )
+
+    def train_plainly(model: nn.Module) -> list[float]:
+        return train_alone(
+            model, batch, steps=STEPS, microbatches=4, optimizer=adamw, learning_rate=1e-3, gradient_clip=0.5
+        )
+
+    expected = train_plainly(alone)
+    nudged = one_ulp_off(llama(tied=tied))
+    train_plainly(nudged)
     lab = tmp_path / "lab.toml"
     lab.write_text(LAB)
     together = llama(tied=tied)
@@ -144,9 +158,12 @@ def test_a_throttled_compnode_gives_work_away_and_nothing_else_changes(
     assert taken, course.events
     assert result.replans == len(taken)
     assert course.losses == pytest.approx(expected, rel=1e-5)
-    reference = named_parts(alone.state_dict())
+    reference, rounded = named_parts(alone.state_dict()), named_parts(nudged.state_dict())
     for key, tensor in named_parts(together.state_dict()).items():
-        assert relative(tensor, reference[key]) <= 1e-5, key
+        # The order in which a tied weight's gradients are added depends on the plan. Sixty steps of AdamW make such a
+        # difference larger than any fixed bound, in one process just as well.
+        grown = relative(rounded[key], reference[key]) if tied else 0.0
+        assert relative(tensor, reference[key]) <= max(1e-5, grown), key
     for (before, after), event in zip(pairwise(course.plans), taken, strict=True):
         assert event.step > THROTTLED_AFTER
         assert event.bytes_moved == bytes_to_move(before, after, states=2) > 0
