@@ -750,6 +750,36 @@ def test_closing_frees_everything(state: str) -> None:
     go(course)
 
 
+@pytest.mark.parametrize("first", ["a caller", "a caller that goes", "the driver"])
+def test_whoever_closes_waits_until_the_memory_is_free(first: str) -> None:
+    async def course(here: Stage) -> None:
+        await here.bring_to("in a round")
+        here.pool.duration_s = lambda machine, call: 10.0
+        await here.host.on_tensor(A, value(), noise("value", ROWS))
+        await asyncio.sleep(1)  # a pass is in progress, and cannot be broken off
+        closing = None
+        if first == "the driver":
+            await here.host.on_control(DRIVER, EndShare(JOB, FIRST_EPOCH, "all steps are done"))
+        else:
+            closing = asyncio.ensure_future(here.host.close("enough"))
+        await asyncio.sleep(1)
+        if first == "a caller that goes" and closing is not None:
+            closing.cancel()
+        assert not here.machine.program.closed
+        began_s = now_s()
+        await asyncio.gather(*(here.host.close("enough, I say") for _ in range(2)))
+        assert here.machine.program.closed
+        assert now_s() - began_s == pytest.approx(8)
+        if closing is not None:
+            await asyncio.wait({closing})
+            assert closing.cancelled() == (first == "a caller that goes")
+            assert not here.machine.ended
+        else:
+            assert await here.ended() == "all steps are done"
+
+    go(course)
+
+
 def test_weights_larger_than_the_machine_make_no_program() -> None:
     async def main() -> None:
         async with ScriptedPool(OWNER, "a", "b", "c") as pool:

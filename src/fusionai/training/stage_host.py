@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -84,7 +84,7 @@ class StageHost:
         self._tasks: set[asyncio.Task[None]] = set()
         self._rounds: StageRounds
         self._weights: WeightTraffic
-        self._closed = False
+        self._closing: asyncio.Task[None] | None = None
 
     @classmethod
     async def create(
@@ -149,21 +149,32 @@ class StageHost:
         self._rounds.limit_memory(limit_bytes)
 
     async def close(self, reason: str) -> None:
-        """Stop, free the memory, forget the job. May be called again."""
-        if self._closed:
-            return
-        self._closed = True
-        self._rounds.close()
-        log.info("job %s ends here: %s", self.roster.plan, reason)
-        self._wire.detach(self.roster.plan, self)
-        me = asyncio.current_task()
-        others = [task for task in self._tasks if task is not me]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        """Stop, free the memory, forget the job.
+
+        May be called again, at the same time too: whenever a call returns, the memory is free. A caller that is
+        cancelled stops waiting; the closing goes on.
+        """
+        if self._closing is None:
+            self._rounds.close()
+            log.info("job %s ends here: %s", self.roster.plan, reason)
+            self._wire.detach(self.roster.plan, self)
+            me = asyncio.current_task()
+            others = [task for task in self._tasks if task is not me]
+            for task in others:
+                task.cancel()
+            self._closing = asyncio.get_running_loop().create_task(self._free(others))
+        await asyncio.shield(self._closing)
+
+    async def _free(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+        """Wait for cancelled tasks and the call in progress, then free the memory."""
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._compute.stop()
         self._rounds.exchange.clear()
         self._program.close()
+
+    @property
+    def _closed(self) -> bool:
+        return self._closing is not None
 
     def take_roster(self, roster: Roster) -> bool:
         """Go on by a later roster; an older one, or one of this epoch, changes nothing and gives False.
