@@ -28,7 +28,7 @@ from fusionai.tensor import TensorData
 from fusionai.training.messages import (
     BeginRound,
     Boundary,
-    Bulk,
+    BulkHeader,
     CommitRound,
     Control,
     EndShare,
@@ -58,18 +58,18 @@ class Ear:
     def __init__(self, kinds: tuple[type, ...]) -> None:
         self.kinds = kinds
         self.control: list[Control] = []
-        self.bulk: list[tuple[Bulk, TensorData]] = []
+        self.bulk: list[tuple[BulkHeader, TensorData]] = []
         self.gate: asyncio.Event | None = None
         """While it is not set, bulk waits here, and with it whoever sends."""
 
-    def takes(self, message: Control | Bulk) -> bool:
+    def takes(self, message: Control | BulkHeader) -> bool:
         return isinstance(message, self.kinds)
 
     async def on_control(self, peer: PeerId, message: Control) -> bytes:
         self.control.append(message)
         return b""
 
-    async def on_tensor(self, peer: PeerId, header: Bulk, tensor: TensorData) -> None:
+    async def on_tensor(self, peer: PeerId, header: BulkHeader, tensor: TensorData) -> None:
         if self.gate is not None:
             await self.gate.wait()
         self.bulk.append((header, tensor))

@@ -31,7 +31,7 @@ from fusionai.training.lost_links import said, settled
 from fusionai.training.messages import (
     BeginRound,
     Boundary,
-    Bulk,
+    BulkHeader,
     CommitRound,
     Control,
     EndShare,
@@ -201,7 +201,9 @@ class StageHost:
 
     def takes(self, message: object) -> bool:
         """Everything of training but what stages send to their driver."""
-        return isinstance(message, Control | Bulk) and not isinstance(message, (RoundReport, ShareFailed, PulledWeight))
+        return isinstance(message, Control | BulkHeader) and not isinstance(
+            message, (RoundReport, ShareFailed, PulledWeight)
+        )
 
     async def on_control(self, peer: PeerId, message: Control) -> bytes:
         """Obey the driver."""
@@ -229,7 +231,7 @@ class StageHost:
                 raise ProtocolError(f"a stage does not take {type(message).__name__}")
         return b""
 
-    async def on_tensor(self, peer: PeerId, header: Bulk, tensor: TensorData) -> None:
+    async def on_tensor(self, peer: PeerId, header: BulkHeader, tensor: TensorData) -> None:
         """Take a boundary tensor, a tied gradient, or a weight to load."""
         match header:
             case Boundary():
