@@ -53,7 +53,7 @@ from planner_pools import WORKLOADS, Workload, clustered_links, equal_links, gpu
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "scheduling"))
 
 from decoder_graph import GB, SIZES, decoder, member
-from every_swarm_plan import best_single_step_s, best_step_of_several_s
+from every_plan_of_pipelines import best_single_step_s, best_step_of_several_s
 
 PARTS = ("pools", "small", "bound", "scale")
 ROUNDS = 64

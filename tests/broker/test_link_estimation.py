@@ -172,7 +172,7 @@ def test_errors_on_a_made_up_internet(seed: int) -> None:
         assert error < share * np.median(np.abs(constant / actual - 1))
 
 
-def test_a_swarm_is_planned_on_estimates() -> None:
+def test_pipelines_are_planned_on_estimates() -> None:
     """Two fast sites far from each other and one slow machine in the middle: the pipeline stays in one site."""
     probes = [symmetric(each, 6, 0.04, 1e6) for each in range(6)]
     probes += [symmetric(0, 1, 5e-4, 1e9), symmetric(1, 2, 5e-4, 1e9), symmetric(3, 4, 5e-4, 1e9)]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from decoder_graph import decoder, member
-from swarm_tasks import TwoCities, check, task_of
+from planning_problems import TwoCities, check, task_of
 
 from contenders.planners.genetic_order import genetic_order
 from contenders.planners.grid_search import _matched, _Search, best_grid, grid_search

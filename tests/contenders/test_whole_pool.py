@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 from decoder_graph import decoder, member
-from every_swarm_plan import chains_of
-from swarm_tasks import scarce, task_of
+from every_plan_of_pipelines import chains_of
+from planning_problems import scarce, task_of
 
 from contenders.planners.one_chain import chain_outcome
 from contenders.planners.proportional_splits import RULES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tracemalloc
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -25,8 +26,8 @@ def decoder(**options: object) -> FrameDecoder:
     return FrameDecoder(LIMITS, HEADER_LIMIT, **options)  # type: ignore[arg-type]
 
 
-def feed_in_steps(target: FrameDecoder, data: bytes, steps: list[int]) -> list[Frame]:
-    """Feed by filling the decoder's buffer as a socket would: in arbitrary amounts."""
+def feed(target: FrameDecoder, data: bytes, steps: Sequence[int] = (1 << 30,)) -> list[Frame]:
+    """Feed by filling the decoder's buffer as a socket would: in given amounts, or as much as it takes."""
     frames, position, turn = [], 0, 0
     while position < len(data):
         buffer = target.buffer()
@@ -69,7 +70,7 @@ def test_any_cutting_of_the_stream_gives_the_same_frames(
     stream = b"".join(encoded(kind, header, body) for kind, header, body in plain)
     if min(steps) < 50 and len(stream) > 20_000:
         steps = [step * 997 for step in steps]
-    found = feed_in_steps(decoder(), stream, steps)
+    found = feed(decoder(), stream, steps)
     assert [(frame.type, frame.header, bytes(frame.body)) for frame in found] == plain
     assert sum(frame.wire_bytes for frame in found) == len(stream)
 
@@ -78,11 +79,11 @@ def test_large_body_is_read_in_place() -> None:
     body = random.Random(1).randbytes(3 << 20)
     target = decoder()
     prefix = encoded(9, b"h", body)[: PREFIX_BYTES + 1]
-    assert target.feed(prefix) == []
+    assert feed(target, prefix) == []
     buffer = target.buffer()
     assert len(buffer) == 1 << 20, "the body's first step itself is lent out, not the staging buffer"
     del buffer
-    (frame,) = target.feed(body)
+    (frame,) = feed(target, body)
     assert frame.body == body
 
 
@@ -104,7 +105,7 @@ def test_large_body_is_read_in_place() -> None:
 def test_refusals_name_what_was_found(stream: bytes, says: str) -> None:
     target = decoder()
     with pytest.raises(ProtocolError, match=says):
-        target.feed(stream)
+        feed(target, stream)
     with pytest.raises(ProtocolError, match="already known to be corrupt"):
         target.next()
 
@@ -118,7 +119,7 @@ def test_owner_refuses_a_body_before_it_is_allocated() -> None:
 
     target = decoder(admit=admit)
     with pytest.raises(ProtocolError, match="no credit"):
-        target.feed(encoded(9, b"head", b"")[:8] + (4 << 20).to_bytes(8, "big") + b"head")
+        feed(target, encoded(9, b"head", b"")[:8] + (4 << 20).to_bytes(8, "big") + b"head")
     assert asked == [(FrameType.BULK, b"head", 4 << 20)]
     assert target.held_bytes == 0
 
@@ -128,9 +129,9 @@ def test_memory_follows_the_bytes_that_arrive() -> None:
     target = FrameDecoder({FrameType.BULK: limit}, HEADER_LIMIT)
     tracemalloc.start()
     try:
-        target.feed(bytes([0xFA, 9, 0, 0]) + bytes(4) + limit.to_bytes(8, "big"))
+        feed(target, bytes([0xFA, 9, 0, 0]) + bytes(4) + limit.to_bytes(8, "big"))
         for arrived_mib in range(1, 40):
-            target.feed(bytes(1 << 20))
+            feed(target, bytes(1 << 20))
             assert target.held_bytes <= 2 * (arrived_mib << 20) + (1 << 20)
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
@@ -167,7 +168,7 @@ def test_fuzz_ten_thousand_malformed_streams() -> None:
                 stream = bytes(mutable)
             target = decoder()
             try:
-                for frame in feed_in_steps(target, stream, [source.randrange(1, 5000)]):
+                for frame in feed(target, stream, [source.randrange(1, 5000)]):
                     assert len(frame.body) <= LIMITS[frame.type]
                     assert len(frame.header) <= HEADER_LIMIT
             except ProtocolError:
@@ -184,6 +185,6 @@ def test_fuzz_ten_thousand_malformed_streams() -> None:
 @given(st.binary(max_size=400), st.lists(st.integers(1, 50), min_size=1, max_size=4))
 def test_arbitrary_bytes_raise_nothing_but_protocol_errors(data: bytes, steps: list[int]) -> None:
     try:
-        feed_in_steps(decoder(), b"\xfa" + data, steps)
+        feed(decoder(), b"\xfa" + data, steps)
     except ProtocolError:
         pass

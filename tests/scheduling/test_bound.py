@@ -9,7 +9,7 @@ from itertools import permutations, product
 import msgspec
 import pytest
 from decoder_graph import GB, SIZES, decoder, member, pool
-from every_swarm_plan import best_single_step_s, best_step_of_several_s
+from every_plan_of_pipelines import best_single_step_s, best_step_of_several_s
 from training_problems import one_pipeline
 
 from fusionai.graph.cost import stage_cost

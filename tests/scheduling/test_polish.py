@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from decoder_graph import decoder, member
-from swarm_tasks import TwoCities, scarce, task_of
+from planning_problems import TwoCities, scarce, task_of
 
 from contenders.planners.proportional_splits import RULES
 from fusionai.scheduling.search.chain import Chain, measured

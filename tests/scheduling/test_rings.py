@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from decoder_graph import GB, decoder, member
-from swarm_tasks import TwoCities, check, task_of
+from planning_problems import TwoCities, check, task_of
 
 from fusionai.scheduling.links import Floats
 from fusionai.scheduling.planner import plan

@@ -9,7 +9,7 @@ import pytest
 
 from fusionai.errors import ConfigError
 from fusionai.scheduling.estimator import flops_rate
-from fusionai.simulation.hardware.catalogue import Kind, everything, lookup
+from fusionai.simulation.hardware.catalogue import DeviceKind, everything, lookup
 from fusionai.simulation.hardware.efficiency import ASSUMED, Efficiency, profile_of
 
 ALL = Efficiency(
@@ -17,8 +17,8 @@ ALL = Efficiency(
 )
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
-def test_every_kind_has_assumed_figures(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", get_args(DeviceKind))
+def test_every_kind_has_assumed_figures(kind: DeviceKind) -> None:
     assert ASSUMED[kind].provenance == "assumed"
     assert ASSUMED[kind].note
 

@@ -110,20 +110,20 @@ def test_a_job_that_counts_its_machines_takes_the_new_one() -> None:
     assert 0.3 < found.bound_share <= 1
 
 
-def test_pipelines_are_those_of_the_swarm_planner() -> None:
+def test_pipelines_are_those_of_the_planner() -> None:
     what_if = load({"count": 12, "name": "a"}, {"name": "slow", "matmul_tflops": 0.2}, links={"rtt_ms": 0.1})
     found = forecast(request(microbatches=64), what_if, what_ifs=False)
-    swarm = best_on(request(microbatches=64), with_owner(what_if, "open"))
-    assert found.pipelines_step_s == swarm.predicted_step_s < found.predicted_step_s
-    assert [each.microbatches for each in found.pipelines] == [each.microbatches for each in swarm.pipelines]
+    planned = best_on(request(microbatches=64), with_owner(what_if, "open"))
+    assert found.pipelines_step_s == planned.predicted_step_s < found.predicted_step_s
+    assert [each.microbatches for each in found.pipelines] == [each.microbatches for each in planned.pipelines]
     assert sum(each.microbatches for each in found.pipelines) == 64
     names = {each.peer: each.name for each in what_if.members}
-    for row, pipeline in zip(found.pipelines, swarm.pipelines, strict=True):
+    for row, pipeline in zip(found.pipelines, planned.pipelines, strict=True):
         assert [each.machine for each in row.stages] == [names[each.peer] for each in pipeline.stages]
         seconds = sum(each.predicted.forward_s + each.predicted.backward_s for each in pipeline.stages)
         assert sum(each.seconds for each in row.stages) == pytest.approx(seconds)
         assert all(0 < each.busy <= 1 for each in row.stages)
-    (line,) = (each for each in sentences(found) if each.startswith(f"With {len(swarm.pipelines)} pipelines"))
+    (line,) = (each for each in sentences(found) if each.startswith(f"With {len(planned.pipelines)} pipelines"))
     assert "Training runs one pipeline today" in line
 
 

@@ -1,4 +1,4 @@
-"""Plans for equal machines: against the swarm planner, the simulator, and what must be so."""
+"""Plans for equal machines: against the planner, the simulator, and what must be so."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def with_memory(cluster: Cluster, gigabytes: float) -> Cluster:
 
 
 def on_equal_links(cluster: Cluster) -> tuple[tuple[Member, ...], Pool, LinkRates]:
-    """Return machines, their links as the swarm planner takes them, and the same with one uplink for each machine."""
+    """Return machines, their links as the planner takes them, and the same with one uplink for each machine."""
     members = tuple(
         Member(peer=f"m{k}", name=f"m{k}", device=cluster.device, dialable=True) for k in range(cluster.count)
     )
@@ -53,7 +53,7 @@ def on_equal_links(cluster: Cluster) -> tuple[tuple[Member, ...], Pool, LinkRate
 
 
 @pytest.mark.parametrize(("mbps", "gigabytes"), [(100, 0.35), (1000, 0.35), (1000, 0.6), (10_000, 0.35)])
-def test_not_slower_than_the_swarm_planner(training: Costs, mbps: float, gigabytes: float) -> None:
+def test_not_slower_than_the_planner(training: Costs, mbps: float, gigabytes: float) -> None:
     """On the same links: the planner lets each link of a machine carry all that it can, a home has one uplink."""
     cluster = with_memory(consumer(mbps, count=12), gigabytes)
     searcher = PlanSearch(training, cluster)

@@ -26,7 +26,7 @@ from fusionai.training.driver import Driver, RoundResult
 from fusionai.training.messages import (
     BeginRound,
     Boundary,
-    Bulk,
+    BulkHeader,
     CommitRound,
     Control,
     EndShare,
@@ -51,7 +51,7 @@ class FakeMachine:
         self.name = name
         self.pool = pool
         self.control: list[Control] = []
-        self.bulk: list[tuple[Bulk, TensorData]] = []
+        self.bulk: list[tuple[BulkHeader, TensorData]] = []
         self.reports = True
         """Whether it reports each round by itself."""
         self.changes: dict[str, Any] = {}
@@ -61,7 +61,7 @@ class FakeMachine:
         self.gate: asyncio.Event | None = None
         pool.machines[name].wire.attach(JobEpoch(JOB, FIRST_EPOCH), self)
 
-    def takes(self, message: Control | Bulk) -> bool:
+    def takes(self, message: Control | BulkHeader) -> bool:
         return True
 
     async def on_control(self, peer: PeerId, message: Control) -> bytes:
@@ -72,7 +72,7 @@ class FakeMachine:
             return await self.on_ask(message)
         return b""
 
-    async def on_tensor(self, peer: PeerId, header: Bulk, tensor: TensorData) -> None:
+    async def on_tensor(self, peer: PeerId, header: BulkHeader, tensor: TensorData) -> None:
         if self.gate is not None:
             await self.gate.wait()
         self.bulk.append((header, tensor))
@@ -98,7 +98,7 @@ class FakeMachine:
     async def say(self, message: Control) -> None:
         await self.pool.machines[self.name].wire.notify(self.pool.owner.peer, message)
 
-    async def send(self, header: Bulk, tensor: TensorData) -> None:
+    async def send(self, header: BulkHeader, tensor: TensorData) -> None:
         await self.pool.machines[self.name].wire.send(self.pool.owner.peer, header, tensor)
 
     def got(self, kind: type) -> list[Any]:

@@ -28,7 +28,7 @@ from fusionai.tensor import TensorData
 from fusionai.training.messages import (
     BeginRound,
     Boundary,
-    Bulk,
+    BulkHeader,
     CommitRound,
     Control,
     EndShare,
@@ -58,18 +58,18 @@ class Ear:
     def __init__(self, kinds: tuple[type, ...]) -> None:
         self.kinds = kinds
         self.control: list[Control] = []
-        self.bulk: list[tuple[Bulk, TensorData]] = []
+        self.bulk: list[tuple[BulkHeader, TensorData]] = []
         self.gate: asyncio.Event | None = None
         """While it is not set, bulk waits here, and with it whoever sends."""
 
-    def takes(self, message: Control | Bulk) -> bool:
+    def takes(self, message: Control | BulkHeader) -> bool:
         return isinstance(message, self.kinds)
 
     async def on_control(self, peer: PeerId, message: Control) -> bytes:
         self.control.append(message)
         return b""
 
-    async def on_tensor(self, peer: PeerId, header: Bulk, tensor: TensorData) -> None:
+    async def on_tensor(self, peer: PeerId, header: BulkHeader, tensor: TensorData) -> None:
         if self.gate is not None:
             await self.gate.wait()
         self.bulk.append((header, tensor))
@@ -746,6 +746,36 @@ def test_closing_frees_everything(state: str) -> None:
         assert "b" not in here.pool.holding()
         assert here.machine.program.closed
         assert not here.machine.ended, "who closes it knows why"
+
+    go(course)
+
+
+@pytest.mark.parametrize("first", ["a caller", "a caller that goes", "the driver"])
+def test_whoever_closes_waits_until_the_memory_is_free(first: str) -> None:
+    async def course(here: Stage) -> None:
+        await here.bring_to("in a round")
+        here.pool.duration_s = lambda machine, call: 10.0
+        await here.host.on_tensor(A, value(), noise("value", ROWS))
+        await asyncio.sleep(1)  # a pass is in progress, and cannot be broken off
+        closing = None
+        if first == "the driver":
+            await here.host.on_control(DRIVER, EndShare(JOB, FIRST_EPOCH, "all steps are done"))
+        else:
+            closing = asyncio.ensure_future(here.host.close("enough"))
+        await asyncio.sleep(1)
+        if first == "a caller that goes" and closing is not None:
+            closing.cancel()
+        assert not here.machine.program.closed
+        began_s = now_s()
+        await asyncio.gather(*(here.host.close("enough, I say") for _ in range(2)))
+        assert here.machine.program.closed
+        assert now_s() - began_s == pytest.approx(8)
+        if closing is not None:
+            await asyncio.wait({closing})
+            assert closing.cancelled() == (first == "a caller that goes")
+            assert not here.machine.ended
+        else:
+            assert await here.ended() == "all steps are done"
 
     go(course)
 

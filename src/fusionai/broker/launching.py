@@ -13,7 +13,7 @@ from fusionai.broker.able_machines import able, obstacles, unable_lines
 from fusionai.broker.assigning import assignments
 from fusionai.broker.handing_out import hand_out
 from fusionai.broker.lifecycle import Lifecycle
-from fusionai.broker.planning import plan_on_measured_links
+from fusionai.broker.planning import plan_on_measured_links, training_problem
 from fusionai.broker.pool_state import PoolState
 from fusionai.broker.prober import Prober
 from fusionai.broker.records import JobRecord, MemberRecord
@@ -28,7 +28,7 @@ from fusionai.pool.messages import JobLaunched, ReleaseShare, SubmitJob
 from fusionai.pool.parcels import ParcelInbox
 from fusionai.scheduling import planner
 from fusionai.scheduling.plan import Plan
-from fusionai.scheduling.problem import PlanLimits, TrainingProblem
+from fusionai.scheduling.problem import PlanLimits
 from fusionai.scheduling.profile import Member, Pool
 
 log = logging.getLogger(__name__)
@@ -139,24 +139,13 @@ class Launcher:
         await self._prober.settle(peers, timeout_s=PROBES_TIMEOUT_S)
         idle = [each for each in self._state.registry.idle() if each.peer in peers]
         records = {each.peer: each for each in (owner, *idle)}
-        problem = TrainingProblem(
-            graph=graph,
-            graph_hash=message.graph_hash,
-            sizes=message.sizes,
-            microbatches=message.microbatches,
-            optimizer_states=len(message.options.optimizer.states),
-            precision=message.options.precision,
-            privacy=message.privacy,
-            front=message.front,
-            back=message.back,
-            split_backward=not message.options.compile,
-            limits=PlanLimits(
-                compnodes=message.compnodes,
-                cuts=message.cuts,
-                in_order=bool(message.machines) and message.cuts is not None,
-                most_pipelines=1,
-            ),
+        limits = PlanLimits(
+            compnodes=message.compnodes,
+            cuts=message.cuts,
+            in_order=bool(message.machines) and message.cuts is not None,
+            most_pipelines=1,
         )
+        problem = training_problem(graph, message, message, limits)
         driver = candidate(owner)
 
         def make(*, pool: Pool) -> Plan:

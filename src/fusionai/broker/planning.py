@@ -18,8 +18,11 @@ from fusionai.broker.link_book import Pair, pair
 from fusionai.broker.pool_state import PoolState
 from fusionai.broker.presence import availability
 from fusionai.broker.prober import Prober
+from fusionai.graph.model import OpDag
 from fusionai.network.identity import PeerId
+from fusionai.pool.messages import ReplanJob, SubmitJob
 from fusionai.scheduling.plan import Plan
+from fusionai.scheduling.problem import PlanLimits, TrainingProblem
 from fusionai.scheduling.profile import AccessProfile, LinkProfile, Member, Pool
 
 log = logging.getLogger(__name__)
@@ -37,6 +40,29 @@ class MakePlan(Protocol):
     """Makes a plan for a pool; blocks."""
 
     def __call__(self, *, pool: Pool) -> Plan: ...
+
+
+def training_problem(
+    graph: OpDag, job: SubmitJob | Plan, request: SubmitJob | ReplanJob, limits: PlanLimits
+) -> TrainingProblem:
+    """Return the problem that a request asks to solve, without the pool that it is to be solved on.
+
+    `job` has what stays the same for the job's life: sizes, microbatches and privacy. It is the submission, or the plan
+    that the job runs by.
+    """
+    return TrainingProblem(
+        graph=graph,
+        graph_hash=job.graph_hash,
+        sizes=job.sizes,
+        microbatches=job.microbatches,
+        optimizer_states=len(request.options.optimizer.states),
+        precision=request.options.precision,
+        privacy=job.privacy,
+        front=request.front,
+        back=request.back,
+        split_backward=not request.options.compile,
+        limits=limits,
+    )
 
 
 async def plan_on_measured_links(

@@ -43,7 +43,7 @@ class Preparation(msgspec.Struct, frozen=True, kw_only=True):
     """A new plan for a running job whose machines hold their shares already, or are about to."""
 
     epoch: Epoch = FIRST_EPOCH
-    """Of the new plan. Records of versions without epochs lack it; their preparations are given up at the restart."""
+    """Epoch of the new plan. Records of versions without epochs lack it; a restart gives their preparations up."""
     plan: Plan
     compnodes: dict[PeerId, str]
     """Names by peer of the machines that it uses, the owner apart."""
@@ -76,7 +76,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def epoch(self) -> Epoch:
-        """Of the running plan."""
+        """Epoch of the running plan."""
         return self.epochs[-1 if self.preparing is None else -2]
 
     @property

@@ -13,7 +13,7 @@ from fusionai.broker.assigning import assignments
 from fusionai.broker.handing_out import hand_out
 from fusionai.broker.launching import GRAPH_TIMEOUT_S, Launcher, candidate, decoded
 from fusionai.broker.lifecycle import Lifecycle
-from fusionai.broker.planning import with_history
+from fusionai.broker.planning import training_problem, with_history
 from fusionai.broker.pool_state import PoolState
 from fusionai.broker.prober import Prober
 from fusionai.broker.records import JobRecord, MemberRecord, Preparation
@@ -24,7 +24,7 @@ from fusionai.network.identity import PeerId
 from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
 from fusionai.pool.messages import PlanPrepared, ReleaseShare, ReplanJob
 from fusionai.scheduling.plan import Plan
-from fusionai.scheduling.problem import PlanLimits, TrainingProblem
+from fusionai.scheduling.problem import PlanLimits
 from fusionai.scheduling.profile import AccessProfile, Member, Pool
 from fusionai.scheduling.replanning import Replanned, replanned
 from fusionai.training.corrections import corrected
@@ -130,23 +130,12 @@ class Replanner:
             for peer, each in members.items()
         }
         pool = Pool(members=tuple(known.values()), links=self._state.links.matrix(peers), access=access)
-        problem = TrainingProblem(
-            graph=graph,
-            graph_hash=running.graph_hash,
-            sizes=running.sizes,
-            microbatches=running.microbatches,
-            optimizer_states=len(message.options.optimizer.states),
-            precision=message.options.precision,
-            privacy=running.privacy,
-            front=message.front,
-            back=message.back,
-            split_backward=not message.options.compile,
-            limits=PlanLimits(
-                compnodes=message.compnodes,
-                most_pipelines=1,
-                leaving=frozenset(peer for peer in known if self._state.registry.is_leaving(peer)),
-            ),
+        limits = PlanLimits(
+            compnodes=message.compnodes,
+            most_pipelines=1,
+            leaving=frozenset(peer for peer in known if self._state.registry.is_leaving(peer)),
         )
+        problem = training_problem(graph, running, message, limits)
         idle = [each for peer, each in members.items() if peer not in {stage.peer for stage in running.stages}]
         unable = await asyncio.to_thread(obstacles, graph, message.front, message.back, idle)
         pool = replace(pool, members=tuple(each for each in pool.members if each.name not in unable))

@@ -152,21 +152,6 @@ class FrameDecoder:
             self._body = None
             raise
 
-    def feed(self, data: bytes) -> list[Frame]:
-        """Take `data` and return the frames that it completes. It copies the data, so it is for tests and tools."""
-        frames = []
-        view = memoryview(data)
-        while len(view):
-            buffer = self.buffer()
-            count = min(len(buffer), len(view))
-            buffer[:count] = view[:count]
-            buffer.release()
-            view = view[count:]
-            self.advance(count)
-            while (frame := self.next()) is not None:
-                frames.append(frame)
-        return frames
-
     def _next(self) -> Frame | None:
         if self._prefix is None:
             raw = self._take(PREFIX_BYTES)

@@ -12,7 +12,7 @@ from torch import nn
 
 from fusionai.errors import CheckpointError, ConfigError, DataError
 from fusionai.execution.plane import OptimizerConfig
-from fusionai.graph.capture import Captured, capture, capture_transformers
+from fusionai.graph.capture import Captured, Role, capture, capture_transformers
 from fusionai.graph.model import OpDag
 from fusionai.network.loop import run as run_loop
 from fusionai.owner.checkpointing import CheckpointFiles
@@ -28,7 +28,6 @@ from fusionai.training.learning_rate import ScheduleConfig
 
 TensorBatch = Mapping[str, torch.Tensor]
 BatchFunction = Callable[[int, int], TensorBatch]
-Role = Literal["tokens", "labels", "positions", "data"]
 
 CONSTANT_RATE = ScheduleConfig(kind="constant")
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from fusionai.errors import ConfigError
 from fusionai.owner.pool_file_mistakes import explained, shown
 from fusionai.scheduling.profile import DeviceProfile, Member
-from fusionai.simulation.hardware.catalogue import Hardware, Kind, lookup
+from fusionai.simulation.hardware.catalogue import DeviceKind, Hardware, lookup
 from fusionai.simulation.hardware.efficiency import DEVICE_OF_KIND, profile_of
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 from fusionai.units.byte_counts import parse_memory
@@ -58,7 +58,7 @@ class _Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     memory_gb: float | None = None
     memory_gb_per_s: float | None = None
     overhead_us: float | None = None
-    kind: Kind | None = None
+    kind: DeviceKind | None = None
     memory: str | None = None
     region: str | None = None
     dialable: bool = True

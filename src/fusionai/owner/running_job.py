@@ -44,7 +44,7 @@ class RunningJob:
         self.plan: Plan = launched.plan
         """The plan that the job runs by."""
         self.names: dict[str, str] = {member.identity.peer_id: member.name, **launched.names}
-        """Of all machines that had a part so far, by peer."""
+        """Names of all machines that had a part so far, by peer."""
         self.lab = launched.lab
         """Whether any of them emulates its speed or its links."""
         self.taken = 0
@@ -60,7 +60,7 @@ class RunningJob:
 
     @property
     def epoch(self) -> Epoch:
-        """Of the plan that the job runs by."""
+        """Epoch of the plan that the job runs by."""
         return self.driver.epoch
 
     def observe(self, step: int, result: RoundResult) -> None:

@@ -12,7 +12,7 @@ Epoch = NewType("Epoch", int)
 """Counts the plans that the broker prepared for a job. A message of an epoch that is over is dropped."""
 
 FIRST_EPOCH = Epoch(0)
-"""Of the plan that a job is launched with."""
+"""Epoch of the plan that a job is launched with."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -43,11 +43,11 @@ class TensorHeader(JobMessage, Protocol):
 
     @property
     def dtype(self) -> DType:
-        """Of the tensor's elements."""
+        """Type of the tensor's elements."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor."""
+        """Shape of the tensor."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class MemberConfig:
     emulates_speed: bool = False
     """Whether this machine is slowed down on purpose."""
     limits: Limits | None = None
-    """Of the network; None: the usual ones."""
+    """Limits of the network; None: the usual ones."""
 
 
 class PoolMember:

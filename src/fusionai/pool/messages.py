@@ -32,7 +32,7 @@ class RegisterMember(msgspec.Struct, frozen=True, tag="broker.register_member"):
     lab: bool = False
     """Whether this member emulates its speed or its links."""
     disk: DiskProfile | None = None
-    """Of its state folder; None: not measured."""
+    """Disk of its state folder; None: not measured."""
 
 
 class MemberRegistered(msgspec.Struct, frozen=True, tag="broker.member_registered"):
@@ -48,7 +48,7 @@ class HeldShare(msgspec.Struct, frozen=True):
 
     job: JobId
     epoch: Epoch
-    """Of the plan that the share was made for."""
+    """Epoch of the plan that the share was made for."""
     line: str
     """For people, such as "stage 1: layers 0-5"."""
 
@@ -146,7 +146,7 @@ class PlanPrepared(msgspec.Struct, frozen=True, tag="broker.plan_prepared"):
     reason: str
     """Why the plan is better, or why the running one is kept."""
     epoch: Epoch | None = None
-    """Of the new plan; None: keep the running one."""
+    """Epoch of the new plan; None: keep the running one."""
     plan: Plan | None = None
     names: dict[str, str] = {}
     """Names of the plan's peers, for people."""
@@ -304,7 +304,7 @@ class PoolChanged(msgspec.Struct, frozen=True, tag="broker.pool_changed"):
 
     job: JobId
     names: tuple[str, ...]
-    """Of the machines that it is about, or the first few of them."""
+    """Names of the machines that it is about, or of the first few of them."""
     leaving: bool
     """Whether these machines of the job wait to be relieved; if not, they are new and the plan might use them."""
     more: int = 0

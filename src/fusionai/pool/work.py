@@ -56,7 +56,7 @@ class WorkHost(Protocol):
         """Take no more than this from now on: other work came or went."""
 
     async def close(self, reason: str) -> None:
-        """Stop, and free the memory. May be called again."""
+        """Stop; when a call returns, the memory is free. May be called again, at the same time too."""
 
 
 _Work = TypeVar("_Work", bound=AssignedWork)

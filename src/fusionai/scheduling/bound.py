@@ -88,7 +88,7 @@ class WeightPace:
     """How fast machines get through a graph if a part of the work counts as much as the weights that it takes."""
 
     nbytes: float
-    """Of all weights that count."""
+    """Bytes of all weights that count."""
     rates_per_s: tuple[float, ...]
     """By device: a device with the share f of the weights passes at most 1 / f of this many microbatches a second."""
 

@@ -104,9 +104,9 @@ class EndOfStep:
     """Seconds between the last backward and the next step's first forward."""
 
     summed_s: float
-    """Of summing gradients over pipelines, and those of tied weights."""
+    """Seconds that summing takes: of gradients over pipelines, and of those of tied weights."""
     committed_s: float
-    """Of reporting to the driver, hearing from it, and updating."""
+    """Seconds that reporting to the driver, hearing from it, and updating take."""
 
     @property
     def seconds(self) -> float:

@@ -78,11 +78,11 @@ class Bottleneck:
     links_s: Mapping[tuple[str, str], float]
     """By the names of source and target."""
     lines_s: Mapping[tuple[str, str], float]
-    """Of uplinks and downlinks that links share, by the name of the machine and "up" or "down"."""
+    """Seconds of uplinks and downlinks that links share, by the name of the machine and "up" or "down"."""
     summed_s: float
-    """Of summing gradients, when all passes are done."""
+    """Seconds that summing gradients takes when all passes are done."""
     committed_s: float
-    """Of reporting and updating after that."""
+    """Seconds that reporting and updating take after that."""
     pipelines: int
     driver: str
     """Name of the machine that commits the step."""

@@ -278,7 +278,7 @@ class ExecutedRound:
     executed: int
     whole: PipelineTimes
     half: PipelineTimes | None
-    """Of half as many microbatches; None where only a round of `executed` is asked for."""
+    """Times of half as many microbatches; None where only a round of `executed` is asked for."""
 
     def times(self, microbatches: int) -> PipelineTimes:
         """Return the times of a round: once the pipeline is full, each microbatch takes as long as the one before."""

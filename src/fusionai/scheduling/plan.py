@@ -64,7 +64,7 @@ class Plan(msgspec.Struct, frozen=True):
     graph_hash: str
     sizes: Sizes
     microbatches: int
-    """Of one step, over all pipelines."""
+    """Microbatches of one step, over all pipelines."""
     privacy: Literal["private", "open"]
     owner: str
     """Peer of the owner's machine; "" in an open job whose driver costs nothing."""

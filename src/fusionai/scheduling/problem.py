@@ -56,7 +56,7 @@ class TrainingProblem:
     graph_hash: str
     sizes: Sizes
     microbatches: int
-    """Of one step, over all pipelines."""
+    """Microbatches of one step, over all pipelines."""
     optimizer_states: int
     """Tensors that the optimizer keeps for each trained weight (AdamW: 2)."""
     precision: Literal["fp32", "bf16"]

@@ -15,7 +15,7 @@ class Remedies:
     first_machine: str
     more_machines: str
     more_memory: str
-    """Of compnodes."""
+    """What gives compnodes more memory."""
     dialable: str
     """So that two machines can be linked."""
 

@@ -31,9 +31,9 @@ class Segments:
     positions: tuple[int, ...]
     """P node positions, rising; the first and last are the ends of what may be distributed."""
     costs: tuple[StageCost, ...]
-    """Of the P-1 segments."""
+    """Costs of the P-1 segments."""
     outer: tuple[StageCost, ...]
-    """Of the owner's stages before and after; empty when nothing is pinned."""
+    """Costs of the owner's stages before and after; empty when nothing is pinned."""
     outer_after: int
     """How many of them come after."""
     fixed_bytes_PP: Floats

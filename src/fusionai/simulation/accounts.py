@@ -42,7 +42,7 @@ class PassTime:
     def __init__(self) -> None:
         self._starts_s: list[float] = []
         self._before_s: list[float] = []
-        """Of the steps before each."""
+        """Seconds of passes in the steps before each."""
         self._total_s = 0.0
 
     def add(self, start_s: float, passes_s: float) -> None:

@@ -28,7 +28,7 @@ class Prices:
     machines: Mapping[str, MachinePrice] = field(default_factory=dict)
     """By peer; without an entry a machine draws and costs nothing, and the report names it."""
     idle_share: float = 0.3
-    """Of `power_w` while a machine waits. Assumed: GPUs kept in their working clock draw about a third."""
+    """Share of `power_w` that a waiting machine draws. Assumed: GPUs kept in their working clock draw about a third."""
     usd_per_kwh: float = 0.0
 
     def __post_init__(self) -> None:

@@ -66,7 +66,7 @@ class PassReport(msgspec.Struct, frozen=True, kw_only=True):
     peer: str
     direction: Literal["forward", "backward"]
     microbatch: int
-    """Of its pipeline."""
+    """Its number among the microbatches of its pipeline."""
     start_s: float
     end_s: float
     again: bool
@@ -84,7 +84,7 @@ class SimulationReport(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     """Steps committed and not rolled back."""
     microbatches: int
-    """Of a step."""
+    """Microbatches of a step."""
     elapsed_s: float
     microbatches_per_s: float
     tokens_per_s: float | None

@@ -28,7 +28,7 @@ class StageLoad:
     """The part of `backward_s` that follows the sending of the boundary gradients."""
     update_s: float = 0.0
     repeated_bytes: int = 0
-    """Of the trainable weights, what an earlier stage of the machine holds and updates."""
+    """Bytes of trainable weights that an earlier stage of the machine holds and updates already."""
     state_bytes: int = 0
     """Weights and optimizer states: what a backup needs."""
     memory_bytes: int = 0
@@ -45,7 +45,7 @@ class EdgeLoad:
     target: int
     forward_bytes: float
     backward_bytes: float | None
-    """Of the gradients; None when none travel."""
+    """Bytes of the gradients; None when none travel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,8 @@ class WeightGroup:
     size_bytes: float
 
 
-Move = Callable[[StageLoad, str], StageLoad]
-"""What a stage takes on another machine."""
+MoveStage = Callable[[StageLoad, str], StageLoad]
+"""Returns what a stage takes on another machine, which is given by its peer."""
 
 
 def unchanged(load: StageLoad, peer: str) -> StageLoad:
@@ -75,7 +75,7 @@ def unchanged(load: StageLoad, peer: str) -> StageLoad:
     return replace(load, peer=peer)
 
 
-def estimated(devices: Mapping[str, DeviceProfile], precision: str, optimizer_states: int) -> Move:
+def estimated(devices: Mapping[str, DeviceProfile], precision: str, optimizer_states: int) -> MoveStage:
     """Return how a stage with a cost moves: with the planner's own estimator (`fusionai.scheduling.estimator`).
 
     The result raises ConfigError for a machine that `devices` lacks, PlacementError for one without rates.
@@ -109,7 +109,7 @@ class Workload:
     """Peer of the machine that begins and commits steps, and keeps the job's state: the owner's; "" if elsewhere."""
     state_copies: int = 1
     """State of a trainable weight over its size: itself and the optimizer's tensors."""
-    move: Move = unchanged
+    move: MoveStage = unchanged
 
     @property
     def microbatches(self) -> int:

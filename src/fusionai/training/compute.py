@@ -33,7 +33,7 @@ _PRECISE_S = 1e-3
 """Resolution of a clock that can time a pass; that of threads is 16 ms on some systems."""
 
 _MOST_LATE_S = 0.02
-"""Of being late, what the next call makes good: more is not a late waking but a machine that has too much to do."""
+"""Most of a late waking that the next call makes good. More is not a late waking: the machine has too much to do."""
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ class ProgramCall:
     kind: Literal["forward", "backward", "finish_backward", "other"]
     run: Callable[[], Any]
     stage: int = -1
-    """Of a pass; -1 otherwise."""
+    """Stage of a pass; -1 otherwise."""
     step: int = -1
     index: int = -1
     """Microbatch of a pass; -1 otherwise."""

@@ -27,7 +27,7 @@ three steps in a row then show. A smaller change is seen in the factors, but rep
 """
 
 _HALVINGS = 12
-"""Of the step, until the latency that explains it is known well enough."""
+"""Halvings of the predicted step, after which the latency that explains it is known well enough."""
 
 
 class MeasuredPasses(msgspec.Struct, frozen=True):

@@ -28,7 +28,7 @@ from fusionai.training.machine import Machine, sizes_of
 from fusionai.training.messages import (
     BeginRound,
     Boundary,
-    Bulk,
+    BulkHeader,
     CommitRound,
     Control,
     EndShare,
@@ -123,7 +123,7 @@ class Driver:
             self.happened(Failed(peer, printable(message.text)))
         return b""
 
-    async def on_tensor(self, peer: PeerId, header: Bulk, tensor: TensorData) -> None:
+    async def on_tensor(self, peer: PeerId, header: BulkHeader, tensor: TensorData) -> None:
         """Pass a pulled tensor on to whoever pulls."""
         await self.weights.take(self.watch.machine(peer), header, tensor)
 

@@ -203,6 +203,6 @@ Control = (
     | RoundReport
     | ShareFailed
 )
-Bulk = Boundary | TiedGradient | WeightTensor | PulledWeight
+BulkHeader = Boundary | TiedGradient | WeightTensor | PulledWeight
 
-TRAINING_MESSAGES = MessageKinds("train.", get_args(Control), get_args(Bulk))
+TRAINING_MESSAGES = MessageKinds("train.", get_args(Control), get_args(BulkHeader))

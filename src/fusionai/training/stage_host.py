@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -31,7 +31,7 @@ from fusionai.training.lost_links import said, settled
 from fusionai.training.messages import (
     BeginRound,
     Boundary,
-    Bulk,
+    BulkHeader,
     CommitRound,
     Control,
     EndShare,
@@ -84,7 +84,7 @@ class StageHost:
         self._tasks: set[asyncio.Task[None]] = set()
         self._rounds: StageRounds
         self._weights: WeightTraffic
-        self._closed = False
+        self._closing: asyncio.Task[None] | None = None
 
     @classmethod
     async def create(
@@ -149,21 +149,32 @@ class StageHost:
         self._rounds.limit_memory(limit_bytes)
 
     async def close(self, reason: str) -> None:
-        """Stop, free the memory, forget the job. May be called again."""
-        if self._closed:
-            return
-        self._closed = True
-        self._rounds.close()
-        log.info("job %s ends here: %s", self.roster.plan, reason)
-        self._wire.detach(self.roster.plan, self)
-        me = asyncio.current_task()
-        others = [task for task in self._tasks if task is not me]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        """Stop, free the memory, forget the job.
+
+        May be called again, at the same time too: whenever a call returns, the memory is free. A caller that is
+        cancelled stops waiting; the closing goes on.
+        """
+        if self._closing is None:
+            self._rounds.close()
+            log.info("job %s ends here: %s", self.roster.plan, reason)
+            self._wire.detach(self.roster.plan, self)
+            me = asyncio.current_task()
+            others = [task for task in self._tasks if task is not me]
+            for task in others:
+                task.cancel()
+            self._closing = asyncio.get_running_loop().create_task(self._free(others))
+        await asyncio.shield(self._closing)
+
+    async def _free(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+        """Wait for cancelled tasks and the call in progress, then free the memory."""
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._compute.stop()
         self._rounds.exchange.clear()
         self._program.close()
+
+    @property
+    def _closed(self) -> bool:
+        return self._closing is not None
 
     def take_roster(self, roster: Roster) -> bool:
         """Go on by a later roster; an older one, or one of this epoch, changes nothing and gives False.
@@ -190,7 +201,9 @@ class StageHost:
 
     def takes(self, message: object) -> bool:
         """Everything of training but what stages send to their driver."""
-        return isinstance(message, Control | Bulk) and not isinstance(message, (RoundReport, ShareFailed, PulledWeight))
+        return isinstance(message, Control | BulkHeader) and not isinstance(
+            message, (RoundReport, ShareFailed, PulledWeight)
+        )
 
     async def on_control(self, peer: PeerId, message: Control) -> bytes:
         """Obey the driver."""
@@ -218,7 +231,7 @@ class StageHost:
                 raise ProtocolError(f"a stage does not take {type(message).__name__}")
         return b""
 
-    async def on_tensor(self, peer: PeerId, header: Bulk, tensor: TensorData) -> None:
+    async def on_tensor(self, peer: PeerId, header: BulkHeader, tensor: TensorData) -> None:
         """Take a boundary tensor, a tied gradient, or a weight to load."""
         match header:
             case Boundary():

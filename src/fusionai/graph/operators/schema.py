@@ -7,8 +7,8 @@ Signatures are written in a small language:
     aten.topk.default(self: tensor, k: int, dim: int = -1) -> 2
     aten.unbind.int(self: tensor, dim: int = 0) -> list
 
-Arguments after `*` are given by keyword only. Kinds are listed in `Kind`; "?" allows None. "-> N" is the number of
-outputs (1 when left out), "-> list" a number that depends on the call.
+Arguments after `*` are given by keyword only. Kinds are listed in `ArgumentKind`; "?" allows None. "-> N" is the number
+of outputs (1 when left out), "-> list" a number that depends on the call.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fusionai.errors import GraphError
 from fusionai.graph.model import Argument, Atom, Keyword, Node, Ref, Size
 from fusionai.tensor import ITEM_BYTES, tensor_bytes
 
-Kind = Literal[
+ArgumentKind = Literal[
     "tensor",
     "operand",
     "tensors",
@@ -63,7 +63,7 @@ class Parameter:
     """One argument of a signature."""
 
     name: str
-    kind: Kind
+    kind: ArgumentKind
     optional: bool
     """None is allowed."""
     items_optional: bool
@@ -269,7 +269,7 @@ def _fits(parameter: Parameter, value: Argument) -> bool:
 
 
 _SIGNATURE = re.compile(r"([\w.]+)\((.*)\)(?:\s*->\s*(\d+|list))?")
-_KINDS: frozenset[str] = frozenset(get_args(Kind))
+_KINDS: frozenset[str] = frozenset(get_args(ArgumentKind))
 
 
 def _default(text: str) -> Argument:

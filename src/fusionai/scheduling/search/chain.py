@@ -32,7 +32,7 @@ class Chain:
     machines: tuple[int, ...]
     bounds: tuple[int, ...]
     latency_s: float
-    """Of one microbatch through everything."""
+    """Seconds that one microbatch takes through all stages."""
     period_s: float
     """Between one microbatch and the next: the largest share of any machine or link."""
     in_flight_limit: int

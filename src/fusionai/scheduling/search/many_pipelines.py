@@ -69,7 +69,7 @@ _SURE = 0.98
 """A schedule is hardly ever so much faster than ideal pipelines and the end of their step."""
 
 _BUDGET_SHARES = (0.9, 0.75)
-"""Of each machine's memory, tried where real stages turned out larger than sums over segments."""
+"""Shares of each machine's memory that are tried where real stages turned out larger than sums over segments."""
 
 _OWNER_LIMITS = (4, 2, 1)
 

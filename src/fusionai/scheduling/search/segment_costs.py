@@ -41,7 +41,7 @@ class SegmentCosts:
     problem: TrainingProblem
     segments: Segments
     all_costs: tuple[StageCost, ...]
-    """Of all segments, the owner's among them."""
+    """Costs of all segments, the owner's among them."""
     crossings: tuple[Crossing, ...]
     trained: TrainedWeights
     """Where the trained weights are, by segment, the owner's among them."""

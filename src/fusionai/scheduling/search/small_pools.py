@@ -22,7 +22,7 @@ _MOST_WORKED_THROUGH = 1500
 _MOST_MACHINES = 12
 
 _SAFE = 0.97
-"""Of the bounds: sums over segments count what stages would compute again once for each segment."""
+"""Factor of lower bounds: sums over segments count what stages would compute again once for each segment."""
 
 
 def best_small_chains(costs: SegmentCosts, known_s: float) -> list[Chain]:

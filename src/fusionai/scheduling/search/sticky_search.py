@@ -21,10 +21,10 @@ from fusionai.scheduling.links import Floats, Indices
 from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.problem import TrainingProblem
 from fusionai.scheduling.search.one_pipeline import MOST_POSITIONS, best_pipeline, in_flight_limits
-from fusionai.scheduling.search.one_pipeline_candidates import evaluated_split
+from fusionai.scheduling.search.one_pipeline_candidates import Placed, evaluated_split
 from fusionai.scheduling.search.segment_costs import SegmentCosts
 from fusionai.scheduling.search.segment_tables import costs_in_segments, cut_positions
-from fusionai.scheduling.search.sticky_splits import Placed, Weighing, exact, splits, weight_groups
+from fusionai.scheduling.search.sticky_splits import Weighing, exact, splits, weight_groups
 from fusionai.scheduling.segments import MEMORY_MARGIN
 from fusionai.scheduling.transfers import Move, TransferSchedule, holders_of, loads_of, state_bytes
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from fusionai.graph.model import WeightKey
 from fusionai.scheduling.partition import Line, Split, best_of_order, frontier, make_split, split
+from fusionai.scheduling.search.one_pipeline_candidates import Placed
 from fusionai.scheduling.search.segment_costs import SegmentCosts
 from fusionai.scheduling.transfers import Holders, TransferSchedule
 
@@ -44,9 +45,6 @@ _ROUNDS = 3
 """How often the orders around the best one are tried."""
 
 _TOLERANCE = 5e-3
-
-Placed = tuple[tuple[int, ...], tuple[int, ...]]
-"""Machines of the line, and bounds of their stages as indices of positions."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,7 @@
-"""Placements by simple rules: what other systems do, and starts for our own search."""
+"""Placements by simple rules: starts for our own search."""
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +14,7 @@ from fusionai.scheduling.serving.serving_task import ServingTask
 _MOST_REPLICAS = 8
 
 WEIGHTS_SHARE = 0.535
-"""Of the memory offered, how much such systems fill with weights: of 90 % of a board about half the board. It gives
+"""Share of the memory offered that other systems fill with weights: of 90 % of a board about half the board. It gives
 what Helix's baselines hold by its artifact's profiles: of LLaMA-2-70B 12 layers on an A100 of 40 GB, 7 on an L4, 4 on a
 T4."""
 
@@ -30,36 +29,14 @@ def petals_like(evaluator: Evaluator) -> list[HeldRange]:
     held_S = np.zeros(task.back)
     shares = []
     for machine in range(len(task.members)):
-        count = _most_segments(evaluator, machine)
+        count = most_segments(evaluator, machine)
         if count == 0:
             continue
         starts = range(task.front, task.back - count + 1)
         # The weakest block counts first, then the sum, so that no hole is left beside a thin spot.
         first = min(starts, key=lambda k: (sorted(held_S[k : k + count]), k))
-        held_S[first : first + count] += _speed(evaluator, machine) / count
+        held_S[first : first + count] += block_tokens_per_s(evaluator, machine) / count
         shares.append(HeldRange(first + count, first, machine))
-    return shares
-
-
-def swarm_like(evaluator: Evaluator) -> list[HeldRange]:
-    """Return the placement in equal stages, each machine in the stage that has least throughput.
-
-    SWARM (Ryabinin et al., arXiv 2301.11913), as Helix's evaluation uses it: as few stages as the machine with least
-    memory allows, machines spread over them so that the stages' throughputs are alike.
-    """
-    task = evaluator.task
-    counts = [_most_segments(evaluator, machine) for machine in range(len(task.members))]
-    usable = [machine for machine, count in enumerate(counts) if count]
-    blocks = task.back - task.front
-    stages = math.ceil(blocks / min((counts[machine] for machine in usable), default=1))
-    stages = min(stages, task.model.blocks)
-    borders = _equal(task, stages)
-    speed = [0.0] * stages
-    shares = []
-    for machine in sorted(usable, key=lambda k: (-_speed(evaluator, k), k)):
-        stage = min(range(stages), key=lambda k: (speed[k], k))
-        speed[stage] += _speed(evaluator, machine)
-        shares.append(HeldRange(borders[stage + 1], borders[stage], machine))
     return shares
 
 
@@ -72,7 +49,7 @@ def separate_pipelines(evaluator: Evaluator) -> list[HeldRange]:
     shares: list[HeldRange] = []
     for kind in range(int(evaluator.kind_of.max()) + 1):
         machines = [int(each) for each in np.nonzero(evaluator.kind_of == kind)[0]]
-        count = _most_segments(evaluator, machines[0])
+        count = most_segments(evaluator, machines[0])
         replicas = max(1, len(machines) * count // (task.back - task.front))
         shares += _chains(evaluator, np.asarray(machines), replicas)
     return shares
@@ -93,18 +70,11 @@ def best_replicas(evaluator: Evaluator) -> list[HeldRange]:
     return shares
 
 
-def equal_layers(evaluator: Evaluator) -> list[HeldRange]:
-    """Return one pipeline over all machines in the given order, with equal numbers of layers."""
-    task = evaluator.task
-    borders = _equal(task, min(len(task.members), task.model.blocks))
-    return [HeldRange(stop, start, machine) for machine, (start, stop) in enumerate(pairwise(borders))]
-
-
 def _chains(evaluator: Evaluator, machines: Indices, replicas: int) -> list[HeldRange]:
     """Return so many pipelines of equal parts, without those whose parts do not fit."""
     shares = []
     for group in np.array_split(machines, replicas):
-        borders = _equal(evaluator.task, min(len(group), evaluator.task.model.blocks))
+        borders = equal_borders(evaluator.task, min(len(group), evaluator.task.model.blocks))
         part = [
             HeldRange(stop, start, int(machine))
             for machine, (start, stop) in zip(group, pairwise(borders), strict=False)
@@ -116,7 +86,7 @@ def _chains(evaluator: Evaluator, machines: Indices, replicas: int) -> list[Held
     return shares
 
 
-def _most_segments(evaluator: Evaluator, machine: int) -> int:
+def most_segments(evaluator: Evaluator, machine: int) -> int:
     """Return how many blocks fit `WEIGHTS_SHARE` of a machine's memory, at least one if one fits at all."""
     task = evaluator.task
     offered = task.members[machine].device.memory_bytes * WEIGHTS_SHARE
@@ -126,14 +96,14 @@ def _most_segments(evaluator: Evaluator, machine: int) -> int:
     return min(max(count, 1), task.back - task.front) if fits else 0
 
 
-def _speed(evaluator: Evaluator, machine: int) -> float:
+def block_tokens_per_s(evaluator: Evaluator, machine: int) -> float:
     """Return the tokens per second of one block, with so many sequences as all of its memory holds of one."""
     middle = (evaluator.task.front + evaluator.task.back) // 2
     kind = evaluator.kind_of[machine]
     return float(evaluator.times.at(kind, middle, middle + 1).tokens_per_s(np.asarray(0.0)))
 
 
-def _equal(task: ServingTask, parts: int) -> list[int]:
+def equal_borders(task: ServingTask, parts: int) -> list[int]:
     """Return borders of equal parts; embedding and head go with the first and last blocks."""
     low, high = max(task.front, 1), min(task.back, task.model.blocks + 1)
     if parts > high - low:

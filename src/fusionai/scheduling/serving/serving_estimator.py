@@ -65,7 +65,7 @@ class RangeTimes:
     fixed_bytes: Floats
     """Weights and working space, without margin."""
     sequences: Floats
-    """Of mean length that the rest of the memory has room for; 0 where the weights do not fit."""
+    """Sequences of mean length that the rest of the memory has room for; 0 where the weights do not fit."""
 
     def at(self, *index: object) -> RangeTimes:
         """Return the costs picked by an index into the tables."""

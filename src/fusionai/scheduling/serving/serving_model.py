@@ -45,9 +45,9 @@ class ServingModel:
     weight_bytes_S: Floats
     """Held. Tied weights count in every segment that reads them."""
     read_bytes_S: Floats
-    """Of these, read in every pass: products read all of their weights, a look-up next to nothing."""
+    """The part of them that is read in every pass: products read all of their weights, a look-up next to nothing."""
     flops_S: Floats
-    """Of products."""
+    """FLOPs of products."""
     attention_flops_S: Floats
     """For each token attended to."""
     moved_bytes_S: Floats

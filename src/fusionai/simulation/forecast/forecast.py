@@ -39,7 +39,7 @@ from fusionai.simulation.hardware.efficiency import ASSUMED
 from fusionai.simulation.hardware.what_if_pool import WhatIfPool
 
 USD_PER_KWH = 0.15
-"""Of electricity; assumed."""
+"""Price of electricity; assumed."""
 
 ChangeName = Literal["one_more_machine", "bottleneck_link_doubled", "uplinks_doubled"]
 
@@ -55,7 +55,7 @@ class StageRow(msgspec.Struct, frozen=True, kw_only=True):
     offered_bytes: int
     """By the machine; several stages of one share it."""
     seconds: float
-    """Of a microbatch, forward and backward."""
+    """Seconds of a microbatch, forward and backward."""
     busy: float
     """Share of a step for which the machine computes, in all of its stages: passes, and the update once."""
 
@@ -65,7 +65,7 @@ class PipelineRow(msgspec.Struct, frozen=True, kw_only=True):
 
     stages: tuple[StageRow, ...]
     microbatches: int
-    """Of each step's, how many it takes."""
+    """Microbatches of each step that it takes."""
     predicted_s: float
     """From the first forward to the last backward of its microbatches."""
 
@@ -105,13 +105,13 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     bound_step_s: float
     """No plan on these machines is faster: their computing, divided without loss over all of them, and free links."""
     bound_share: float
-    """Of the bound's speed, what the plan reaches."""
+    """Share of the bound's speed that the plan reaches."""
     planning_s: float
     """Seconds that the plan took to make, those of the what-ifs not counted."""
     offered: int
     """Machines of the pool, the owner's not counted."""
     considered: int
-    """Of those, among how many the plan was sought: all, or of a large pool those of the best single chains."""
+    """How many of them the plan was sought among: all, or of a large pool those of the best single chains."""
     pipelines: tuple[PipelineRow, ...]
     """The best plan of any number of pipelines, which the runtime does not run yet if they are several. Empty where
     the job says how many machines serve, or where it is cut."""
@@ -125,7 +125,7 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     board_w: float | None
     """Power of the boards of the plan's machines at full load; None where nobody publishes it for all of them."""
     electricity_usd_per_million_tokens: float | None
-    """Of those boards, at `USD_PER_KWH`, working all the time: at most so much."""
+    """Price of the electricity of those boards at `USD_PER_KWH`, if they work all the time: at most so much."""
     what_if: dict[ChangeName, Change]
     """Without a change that cannot be made: no link is doubled where nothing is sent."""
     assumed: tuple[Assumed, ...]

@@ -18,7 +18,7 @@ import msgspec
 
 from fusionai.errors import ConfigError
 
-Kind: TypeAlias = Literal["consumer-gpu", "datacentre-gpu", "apple", "cpu"]
+DeviceKind: TypeAlias = Literal["consumer-gpu", "datacentre-gpu", "apple", "cpu"]
 NumberFormat: TypeAlias = Literal["fp32", "tf32", "fp16", "bf16"]
 
 _VENDOR_WORDS = re.compile("nvidia|geforce|tesla|amd|radeon|instinct|intel|apple|rtx|gtx|rx")
@@ -42,7 +42,7 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     aliases: tuple[str, ...]
-    kind: Kind
+    kind: DeviceKind
     flops_per_s: dict[NumberFormat, float]
     """Peak dense FLOP/s, no sparsity; fp16 and bf16 accumulate in fp32. A format without units of its own is absent."""
     memory_bytes: int
@@ -65,7 +65,7 @@ class _Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A table of catalogue.toml, in the units of datasheets."""
 
     name: str
-    kind: Kind
+    kind: DeviceKind
     tflops: dict[NumberFormat, float]
     memory_gib: float
     memory_gb_per_s: float

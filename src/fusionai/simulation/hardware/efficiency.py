@@ -15,9 +15,9 @@ import msgspec
 
 from fusionai.errors import ConfigError
 from fusionai.scheduling.profile import DeviceProfile
-from fusionai.simulation.hardware.catalogue import Hardware, Kind, NumberFormat
+from fusionai.simulation.hardware.catalogue import DeviceKind, Hardware, NumberFormat
 
-DEVICE_OF_KIND: Mapping[Kind, str] = MappingProxyType(
+DEVICE_OF_KIND: Mapping[DeviceKind, str] = MappingProxyType(
     {"consumer-gpu": "cuda:0", "datacentre-gpu": "cuda:0", "apple": "mps", "cpu": "cpu"}
 )
 """The plane's name for the first device of a kind; AMD's GPUs have the same one as NVIDIA's."""
@@ -34,7 +34,7 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True):
     attention: float
     convolution: float
     memory: float
-    """Of the peak memory bandwidth, in operators that hardly compute."""
+    """Share of the peak memory bandwidth, in operators that hardly compute."""
     overhead_s: float
     """Seconds that one small operator takes."""
     provenance: Literal["measured", "assumed"]
@@ -65,7 +65,7 @@ _GPU = Efficiency(
     note="assumed for GPUs of games and datacentres alike: 60 % of peak in products, 80 % of the bandwidth",
 )
 
-ASSUMED: Mapping[Kind, Efficiency] = MappingProxyType(
+ASSUMED: Mapping[DeviceKind, Efficiency] = MappingProxyType(
     {
         "consumer-gpu": _GPU,
         "datacentre-gpu": _GPU,

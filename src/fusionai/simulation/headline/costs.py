@@ -45,9 +45,9 @@ class Model:
     name: str
     graph: OpDag
     tokens: int
-    """Of a sample: one sequence."""
+    """Tokens of a sample, which is one sequence."""
     sizes: Callable[[int], Sizes]
-    """Of a batch of so many samples."""
+    """Sizes of a batch of so many samples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -59,9 +59,9 @@ class Costs:
     one: Segments
     two: Segments
     weight_bytes: float
-    """Of the whole model, tied weights once."""
+    """Bytes of all weights of the model, tied ones once."""
     tied_bytes: float
-    """Of weights that several segments hold: each stage with such a segment has them."""
+    """Bytes of weights that several segments hold: each stage with such a segment has them."""
     tied_segments: tuple[int, ...]
     working_bytes: tuple[Floats, Floats]
     """Working space of each segment's forward, with batches of one and two."""
@@ -84,7 +84,7 @@ class Ranges:
     """What crosses a position."""
     gradient_bytes_P: Floats
     weight_bytes_P: Floats
-    """Of all segments before a position."""
+    """Bytes of the weights of all segments before a position."""
 
     @property
     def seconds_PP(self) -> Floats:

@@ -38,7 +38,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """What a machine sends, and what it receives, in Mbit/s."""
     codec: str
     samples: int
-    """Of a step in training, of the stream in inference; a sample is one sequence."""
+    """Samples of a step in training, of the stream in inference; a sample is one sequence."""
     samples_per_s: float
     tokens_per_s: float
     throughput: float
@@ -46,7 +46,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     latency_s: float
     """One sample through all stages of this plan; in training there and back."""
     ratio_to_4xh100: float = msgspec.field(name="ratio_to_4xH100")
-    """Of throughput, to 4 H100 PCIe: the cards whose peak that of 50 RTX 3080 equals."""
+    """Throughput over that of 4 H100 PCIe: the cards whose peak that of 50 RTX 3080 equals."""
     ratio_to_4xh100_pcie: float
     ratio_to_4xh100_sxm: float
     compute_only_reference: bool
@@ -57,7 +57,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     rent_usd_per_million_tokens: float | None
     """At the catalogue's rent on demand; None where it has none."""
     purchase_usd: float | None
-    """Of the whole pool's cards, at list prices of their launch; None where the catalogue has none."""
+    """Price of the whole pool's cards, at list prices of their launch; None where the catalogue has none."""
     plan: str
     pipelines: int
     stages: int

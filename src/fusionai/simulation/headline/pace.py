@@ -18,7 +18,7 @@ from fusionai.scheduling.links import Floats, Indices
 
 _HALVINGS = 14
 _SHORTER = 0.7
-"""Of the period, for which a variant holds microbatches."""
+"""Share of the period for which a variant holds microbatches."""
 
 _ROUNDING = 1e-9
 
@@ -39,11 +39,11 @@ class CostLine:
     delay_s: float
     """There and, where gradients return, back."""
     weight_bytes_P: Floats
-    """Of all weights before a position."""
+    """Bytes of all weights before a position."""
     fixed_bytes_PP: Floats
     flight_bytes_PP: Floats
     budget_bytes: float
-    """Of a machine; infinite where memory is not heeded."""
+    """Bytes that a machine may take; infinite where memory is not heeded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from fusionai.simulation.headline.step_end_formulas import StepEndFormulas
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _LIGHTER = 0.9
-"""Of the weights of a partition's heaviest stage, the most that one may have in the next try: the slower the links, the
+"""Share of the weights of a partition's heaviest stage that a stage may have in the next try: the slower the links, the
 more the sum of its gradients counts against the period."""
 
 _HEAVY = 2.0
@@ -58,7 +58,7 @@ class UniformPlan:
     batch: int
     """Samples of a microbatch."""
     microbatches: int
-    """Of each pipeline, in a step."""
+    """Microbatches of each pipeline in a step."""
     samples: int
     step_s: float
     pipeline_s: float
@@ -76,7 +76,7 @@ class UniformPlan:
     sent_bytes: tuple[tuple[float, float], ...]
     """Forward and as gradients, packed, by boundary."""
     bounds: tuple[int, ...]
-    """Of the stages, as positions of the costs' line."""
+    """Bounds of the stages, as positions of the costs' line."""
     fits: bool
     """Whether memory was heeded."""
 

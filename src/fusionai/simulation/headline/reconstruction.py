@@ -43,9 +43,9 @@ class ModelShape:
     layers: int
     width: int
     tokens: int
-    """Of a sample."""
+    """Tokens of a sample."""
     vocabulary: int = 0
-    """Of a head that counts; 0 for none."""
+    """Vocabulary of a head that counts; 0 for none."""
 
 
 GPT3 = ModelShape(name="GPT-3 175B", layers=96, width=12288, tokens=2048, vocabulary=50257)
@@ -61,7 +61,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     stages: int
     ratio: float
     latency_s: float
-    """Of one sample through the consumer cards."""
+    """Seconds that one sample takes through the consumer cards."""
     reference_latency_s: float
 
 

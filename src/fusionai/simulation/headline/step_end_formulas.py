@@ -24,7 +24,7 @@ class StepEndFormulas:
     cluster: Cluster
     codec: Codec
     weight_bytes_P: Floats
-    """Of all weights before a position."""
+    """Bytes of all weights before a position."""
 
     def sum_s(self, pipelines: NDArray[np.int64], bounds: Sequence[int]) -> Floats:
         """Return the seconds of summing the gradients of stages between `bounds`, for each number of pipelines.

@@ -1,4 +1,4 @@
-"""Tasks for the planner of swarms, and what holds of every plan of theirs."""
+"""Planning problems of small pools, and what holds of every plan of theirs."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from fusionai.scheduling.search.segment_costs import SegmentCosts
 from fusionai.scheduling.search.worked_chains import evaluated_chains, worked_chain
 
 _SAFE = 0.97
-"""Of lower bounds: sums over segments count what stages would compute again once for each segment."""
+"""Factor of lower bounds: sums over segments count what stages would compute again once for each segment."""
 
 
 def chains_of(work: SegmentCosts, most_machines: int) -> Iterator[Chain]:

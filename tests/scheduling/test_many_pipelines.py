@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from decoder_graph import GB, SIZES, decoder, member
-from every_swarm_plan import best_single_step_s, best_step_of_several_s
-from swarm_tasks import TwoCities, check, small_task, task_of
+from every_plan_of_pipelines import best_single_step_s, best_step_of_several_s
+from planning_problems import TwoCities, check, small_task, task_of
 
 from fusionai.errors import PlacementError
 from fusionai.graph.cost import stage_cost

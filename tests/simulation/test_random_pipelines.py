@@ -1,4 +1,4 @@
-"""Random swarms, deaths and ways to recover: time adds up, and no machine does two things at once."""
+"""Random pipelines, deaths and ways to recover: time adds up, and no machine does two things at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fusionai.simulation.simulator import simulate_workload
 from fusionai.simulation.workload import WeightGroup, Workload
 
 
-def swarm(draw: random.Random) -> Workload:
+def drawn_pipelines(draw: random.Random) -> Workload:
     """Return up to three pipelines; the owner may hold their ends, a machine may hold two stages."""
     pipelines, stages = draw.randint(1, 3), draw.randint(1, 4)
     owner_holds_ends = stages >= 2 and draw.random() < 0.4
@@ -52,7 +52,7 @@ def swarm(draw: random.Random) -> Workload:
 @pytest.mark.parametrize("seed", range(200))
 def test_time_adds_up(seed: int) -> None:
     draw = random.Random(seed)
-    workload = swarm(draw)
+    workload = drawn_pipelines(draw)
     spares = {f"spare{number}": draw.choice([1, 2, 9]) for number in range(draw.randint(0, 3))}
     links = uniform(bytes_per_s=draw.choice([1.0, 5.0]), rtt_s=draw.choice([0.0, 0.2]))
     if draw.random() < 0.5:

@@ -65,7 +65,7 @@ def test_two_pipelines_of_a_plan_share_a_step() -> None:
     peers = [stage.peer for stage in plan.stages]
     others = [each.peer for each in machines.members if each.peer not in peers][: len(peers)]
     again = tuple(msgspec.structs.replace(stage, peer=peer) for stage, peer in zip(plan.stages, others, strict=True))
-    swarm = Plan(
+    of_two = Plan(
         graph_hash="hash",
         sizes=SIZES,
         microbatches=8,
@@ -77,7 +77,7 @@ def test_two_pipelines_of_a_plan_share_a_step() -> None:
         bound_step_s=0.0,
         bottleneck="",
     )
-    report = run(swarm, graph, machines, steps=2, timeline_steps=1)
+    report = run(of_two, graph, machines, steps=2, timeline_steps=1)
     assert {each.peer for each in report.machines} == {*peers, *others}
     assert {(each.pipeline, each.microbatch) for each in report.timeline} == {(p, m) for p in (0, 1) for m in range(4)}
     sums = {(each.source, each.target) for each in report.links}
