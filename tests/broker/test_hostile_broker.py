@@ -1,13 +1,13 @@
 """A broker that wants to read a private job: whatever it plans, the job ends, and nothing private has left the owner.
 
-The broker, the compnodes and the owner are real, and talk over sockets in this process. Every frame that goes to anybody
-but the owner is recorded and searched.
+The broker, the compnodes and the owner are real, and talk over sockets in this process. Every frame that goes to
+anybody but the owner is recorded and searched.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -249,8 +249,8 @@ def plan_spoiled(monkeypatch: pytest.MonkeyPatch, spoil: Spoil) -> None:
 
 
 @pytest.fixture(params=SPOILED)
-def spoiled(request: pytest.FixtureRequest) -> Iterator[tuple[Spoil, int]]:
-    yield SPOILED[request.param]
+def spoiled(request: pytest.FixtureRequest) -> tuple[Spoil, int]:
+    return SPOILED[request.param]
 
 
 def test_a_plan_that_shows_private_data_is_refused(
@@ -324,8 +324,8 @@ def test_a_new_plan_that_shows_private_data_ends_the_job(
     slowed = training_run.TrainingLoop._batch
 
     async def batch_when_answered(self: Any, step: int) -> Any:
-        while step > 1 and self._running.seeker.asking is not None and not self._running.seeker.asking.done():
-            await asyncio.sleep(0.01)
+        if step > 1 and self._running.seeker.asking is not None:
+            await asyncio.wait({self._running.seeker.asking})
         return await slowed(self, step)
 
     monkeypatch.setattr(training_run.TrainingLoop, "_batch", batch_when_answered)
@@ -335,7 +335,7 @@ def test_a_new_plan_that_shows_private_data_ends_the_job(
     assert wiretap.found() == set()
 
 
-# --- hostile shares and rosters of the owner's own machine ---------------------------------------------------------------
+# --- hostile shares and rosters of the owner's own machine ------------------------------------------------------------
 
 
 def share_spoiled(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Assignment, str], Assignment]) -> None:
@@ -428,7 +428,7 @@ DOCTORED: dict[str, tuple[Callable[[Assignment, str], Assignment], str]] = {
     ),
     "no neighbour": (in_the_roster(neighbours=lambda share, other: ()), "names 0 neighbours, the plan 1"),
     "sums with others": (
-        in_the_roster(sums=lambda share, other: {key: (share.roster.owner, other) for key in share.share.weights()}),
+        in_the_roster(sums=lambda share, other: dict.fromkeys(share.share.weights(), (share.roster.owner, other))),
         "exchanges gradients",
     ),
 }
