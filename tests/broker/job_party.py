@@ -16,9 +16,10 @@ from broker_pool import broker_at, graph, member_of, owner_of, plane, states, su
 from fusionai.broker.broker import Broker
 from fusionai.compnode.compnode_member import CompnodeMember
 from fusionai.execution.plane import OptimizerConfig, ProgramOptions
+from fusionai.graph.encoding import content_hash
 from fusionai.graph.model import OpDag, WeightKey
 from fusionai.owner.membership import OwnerMember
-from fusionai.owner.plan_seeking import ReplanTerms
+from fusionai.owner.plan_terms import PlanTerms
 from fusionai.owner.replan_event import ReplanEvent
 from fusionai.owner.running_job import RunningJob
 from fusionai.pool.identifiers import Epoch, JobEpoch
@@ -93,8 +94,11 @@ class Party:
             self.members[name] = await enter(member_of(token, name, with_plane=torch, **self._options))
         self.launched = await submit(self.owner, self.dag, cuts=(2,), options=OPTIONS)
         self.members["c"] = await enter(member_of(token, "c", with_plane=torch, **self._options))
-        terms = ReplanTerms(
+        terms = PlanTerms(
             graph=self.dag,
+            graph_hash=content_hash(self.dag),
+            sizes={"s0": 2},
+            privacy="open",
             front=0,
             back=len(self.dag.nodes),
             options=OPTIONS,
@@ -131,7 +135,15 @@ class Party:
 
     def make_driver(self, epoch: Epoch, machines: Sequence[Machine]) -> Driver:
         plan = JobEpoch(self.launched.job, epoch)
-        return Driver(plan, self.owner.wire, self.dag, machines, gradient_clip=0.5, clipping=self.owner.plane.clipping)
+        return Driver(
+            plan,
+            self.owner.wire,
+            self.dag,
+            machines,
+            privacy="open",
+            gradient_clip=0.5,
+            clipping=self.owner.plane.clipping,
+        )
 
     async def steps(self, count: int) -> None:
         for _ in range(count):

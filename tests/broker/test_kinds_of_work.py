@@ -167,7 +167,9 @@ def test_two_kinds_of_work_beside_each_other() -> None:
         ]
         await pair.link()
         machine = Machine(pair.peer, "a", tuple(cut(pair.dag, ())))
-        driver = Driver(TRAINING, pair.owner.wire, pair.dag, [machine], gradient_clip=0.5, clipping=pair.clipping)
+        driver = Driver(
+            TRAINING, pair.owner.wire, pair.dag, [machine], privacy="open", gradient_clip=0.5, clipping=pair.clipping
+        )
         await driver.prepare(Start())
         first = await driver.train_step(0, batch(0), [0.5, 0.5], 1e-2)
         question = EchoQuestion(ECHO.job, ECHO.epoch, "is anybody there?")

@@ -310,6 +310,7 @@ class ScriptedPool:
             self.owner.wire,
             pipeline.graph,
             machines,
+            privacy="open",
             gradient_clip=1.0,
             clipping=self.owner.plane.clipping,
         )

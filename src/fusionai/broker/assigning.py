@@ -17,7 +17,7 @@ from fusionai.pool.contacts import Contact
 from fusionai.pool.identifiers import JobEpoch
 from fusionai.scheduling.plan import Plan
 from fusionai.training.assignment_parcels import Assignment
-from fusionai.training.roster import Roster
+from fusionai.training.roster import Roster, tied_holders
 from fusionai.training.share import Share
 
 _NOBODY: frozenset[PeerId] = frozenset()
@@ -54,7 +54,7 @@ def assignments(
         PlacementError: two machines must exchange tensors, but neither can dial the other.
     """
     holders = [PeerId(stage.peer) for stage in plan.stages]
-    sums = _sums(subdags, holders)
+    sums = tied_holders(subdags, holders)
     around = _neighbours(subdags, holders, sums, driver)
     found = {}
     for peer in dict.fromkeys([driver, *holders, *sorted(handing)]):
@@ -81,17 +81,6 @@ def assignments(
         )
         found[peer] = Assignment(share, roster)
     return found
-
-
-def _sums(subdags: Sequence[SubDag], peers: Sequence[PeerId]) -> dict[WeightKey, tuple[str, ...]]:
-    """Return the trainable weights that several machines hold, with these machines, lowest stage first."""
-    holders: dict[WeightKey, list[str]] = {}
-    for subdag in sorted(subdags, key=lambda each: each.index):
-        for weight in subdag.weights:
-            known = holders.setdefault(weight.key, []) if weight.trainable else []
-            if peers[subdag.index] not in known:
-                known.append(peers[subdag.index])
-    return {key: tuple(each) for key, each in holders.items() if len(each) > 1}
 
 
 def _neighbours(

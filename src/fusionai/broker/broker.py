@@ -139,7 +139,7 @@ class Broker:
             members, jobs, links = await self._journal.load()
             self._state.registry.restore(members, float(await self._journal.get(_ALIVE) or 0.0))
             self._state.jobs.restore(jobs)
-            self._state.links.restore(links)
+            self._state.links.restore(links, {self._identity.peer_id, *(each.peer for each in members)})
             self.address = await self._listen()
             self._addresses = advertised(self.address, self._advertise)
             self._lifecycle.recover()
@@ -349,7 +349,8 @@ class Broker:
         if record is not None and record.role != "observer":
             log.info("%s %s left: %s", record.role, record.name, reason)
         self._lifecycle.gone(member.peer, f"it left the pool ({reason})", for_good=True)
-        self._prober.forget(member.peer)
+        if member.role == "owner":
+            self._state.links.forget(member.peer)  # the next run of an owner has another key
         return b""
 
     async def _on_wish_to_leave(self, member: MemberRecord, payload: bytes) -> bytes:

@@ -31,10 +31,11 @@ class LinkBook:
         self.version = 0
         """Counts the changes."""
 
-    def restore(self, records: Iterable[LinkRecord]) -> None:
-        """Take over the measurements from before a restart of the broker."""
+    def restore(self, records: Iterable[LinkRecord], known: Container[PeerId]) -> None:
+        """Take over the measurements from before a restart of the broker, as far as both ends are still known."""
         for record in sorted(records, key=lambda each: each.measured_s):
-            self._put(record)
+            if record.source in known and record.target in known:
+                self._put(record)
 
     def measured(self, record: LinkRecord) -> None:
         """Note a measurement; it replaces the pair's earlier one."""
@@ -42,11 +43,15 @@ class LinkBook:
         self._keep(record)
 
     def forget(self, peer: PeerId) -> None:
-        """Drop a member's links: it came back, perhaps from elsewhere."""
+        """Drop a member's links: it came back, perhaps from elsewhere, or is gone for good."""
         self.version += 1
         for key in self._of.pop(peer, set()):
             self._links.pop(key, None)
-            self._of.get(key[0] if key[1] == peer else key[1], set()).discard(key)
+            other = key[0] if key[1] == peer else key[1]
+            partners = self._of.get(other, set())
+            partners.discard(key)
+            if not partners:
+                self._of.pop(other, None)
 
     def get(self, one: PeerId, other: PeerId) -> LinkRecord | None:
         """Return the measurement of a pair."""

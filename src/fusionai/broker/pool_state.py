@@ -34,11 +34,16 @@ class PoolState:
     def __init__(self, endpoint: Endpoint, journal: Journal) -> None:
         self.endpoint = endpoint
         self.journal = journal
-        self.registry = Registry(journal.keep, journal.drop)
+        self.registry = Registry(journal.keep, self._drop_member)
         self.jobs = JobBook(journal.keep)
         self.links = LinkBook(journal.keep)
         self.estimates = LinkEstimates(self.links, endpoint.peer_id)
         self.tasks = BackgroundTasks()
+
+    def _drop_member(self, peer: PeerId) -> None:
+        """A member is forgotten: so are its links, here and in the store."""
+        self.links.forget(peer)
+        self.journal.drop(peer)
 
     @staticmethod
     def now_s() -> float:

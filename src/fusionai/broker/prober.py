@@ -13,6 +13,7 @@ import logging
 import random
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from weakref import WeakValueDictionary
 
 from msgspec.structs import replace
 
@@ -51,7 +52,8 @@ class Prober:
         self._seconds = seconds
         self._tasks = BackgroundTasks()
         self._slots = asyncio.Semaphore(CONCURRENT)
-        self._locks: dict[PeerId, asyncio.Lock] = {}
+        self._locks: WeakValueDictionary[PeerId, asyncio.Lock] = WeakValueDictionary()
+        """Each is here as long as somebody holds it or waits for it."""
         self._wanted: dict[Pair, asyncio.Event] = {}
         self._introducing: set[PeerId] = set()
         self._random = random.Random(0)
@@ -103,12 +105,6 @@ class Prober:
             for peer in sorted(set(peers)):
                 await stack.enter_async_context(self._lock(peer))
             yield
-
-    def forget(self, peer: PeerId) -> None:
-        """Forget a member that is gone for good."""
-        lock = self._locks.get(peer)
-        if lock is not None and not lock.locked():
-            del self._locks[peer]
 
     async def close(self) -> None:
         """Stop all probes."""
@@ -198,7 +194,7 @@ class Prober:
                     record = await self._measure_own(key[0] if key[1] == me else key[1])
                 else:
                     record = await self._measure_pair(*key)
-            if record is not None:
+            if record is not None and all(peer == me or self._state.registry.get(peer) for peer in key):
                 self._state.links.measured(record)
         except FusionError as error:
             log.info("measuring the link of %s failed: %s", " and ".join(map(self._state.name, key)), error)

@@ -95,6 +95,9 @@ class Registry:
             return record
         record = replace(record, state=state, seen_s=now_s, presence=departed(record.presence, state, now_s))
         self._leaving.discard(peer)
+        if peer in self._activity:
+            # What it held is still asked for; whom it sent how much is only shown of members that are here.
+            self._activity[peer] = replace(self._activity[peer], bytes_sent={})
         self._put(record)
         self._keep(record)
         return record

@@ -56,7 +56,7 @@ class LiveProgress(Observer):
         """Show the plan."""
         self._machines, self._names, self._lab = machines, launched.names, launched.lab
         for line in launched.plan.explanation:
-            self._console.print(line, highlight=False)
+            self._console.print(line, highlight=False, markup=False)
         if self._lab:
             self._console.print("lab mode: speeds or links are emulated", style="yellow")
 
@@ -83,13 +83,14 @@ class LiveProgress(Observer):
         """Print the outcome of a search for a new plan, and show the new plan's machines from now on."""
         if event.error is not None:
             text = f"step {event.step}: no new plan ({event.reason}): {event.error}"
-            self._console.print(text, style="yellow", highlight=False, soft_wrap=True)
+            self._console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
             return
         self._machines, self._names = event.machines, dict(event.names)
         self._console.print(
             f"step {event.step}: new plan: {event.reason}; {bytes_text(event.bytes_moved)} moved, "
             f"{event.pause_s:.2f} s between two steps",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
 

@@ -124,18 +124,35 @@ def local_nodes(graph: OpDag) -> frozenset[int]:
     return frozenset(place for place in found if graph.loss not in graph.nodes[place].outputs)
 
 
+def weight_values(graph: OpDag) -> frozenset[ValueName]:
+    """Return the parameters, trained or frozen, and the values that are computed from them without any input.
+
+    Views of a weight are among them, and what a model makes of its weights before the data comes: a normalised weight,
+    or the product of two adapters.
+    """
+    made = {weight.name for weight in graph.weights if weight.kind == "parameter" or weight.trainable}
+    known = {weight.name for weight in graph.weights}
+    for node in graph.nodes:
+        taken = set(reads(node))
+        if taken <= known:
+            known.update(node.outputs)
+            if not taken.isdisjoint(made):
+                made.update(node.outputs)
+    return frozenset(made)
+
+
 def weighted_nodes(graph: OpDag) -> frozenset[int]:
-    """Return the places of nodes that read a trainable weight or a view of one. Nodes that make views do not count."""
-    views = weight_views(graph)
-    shown = {weight.name for weight in graph.weights if weight.trainable}
-    found = set()
-    for place, node in enumerate(graph.nodes):
-        if any(name in shown for name in reads(node)):
-            if place in views:
-                shown.update(node.outputs)
-            else:
-                found.add(place)
-    return frozenset(found)
+    """Return the places of nodes that bring a weight, or a value made of weights alone, together with other values.
+
+    Whether the weight is trained makes no difference here: a frozen one is as much work, and hides as much of what it
+    is multiplied with.
+    """
+    made = weight_values(graph)
+    return frozenset(
+        place
+        for place, node in enumerate(graph.nodes)
+        if not made.isdisjoint(reads(node)) and made.isdisjoint(node.outputs)
+    )
 
 
 def deferrable(subdag: SubDag) -> frozenset[str]:

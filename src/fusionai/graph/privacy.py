@@ -2,10 +2,13 @@
 
 The owner runs the front: every operator that reads raw inputs, or values made from them before a weight is mixed in.
 The owner also runs the back: the head, the loss and everything between, so that no logits travel. Anybody may run the
-middle. What boundary tensors of the middle give away about the data is another question (docs/guarantees.md).
+middle. So raw inputs and labels are not sent. They are not hidden by that: whoever runs the middle of a model with
+public weights can reconstruct nearly all of them from the boundary tensors (docs/guarantees.md).
 """
 
 from __future__ import annotations
+
+from collections.abc import Set
 
 import msgspec
 
@@ -15,9 +18,10 @@ from fusionai.graph.dependencies import (
     descendants,
     producers,
     reads,
+    weight_values,
     weighted_nodes,
 )
-from fusionai.graph.model import OpDag, ValueName
+from fusionai.graph.model import Dim, OpDag, ValueName, WeightKey
 from fusionai.graph.vocabulary import FLOP_CLASSES, operator
 from fusionai.tensor import FLOATING
 
@@ -27,20 +31,36 @@ _OPEN = 'use placement.privacy = "open" if the compnodes may see the data'
 def arrange_private(graph: OpDag) -> tuple[OpDag, int, int]:
     """Return (graph, front, back): the graph reordered so that the owner runs nodes [0, front) and [back, N).
 
-    Raises GraphError when an operator in the middle reads raw inputs, or when nothing is left for compnodes.
+    Raises GraphError when an operator in the middle reads raw inputs, when nothing is left for compnodes, or when a
+    trained weight is used on both sides, whose gradient would have to be exchanged.
     """
     search = _RawDataReaders(graph)
-    front, behind = search.front(), search.behind()
-    behind -= front
-    middle = [place for place in range(len(graph.nodes)) if place not in front and place not in behind]
+    front = search.front()
+    behind = search.behind() - front
+    middle = set(range(len(graph.nodes))) - front - behind
+    own = search.made_of_weights_of(front | behind) & middle
+    own -= ancestors(graph, middle - own)
+    behind, middle = behind | own, middle - own
     if not any(place in search.heavy for place in middle):
         raise GraphError(
             f"a private job leaves nothing of {graph.name!r} for compnodes: every large operator reads raw inputs or "
             f"is the head; {_OPEN}, or take a deeper model"
         )
-    order = [*sorted(front), *middle, *sorted(behind)]
+    both = search.trained_weights(front | behind) & search.trained_weights(middle)
+    if both:
+        raise GraphError(
+            f"the weight {min(both)!r} of {graph.name!r} is trained by operators that read raw data or are the head, "
+            "and by others that compnodes would run. Its gradient, which they would have to exchange, shows the data; "
+            f"freeze or untie it, or {_OPEN}"
+        )
+    order = [*sorted(front), *sorted(middle), *sorted(behind)]
     arranged = msgspec.structs.replace(graph, nodes=tuple(graph.nodes[place] for place in order))
     return arranged, len(front), len(front) + len(middle)
+
+
+def raw_values(graph: OpDag) -> frozenset[ValueName]:
+    """Return the private inputs, and the values that show them: none of these is ever sent in a private job."""
+    return frozenset(_RawDataReaders(graph).raw)
 
 
 class _RawDataReaders:
@@ -53,9 +73,12 @@ class _RawDataReaders:
         self._graph = graph
         self._made = producers(graph.nodes)
         self._weighted = weighted_nodes(graph)
+        values = weight_values(graph)
+        self._of_weights = {place for place, node in enumerate(graph.nodes) if not values.isdisjoint(node.outputs)}
+        """Nodes that compute something of weights alone."""
         self.heavy = {place for place in self._weighted if operator(graph.nodes[place].op).op_class in FLOP_CLASSES}
-        """Products of activations with weights: the work that a job is distributed for."""
-        self._raw: set[ValueName] = set()
+        """Products of activations with weights, trained or frozen: the work that a job is distributed for."""
+        self.raw: set[ValueName] = set()
         """Values that show raw data."""
         self._pinned: set[int] = set()
         self._of_labels: set[int] = set()
@@ -67,16 +90,18 @@ class _RawDataReaders:
         """Find the nodes that read private inputs, or values that still show them.
 
         The result of a product with weights no longer shows its input. Neither does a looked-up embedding, nor raw data
-        mixed with activations. Integers, booleans, and every value made from labels do show it.
+        mixed with such results. Integers, booleans, and every value made from labels do show it. So does raw data mixed
+        with what does not depend on it, such as an embedding of positions.
         """
         private = [item for item in self._graph.inputs if item.private]
         labels = {item.name for item in private if item.role == "labels"}
-        self._raw = {item.name for item in private}
+        self.raw = {item.name for item in private}
         activations: set[ValueName] = set()
+        """Values that depend on raw data and do not show it."""
         for place, node in enumerate(self._graph.nodes):
             taken = set(reads(node))
             mixed = not taken.isdisjoint(activations)
-            if not taken.isdisjoint(self._raw):
+            if not taken.isdisjoint(self.raw):
                 self._pinned.add(place)
                 showing = set(node.outputs)
                 if not taken.isdisjoint(labels):
@@ -84,9 +109,48 @@ class _RawDataReaders:
                     labels |= showing
                 elif mixed or place in self.heavy or (place in self._weighted and node.op in _LOOK_UPS):
                     showing = {output for output in showing if self._graph.types[output].dtype not in FLOATING}
-                self._raw |= showing
-            if mixed or place in self._weighted:
-                activations.update(output for output in node.outputs if output not in self._raw)
+                self.raw |= showing
+                activations.update(output for output in node.outputs if output not in showing)
+            elif mixed:
+                activations.update(node.outputs)
+
+    def made_of_weights_of(self, places: Set[int]) -> set[int]:
+        """Return the nodes that make something of the weights of these nodes, and of weights alone.
+
+        They are to run where these nodes run: the gradients of their weights pass through them, and a penalty on a
+        weight would otherwise be the only reason for another machine to hold it.
+        """
+        made = self._made_for(places)
+        values = {name for place in places | made for name in reads(self._graph.nodes[place])}
+        held = {weight.key for weight in self._graph.weights if weight.name in values}
+        values = {weight.name for weight in self._graph.weights if weight.key in held}
+        for place in sorted(self._of_weights):
+            if not values.isdisjoint(reads(self._graph.nodes[place])):
+                made.add(place)
+                values.update(self._graph.nodes[place].outputs)
+        return made
+
+    def _made_for(self, places: Set[int]) -> set[int]:
+        """Return the nodes that make of weights alone what these nodes read.
+
+        Scalars are left out: a penalty that is added to the loss has a gradient that does not depend on the data.
+        """
+        found: set[int] = set()
+        waiting = list(places)
+        while waiting:
+            makers = (self._makers(waiting.pop()) & self._of_weights) - found
+            makers = {place for place in makers if any(self._shape(name) for name in self._graph.nodes[place].outputs)}
+            found |= makers
+            waiting += makers
+        return found
+
+    def _shape(self, name: ValueName) -> tuple[Dim, ...]:
+        return self._graph.types[name].shape
+
+    def trained_weights(self, places: Set[int]) -> set[WeightKey]:
+        """Return the keys of the trained weights that these nodes read, as they are or made into something else."""
+        read = {name for place in places | self._made_for(places) for name in reads(self._graph.nodes[place])}
+        return {weight.key for weight in self._graph.weights if weight.trainable and weight.name in read}
 
     def front(self) -> set[int]:
         """Return the readers of raw data that can come first, and all nodes that they depend on."""

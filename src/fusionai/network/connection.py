@@ -109,6 +109,7 @@ class Connection(asyncio.BufferedProtocol, Channel):
         if self._failure is None:
             cause = f"was reset ({exc})" if exc is not None else "was closed by the other side"
             self._failure = PeerLost(f"the connection to {self.peer[:12] or 'the peer'} {cause}")
+        self._decoder.close()  # at once: a peer may have sent most of a large frame
         self._gone.set()
         self._greeted.set()
         self._writable.set()

@@ -32,6 +32,10 @@ Any FusionError it raises refuses the peer, whose `connect` raises the same clas
 
 _DUPLICATE_PATIENCE_S = 0.5
 
+_MOST_NOT_ENDED = 8
+"""Most links of one peer that have not ended altogether. A peer that dials again and again faster than its earlier
+links are taken down, each with what it holds, is refused; an honest one has two."""
+
 
 class Endpoint:
     """All links of one node. For one event loop; make it inside that loop.
@@ -70,7 +74,9 @@ class Endpoint:
         self._transport = transport or TlsTransport(identity, self._limits)
         self._listeners: list[Listening] = []
         self._links: dict[PeerId, Link] = {}
-        self._not_gone: set[Link] = set()
+        self._not_gone: dict[PeerId, list[Link]] = {}
+        """By peer, the links that have not ended altogether: the present one, and earlier ones that are being taken
+        down."""
         self._starting: set[asyncio.Task[None]] = set()
         self._dialling: set[PeerId] = set()
         self._arriving: dict[PeerId, set[bytes]] = {}
@@ -158,7 +164,8 @@ class Endpoint:
         for peer in list(self._waiting):
             self._wake(peer)
         await asyncio.gather(*(listener.close() for listener in self._listeners))
-        await asyncio.gather(*(link.close("its node shuts down") for link in list(self._not_gone)))
+        not_gone = [link for links in self._not_gone.values() for link in links]
+        await asyncio.gather(*(link.close("its node shuts down") for link in not_gone))
         await asyncio.gather(*self._starting)
 
     # --- dialling -----------------------------------------------------------------------------------------
@@ -199,6 +206,8 @@ class Endpoint:
         if peer == self.peer_id:
             raise ProtocolError("this node dialled itself; its address is listed under another node's name")
         await self._authorise(peer, hello.credential)
+        if len(self._not_gone.get(peer, ())) >= _MOST_NOT_ENDED:
+            raise PeerLost("earlier links of this peer are still being taken down; dial again in a few seconds")
         if self._closing:
             raise PeerLost("the node shuts down")
         present = self.link(peer)
@@ -236,12 +245,13 @@ class Endpoint:
             lab=lab,
             lab_seed=f"{self.lab.seed if self.lab else 0}/{self.name}->{greeting.name}",
             on_gone=self._gone,
+            on_ended=self._ended,
         )
-        before = [other for other in self._not_gone if other.peer == peer]
+        before = self._not_gone.get(peer, [])
         for other in before:
             other.end(PeerLost(f"{peer[:12]} connected anew"))
         self._links[peer] = link
-        self._not_gone.add(link)
+        self._not_gone[peer] = [*before, link]
         if before:
             task = asyncio.create_task(self._start_after(link, before))
             self._starting.add(task)
@@ -258,9 +268,18 @@ class Endpoint:
         link.start()
 
     def _gone(self, link: Link) -> None:
+        """A link is of no further use: its connections are closed."""
         if self._links.get(link.peer) is link:
             del self._links[link.peer]
         self._wake(link.peer)
+
+    def _ended(self, link: Link) -> None:
+        """All of a link is gone, and the upper layer knows: forget it, with whatever it holds."""
+        remaining = [other for other in self._not_gone.get(link.peer, []) if other is not link]
+        if remaining:
+            self._not_gone[link.peer] = remaining
+        else:
+            self._not_gone.pop(link.peer, None)
 
     def _open_link(self, peer: PeerId) -> Link | None:
         if self._closing:

@@ -152,6 +152,13 @@ class FrameDecoder:
             self._body = None
             raise
 
+    def close(self) -> None:
+        """Free what is held of the frame that was being received. The decoder cannot be used any more."""
+        self._broken = True
+        self._body = None
+        self._staging = bytearray()
+        self._start = self._end = 0
+
     def _next(self) -> Frame | None:
         if self._prefix is None:
             raw = self._take(PREFIX_BYTES)

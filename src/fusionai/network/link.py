@@ -86,7 +86,9 @@ class Link:
         lab: EmulatedLink | None,
         lab_seed: str,
         on_gone: Callable[[Link], None],
+        on_ended: Callable[[Link], None],
     ) -> None:
+        """`on_gone` is called when the connections are closed, `on_ended` when `on_close` has returned too."""
         self.peer: PeerId = control.peer
         self.peer_name = greeting.name
         self.peer_release = greeting.release
@@ -103,7 +105,7 @@ class Link:
         self._handler = handler
         self._limits = limits
         self._lab_seed = lab_seed
-        self._on_gone = on_gone
+        self._on_gone, self._on_ended = on_gone, on_ended
         self._shaper: LinkShaper | None = None
         self._error: NetworkError | None = None
         self._announced = False
@@ -335,6 +337,9 @@ class Link:
             except Exception:
                 log.exception("on_close of the link to %s failed", self._who())
         self._gone.set()
+        # Its frames may hold bodies of messages, and whoever keeps the error would keep them.
+        error.__traceback__ = None
+        self._on_ended(self)
 
     def _return_credit(self, count_bytes: int) -> None:
         wire_bytes = self._control.send(FrameType.CREDIT, Credit(count_bytes))

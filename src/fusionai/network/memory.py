@@ -132,6 +132,7 @@ class _Door(Listening):
 
     async def close(self) -> None:
         self._network.shut(self)
+        self.machine.forget(self)
 
 
 class MemoryTransport(Transport):
@@ -158,6 +159,10 @@ class MemoryTransport(Transport):
         """Stop listening."""
         for door in self._doors:
             self.network.shut(door)
+
+    def forget(self, door: _Door) -> None:
+        """A listener is closed."""
+        self._doors = [other for other in self._doors if other is not door]
 
     async def dial(
         self, peer: PeerId, addresses: Sequence[str], *, announcement: Announcement, credential: bytes

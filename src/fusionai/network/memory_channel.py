@@ -189,6 +189,8 @@ class MemoryChannel(Channel):
                 name = self.other._calls.pop(header.number, name)
             case Reply() if kind is FrameType.ANSWER:
                 name = self.other._calls.pop(header.number, name)
+            case Reply() if kind is FrameType.CANCEL:
+                self._calls.pop(header.number, None)  # no answer will come, or a late one
         return CarriedMessage(self.home.name, self.away.name, kind, name, payload)
 
     def _dispatch(self, frame: Frame, message: CarriedMessage, begun_s: float) -> None:
@@ -275,7 +277,6 @@ class MemoryChannel(Channel):
     def reset(self) -> None:
         """Something between the two ends has cut the connection: what is on its way is lost."""
         if self._closable:
-            self._coming.clear()
             self._gone("was reset")
 
     @property
@@ -289,7 +290,7 @@ class MemoryChannel(Channel):
 
     def _close(self, how: str) -> None:
         """Let go of the connection, and have the other end learn how."""
-        self.home.channels.remove(self)
+        self._let_go()
         if not self.home.silent:
             self._carry(how, now_s() + self._line.one_way_ms / 1e3)
         self._failure = self._failure or PeerLost(f"the connection to {self.peer[:12]} was closed")
@@ -297,9 +298,15 @@ class MemoryChannel(Channel):
 
     def _gone(self, how: str) -> None:
         """The other end, or something between, has ended the connection."""
-        self.home.channels.remove(self)
+        self._let_go()
         self._failure = self._failure or PeerLost(f"the connection to {self.peer[:12]} {how}")
         asyncio.get_running_loop().call_soon(self._report)
+
+    def _let_go(self) -> None:
+        self.home.channels.remove(self)
+        self._coming.clear()
+        self._waiting.clear()
+        self._calls.clear()
 
     def _report(self) -> None:
         if self._on_lost is not None and self._failure is not None and not self._frozen:

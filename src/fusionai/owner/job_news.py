@@ -9,6 +9,7 @@ from fusionai.pool.codec import decode, kind_of
 from fusionai.pool.identifiers import JobEpoch, JobId
 from fusionai.pool.member_part import MemberPart
 from fusionai.pool.messages import JobLost, PlanLost, PoolChanged, ReleaseShare
+from fusionai.training.reports import printable
 
 _MOST_LOST = 64
 """Lost jobs and plans that nobody has asked for yet: the word may come before the launch's answer is read."""
@@ -35,8 +36,12 @@ class JobNews(MemberPart):
             over = decode(PlanLost, payload) if kind == kind_of(PlanLost) else decode(ReleaseShare, payload)
             self.lost(JobEpoch(over.job, over.epoch), over.reason)
 
-    def on_lost(self, what: JobId | JobEpoch, callback: Callable[[str], None]) -> None:
-        """Have `callback(reason)` called once when a job, or one plan of it, is given up; at once if it was already."""
+    def on_lost(self, what: JobId | JobEpoch, callback: Callable[[str], None] | None) -> None:
+        """Have `callback(reason)` called once when a job, or one plan of it, is given up; at once if it was already.
+        None: no more, since it is over."""
+        if callback is None:
+            self._on_lost.pop(what, None)
+            return
         reason = self._lost.pop(what, None)
         if reason is not None:
             callback(reason)
@@ -45,6 +50,7 @@ class JobNews(MemberPart):
 
     def lost(self, what: JobId | JobEpoch, reason: str) -> None:
         """A job or a plan is given up; it is remembered for a callback that is still to come."""
+        reason = printable(reason)
         callback = self._on_lost.pop(what, None)
         if callback is not None:
             callback(reason)

@@ -79,7 +79,7 @@ class OwnerMember(PoolMember):
         self.plane = plane
         self.device = profile.device
         """The plane's device on which this machine's stages run."""
-        training = TrainingWork(plane, slowdown)
+        training = TrainingWork(plane, slowdown, only_for=identity.peer_id)
         self.wire = JobWire(self.endpoint, [training.messages])
         """Carries the messages of jobs."""
         self.hosting = Hosting(self.wire, profile, [training], changed=self.beat_now)
@@ -90,17 +90,18 @@ class OwnerMember(PoolMember):
         """Send the broker an encoded OP-DAG ahead of the `SubmitJob` that names its content hash."""
         await self.send_bulk(GRAPH, graph_hash.encode("ascii"), encoded)
 
-    def on_job_lost(self, job: JobId, callback: Callable[[str], None]) -> None:
-        """Have `callback(reason)` called once when the broker gives a job up; at once if it did already."""
+    def on_job_lost(self, job: JobId, callback: Callable[[str], None] | None) -> None:
+        """Have `callback(reason)` called once when the broker gives a job up; at once if it did already. None: no
+        more."""
         self._news.on_lost(job, callback)
 
     def on_pool_changed(self, job: JobId, callback: Callable[[PoolChanged], None] | None) -> None:
         """Have a callback called whenever the broker says that the pool has changed for an own job; None: no more."""
         self._news.on_pool_changed(job, callback)
 
-    def on_plan_lost(self, plan: JobEpoch, callback: Callable[[str], None]) -> None:
+    def on_plan_lost(self, plan: JobEpoch, callback: Callable[[str], None] | None) -> None:
         """Have `callback(reason)` called once when the broker gives up a plan that is prepared for an own job; at once
-        if it did already."""
+        if it did already. None: no more."""
         self._news.on_lost(plan, callback)
 
     async def release(self, plan: JobEpoch, reason: str) -> None:

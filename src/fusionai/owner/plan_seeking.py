@@ -9,13 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from fusionai.errors import FusionError, PlacementError
-from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.encoding import encode
-from fusionai.graph.model import OpDag
 from fusionai.owner.membership import OwnerMember
+from fusionai.owner.plan_terms import PlanTerms
 from fusionai.pool.identifiers import JobId
 from fusionai.pool.messages import DeclineReplan, PlanPrepared, PoolChanged, ReplanJob
 from fusionai.scheduling import recovery
@@ -24,6 +22,7 @@ from fusionai.scheduling.plan import Plan
 from fusionai.scheduling.recovery import AskForPlan, JobView, RefuseRelief, decide
 from fusionai.training.corrections import Corrections, MeasuredPasses
 from fusionai.training.driver import RoundResult
+from fusionai.training.reports import printable
 
 log = logging.getLogger(__name__)
 
@@ -34,29 +33,11 @@ _MOST_NAMES = 8
 """Most names of machines that came, whatever the broker sends."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReplanTerms:
-    """What stays the same in every plan of a job."""
-
-    graph: OpDag
-    front: int
-    back: int
-    options: ProgramOptions
-    compnodes: int
-    """How many to use; 0: as many as serve best."""
-    machines: tuple[str, ...] = ()
-    """Names of the only ones to use; empty: any."""
-    steps: int
-    microbatches: int
-    allowed: bool
-    """Whether the job may be planned anew at all."""
-
-
 class PlanSeeker:
     """Notices reasons for another plan, and asks the broker for one when they are reason enough."""
 
     def __init__(
-        self, terms: ReplanTerms, member: OwnerMember, job: JobId, plan: Plan, name: Callable[[str], str]
+        self, terms: PlanTerms, member: OwnerMember, job: JobId, plan: Plan, name: Callable[[str], str]
     ) -> None:
         """`name` gives a machine's name by its peer."""
         self.asking: asyncio.Task[PlanPrepared] | None = None
@@ -94,7 +75,7 @@ class PlanSeeker:
 
     def hear(self, message: PoolChanged) -> None:
         """Hear that the pool has changed; `look` weighs it between two steps."""
-        names = tuple(each[:100] for each in message.names[:_MOST_NAMES])
+        names = tuple(printable(each[:100]) for each in message.names[:_MOST_NAMES])
         if not message.leaving:
             self.came = Came(names, message.more)
             return

@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import Sequence
 from typing import Literal
 
+from msgspec.structs import replace
+
 from fusionai.errors import FusionError
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.encoding import content_hash, encode
 from fusionai.graph.privacy import arrange_private
 from fusionai.owner.membership import OwnerMember
-from fusionai.owner.plan_seeking import ReplanTerms
+from fusionai.owner.plan_terms import PlanTerms
 from fusionai.owner.run_folder import RunFolder
 from fusionai.owner.running_job import RunningJob, tell_end
 from fusionai.owner.training_job import Observer, TrainingJob, TrainingResult
@@ -30,7 +32,8 @@ async def train(
 ) -> TrainingResult:
     """Train a job on the pool that `member` has joined, and return how it went.
 
-    Raises JobError when a compnode is lost or the loss is not finite, PlacementError when no plan fits.
+    Raises JobError when a compnode is lost, the loss is not finite, or the broker's plan is not what was asked for;
+    PlacementError when no plan fits.
     """
     observer = observer or Observer()
     launched, terms = await _submit(job, member)
@@ -38,7 +41,6 @@ async def train(
     reason = "the owner stopped"
     running: RunningJob | None = None
     try:
-        folder.write_plan(launched.plan)
 
         def make_driver(epoch: Epoch, machines: Sequence[Machine]) -> Driver:
             return Driver(
@@ -46,12 +48,14 @@ async def train(
                 member.wire,
                 terms.graph,
                 machines,
+                privacy=terms.privacy,
                 gradient_clip=job.training.gradient_clip,
                 clipping=member.plane.clipping,
             )
 
         running = RunningJob(terms, member, launched, make_driver)
-        observer.launched(launched, running.driver.machines)
+        folder.write_plan(running.plan)
+        observer.launched(replace(launched, plan=running.plan), running.driver.machines)
         resumed = job.optimizer.states if job.first_step else ()
         await running.driver.prepare(job.weights, optimizer_states=resumed, optimizer_step=job.first_step)
         observer.ready()
@@ -69,7 +73,7 @@ async def train(
         await asyncio.shield(ending)
 
 
-async def _submit(job: TrainingJob, member: OwnerMember) -> tuple[JobLaunched, ReplanTerms]:
+async def _submit(job: TrainingJob, member: OwnerMember) -> tuple[JobLaunched, PlanTerms]:
     graph, front, back = job.graph, 0, len(job.graph.nodes)
     if job.placement.privacy == "private":
         graph, front, back = await asyncio.to_thread(arrange_private, job.graph)
@@ -96,13 +100,17 @@ async def _submit(job: TrainingJob, member: OwnerMember) -> tuple[JobLaunched, R
     )
     await member.send_graph(submit.graph_hash, encoded)
     launched = await member.request(submit, JobLaunched, timeout_s=SUBMIT_TIMEOUT_S)
-    return launched, ReplanTerms(
+    return launched, PlanTerms(
         graph=graph,
+        graph_hash=submit.graph_hash,
         front=front,
         back=back,
+        sizes=submit.sizes,
+        privacy=submit.privacy,
         options=submit.options,
         compnodes=submit.compnodes,
         machines=submit.machines,
+        cuts=submit.cuts,
         steps=job.training.steps,
         microbatches=submit.microbatches,
         # Cuts that the owner chose stay.

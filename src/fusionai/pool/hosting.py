@@ -47,6 +47,10 @@ _MOST_EPOCHS = 2
 _MOST_SHARES = 16
 """Shares held at once, whatever memory they take: a bound on what a broker can make this machine keep in its books."""
 
+_MOST_RECEIVERS = 256
+"""Peers to which earlier shares sent tensors and that are still counted; those of the earliest shares are forgotten
+first. A heartbeat names at most 1,024."""
+
 
 @dataclass
 class _Held:
@@ -91,7 +95,7 @@ class Hosting(MemberPart):
         self._parcels = ParcelInbox(most=_MOST_PARCELS)
         self._busy = BusyMeter()
         self._past_busy_s = 0.0
-        self._past_bytes: dict[str, int] = defaultdict(int)
+        self._past_bytes: dict[str, int] = {}
 
     # --- MemberPart -------------------------------------------------------------------------------------------
 
@@ -250,7 +254,9 @@ class Hosting(MemberPart):
         if held.host is not None:
             self._past_busy_s += held.host.busy_s
             for peer, count in held.host.bytes_sent.items():
-                self._past_bytes[peer] += count
+                self._past_bytes[peer] = self._past_bytes.pop(peer, 0) + count  # the latest last
+            for peer in list(self._past_bytes)[:-_MOST_RECEIVERS]:
+                del self._past_bytes[peer]
         self._tasks.start(self._unlink(held.work), "unlink")
         self._share_memory()
         self._changed()
@@ -272,6 +278,11 @@ class Hosting(MemberPart):
             await self.release(held.work.plan, f"its owner did not come: {error}")
 
     # --- asking ---------------------------------------------------------------------------------------------
+
+    def work(self, plan: JobEpoch) -> AssignedWork | None:
+        """Return a share and its roster as the broker assigned them, None where none is held."""
+        held = self._held.get(plan)
+        return None if held is None else held.work
 
     def host(self, plan: JobEpoch) -> WorkHost | None:
         """Return the host of a share, if this machine has one."""
@@ -298,7 +309,7 @@ class Hosting(MemberPart):
 
     @property
     def bytes_sent(self) -> dict[str, int]:
-        """Tensor bytes since joining, by receiving peer."""
+        """Tensor bytes since joining, by receiving peer; of earlier shares those of the latest peers."""
         total = defaultdict(int, self._past_bytes)
         for host in self._hosts():
             for peer, count in host.bytes_sent.items():

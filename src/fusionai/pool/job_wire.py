@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from fusionai.errors import NetworkError, PeerLost, ProtocolError
+from fusionai.errors import JobError, NetworkError, PeerLost, ProtocolError
 from fusionai.network.endpoint import Endpoint, Link
 from fusionai.network.identity import PeerId
 from fusionai.pool.codec import kind_of
@@ -102,9 +102,12 @@ class JobWire(MemberPart):
             kind_of(message): msgspec.msgpack.Decoder(message) for each in kinds for message in each.bulk
         }
         self._receivers: dict[JobEpoch, list[Receiver[Any, Any]]] = {}
+        self._sealed: set[JobEpoch] = set()
 
     def attach(self, plan: JobEpoch, receiver: Receiver[Any, Any]) -> None:
-        """Route the messages of a job's epoch to a receiver too."""
+        """Route the messages of a job's epoch to a receiver too. Raises JobError when that epoch is sealed."""
+        if plan in self._sealed:
+            raise JobError(f"this machine has its part in job {plan} already, and takes no other one")
         self._receivers.setdefault(plan, []).append(receiver)
 
     def detach(self, plan: JobEpoch, receiver: Receiver[Any, Any]) -> None:
@@ -114,6 +117,15 @@ class JobWire(MemberPart):
             self._receivers[plan] = remaining
         else:
             self._receivers.pop(plan, None)
+            self._sealed.discard(plan)
+
+    def seal(self, plan: JobEpoch) -> None:
+        """Let nobody else attach to a job's epoch until all who are attached to it have been detached.
+
+        An owner seals a plan whose share here it has checked: from then on the broker cannot put another in its place.
+        """
+        if plan in self._receivers:
+            self._sealed.add(plan)
 
     def linked(self, peer: PeerId) -> bool:
         """Whether there is a link with a peer; this machine is always linked with itself."""

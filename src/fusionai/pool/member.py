@@ -248,6 +248,7 @@ class PoolMember:
         return message
 
     def _on_registered(self, registered: MemberRegistered) -> None:
+        check_name(registered.name)
         self.name = self.endpoint.name = registered.name
 
     def _heartbeat(self) -> Heartbeat:

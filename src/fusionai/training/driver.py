@@ -12,10 +12,11 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fusionai.errors import DataError, JobError, NetworkError, ProtocolError
 from fusionai.execution.plane import Clipping
-from fusionai.graph.model import OpDag, Sizes
+from fusionai.graph.model import OpDag, Sizes, ValueName
 from fusionai.network.clock import now_s
 from fusionai.network.identity import PeerId
 from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
@@ -70,15 +71,31 @@ class Driver:
         graph: OpDag,
         machines: Sequence[Machine],
         *,
+        privacy: Literal["private", "open"],
         gradient_clip: float,
         clipping: Callable[[Sequence[float], float], Clipping],
     ) -> None:
-        """`clipping` is the owner's plane's: gradients are clipped as its framework does it, to `gradient_clip`."""
+        """Drive a job from now on.
+
+        Args:
+            plan: names the plan on the wire.
+            wire: reaches all its machines.
+            graph: the whole OP-DAG.
+            machines: who holds which stages.
+            privacy: of a "private" job no private input is ever sent to another machine, whoever holds the stage that
+                reads it.
+            gradient_clip: norm to which gradients are clipped.
+            clipping: the owner's plane's: gradients are clipped as its framework does it.
+
+        Raises JobError when another machine holds a stage that reads a private input of a private job.
+        """
         self.job: JobId = plan.job
         self.epoch: Epoch = plan.epoch
         self.machines = tuple(machines)
         self._wire = wire
         self._graph = graph
+        self._kept_here = frozenset(item.name for item in graph.inputs if item.private and privacy == "private")
+        """Inputs that are sent to nobody."""
         self._clip = gradient_clip
         self._clipping = clipping
         self._readers = [
@@ -88,6 +105,8 @@ class Driver:
             for item in subdag.inputs
             if item.role != "positions"
         ]
+        for peer, stage, name in self._readers:
+            self._check_may_get(peer, stage, name)
         self._order = tuple(dict.fromkeys(weight.key for weight in graph.weights if weight.trainable))
         self._round = 0
         self._fed_bytes: dict[str, int] = {}
@@ -219,6 +238,7 @@ class Driver:
         """Give every stage the graph inputs that it reads."""
         for index, microbatch in enumerate(batch):
             for peer, stage, name in self._readers:
+                self._check_may_get(peer, stage, name)
                 tensor = microbatch[name]
                 header = Boundary(
                     self.job, self.epoch, self._round, index, name, DRIVER, stage, False, tensor.dtype, tensor.shape
@@ -226,6 +246,14 @@ class Driver:
                 await self._wire.send(peer, header, tensor)
                 if peer != self._wire.me:
                     self._fed_bytes[peer] = self._fed_bytes.get(peer, 0) + tensor.nbytes
+
+    def _check_may_get(self, peer: PeerId, stage: int, name: ValueName) -> None:
+        """Refuse to send a private input of a private job to another machine. Raises JobError."""
+        if name in self._kept_here and peer != self._wire.me:
+            raise JobError(
+                f"stage {stage} on {peer[:12]} reads {name!r}, which a private job sends to no other machine; nothing "
+                "was sent. The plan is faulty: use a broker that you trust"
+            )
 
     async def _all_reported(self) -> None:
         loop = asyncio.get_running_loop()

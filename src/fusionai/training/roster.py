@@ -5,9 +5,11 @@ A roster is a value. The next epoch's roster replaces it as a whole; a machine d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
-from fusionai.graph.model import WeightKey
+from fusionai.graph.model import SubDag, WeightKey
 from fusionai.network.identity import PeerId
 from fusionai.pool.contacts import Contact
 from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
@@ -84,3 +86,17 @@ class Roster(msgspec.Struct, frozen=True):
     def follows(self, other: Roster) -> bool:
         """Whether this roster replaces another one: it is of the same job and of a later epoch."""
         return self.job == other.job and self.epoch > other.epoch
+
+
+def tied_holders(subdags: Sequence[SubDag], holders: Sequence[str]) -> dict[WeightKey, tuple[str, ...]]:
+    """Return the trainable weights that several machines hold, with these machines, lowest stage first.
+
+    `subdags` are all stages of one pipeline, `holders` their machines by stage.
+    """
+    found: dict[WeightKey, list[str]] = {}
+    for subdag in sorted(subdags, key=lambda each: each.index):
+        for weight in subdag.weights:
+            known = found.setdefault(weight.key, []) if weight.trainable else []
+            if holders[subdag.index] not in known:
+                known.append(holders[subdag.index])
+    return {key: tuple(each) for key, each in found.items() if len(each) > 1}

@@ -105,7 +105,8 @@ class StageHost:
         `slowdown` stretches every pass (lab mode). `on_end(reason)` is awaited once when the driver
         ends the job, its machine is lost, or this part failed. `compute` makes what calls the program.
 
-        Raises GraphError for operators that the plane cannot run, JobError for weights that exceed the limit.
+        Raises GraphError for operators that the plane cannot run, JobError for weights that exceed the limit, and where
+        this machine may take no other part in the job (`JobWire.seal`).
         """
         check_weights(share, limit_bytes)
         host = cls(share, roster, wire, on_end, slowdown, compute)
@@ -126,7 +127,12 @@ class StageHost:
             fail=lambda error: host._own(host._fail(error)),
         )
         host._weights = WeightTraffic(share, wire, host._compute, host._program, host._rounds.count_sent)
-        wire.attach(roster.plan, host)
+        try:
+            wire.attach(roster.plan, host)
+        except BaseException:
+            await host._compute.stop()
+            host._program.close()
+            raise
         return host
 
     @property
