@@ -225,7 +225,9 @@ def test_joining_with_the_token_of_another_broker(pool: LocalPool, tmp_path: Pat
 def test_a_port_in_use(here: Here, free_pool: LocalPool, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        ended = here("train", tiny_job(tmp_path), "--broker", free_pool.token, "--listen", address, "--run", tmp_path)
+        ended = here(
+            "train", tiny_job(tmp_path), "--broker", free_pool.token, "--listen", address, "--run", tmp_path / "run"
+        )
         ended.failed(2, "ConfigError", address.rpartition(":")[2], "in use")
 
 

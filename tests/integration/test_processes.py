@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from commands import (
 import fusionai
 from fusionai.errors import JobError
 from fusionai.owner.local_pool import LocalPool
+from fusionai.training.checkpoint import CheckpointReader
 from quick_pool import QuickPool, keep_measurements
 
 pytestmark = pytest.mark.skipif(not POSIX, reason="sends POSIX signals")
@@ -89,16 +92,147 @@ def test_a_killed_owner_leaves_its_compnodes_free(small_pool: LocalPool, tmp_pat
     assert "owner owner is lost" in last_job(token).reason
 
 
-def test_an_interrupted_owner_ends_its_job(small_pool: LocalPool, tmp_path: Path) -> None:
-    token = small_pool.token
-    with started(*train(small_pool, tmp_path)) as owner:
-        until_training(tmp_path / "run", owner)
-        owner.send_signal(signal.SIGINT)
+IN_THE_BACKGROUND = (
+    "import signal, sys\n"
+    "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # as a shell does for background jobs
+    "from fusionai.cli.main import main\n"
+    "sys.exit(main())\n"
+)
+
+
+@pytest.mark.parametrize("stopped_by", ["Ctrl-C", "SIGTERM", "SIGTERM in the background"])
+def test_an_interrupted_owner_ends_its_step_and_keeps_it(
+    small_pool: LocalPool, tmp_path: Path, stopped_by: str
+) -> None:
+    token, run_folder = small_pool.token, tmp_path / "run"
+    script = None
+    if "background" in stopped_by:
+        script = tmp_path / "background.py"
+        script.write_text(IN_THE_BACKGROUND, encoding="utf-8")
+    with started(*train(small_pool, tmp_path), script=script) as owner:
+        until_training(run_folder, owner)
+        owner.send_signal(signal.SIGINT if stopped_by == "Ctrl-C" else signal.SIGTERM)
         ended = Ended(owner)
-    ended.failed(130, "KeyboardInterrupt", "interrupted")
+    done = steps_done(run_folder)
+    kept = run_folder / "checkpoints" / f"step-{done:06d}"
+    command = f"fusionai train --broker TOKEN --resume {run_folder}"
+    texts = (f"interrupted after step {done} of ", f"the last good checkpoint is {kept}; go on with `{command}`")
+    ended.failed(130, "KeyboardInterrupt", *texts)
+    assert "stopping: the step under way ends" in ended.stderr
+    assert token not in ended.stderr + ended.stdout, "it is a secret"
+    CheckpointReader(kept).verify()
     job = last_job(token)
     assert (job.state, job.reason) == ("cancelled", "the owner cancelled it")
     until(lambda: all_free(token, *STEADY), what="an idle pool")
+    more = ["--set", f"training.steps={done + 2}", "--json"]
+    assert run("train", "--resume", run_folder, "--broker", token, *more).succeeded()["steps"] == 2
+
+
+def test_a_second_interrupt_of_an_owner_ends_it_at_once(small_pool: LocalPool, tmp_path: Path) -> None:
+    token = small_pool.token
+    with started(*train(small_pool, tmp_path, "--set", "placement.compnodes=2")) as owner:
+        until_training(tmp_path / "run", owner)
+        stuck = psutil.Process(small_pool.pids[STEADY[0]])
+        stuck.suspend()
+        try:
+            owner.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            assert owner.poll() is None, "it waits for the step"
+            owner.send_signal(signal.SIGINT)
+            ended = Ended(owner)
+        finally:
+            stuck.resume()
+    ended.failed(130, "KeyboardInterrupt", "stopped at once")
+    until(lambda: all_free(token, *STEADY), what="an idle pool")
+
+
+def test_an_owner_that_is_interrupted_before_its_first_step_leaves_at_once(
+    small_pool: LocalPool, tmp_path: Path
+) -> None:
+    """The text is packed in a thread; nobody waits until it is done."""
+    reading = tmp_path / "reading"
+    script = tmp_path / "slow_text.py"
+    script.write_text(
+        "import pathlib, sys, time\n"
+        "from fusionai.owner import language_model\n"
+        "from fusionai.cli.main import main\n"
+        "def pack_documents(documents, tokenizer, path):\n"
+        f"    pathlib.Path({str(reading)!r}).touch()\n"
+        "    time.sleep(100_000)\n"
+        "language_model.pack_documents = pack_documents\n"
+        "sys.exit(main())\n",
+        encoding="utf-8",
+    )
+    with started(*train(small_pool, tmp_path), script=script) as owner:
+        until(reading.exists, what="the reading of the text")
+        owner.send_signal(signal.SIGINT)
+        ended = Ended(owner)
+    text = "interrupted before the first step was done; no checkpoint has been made yet"
+    ended.failed(130, "KeyboardInterrupt", text)
+    assert not (tmp_path / "run" / "job.toml").exists()
+
+
+FROM_PYTHON = """
+import json, sys, torch, fusionai
+from pathlib import Path
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
+    def forward(self, features, labels):
+        return torch.nn.functional.mse_loss(self.layers(features), labels)
+
+def batch(step, index):
+    generator = torch.Generator().manual_seed(step)
+    return {"features": torch.randn(2, 4, generator=generator), "labels": torch.ones(2, 4)}
+
+net = Net()
+before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+try:
+    fusionai.train(net, batch, broker=sys.argv[1], run=sys.argv[2], steps=10**6, privacy="open")
+except KeyboardInterrupt as interrupt:
+    same = all(torch.equal(before[key], tensor) for key, tensor in net.state_dict().items())
+    print(json.dumps({"text": str(interrupt), "untouched": same}))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_program_gets_keyboard_interrupt_and_a_checkpoint(
+    small_pool: LocalPool, tmp_path: Path, number: signal.Signals
+) -> None:
+    script, run_folder = tmp_path / "program.py", tmp_path / "run"
+    script.write_text(FROM_PYTHON, encoding="utf-8")
+    with started(small_pool.token, run_folder, script=script) as program:
+        until_training(run_folder, program)
+        program.send_signal(number)
+        said = Ended(program).succeeded()
+    done = steps_done(run_folder)
+    kept = run_folder / "checkpoints" / f"step-{done:06d}"
+    resuming = f"fusionai.train(..., resume={str(run_folder)!r})"
+    assert said["untouched"]
+    assert said["text"].startswith(f"interrupted after step {done} of ")
+    assert said["text"].endswith(f"the last good checkpoint is {kept}; go on with `{resuming}`")
+    CheckpointReader(kept).verify()
+    until(lambda: all_free(small_pool.token, *STEADY), what="an idle pool")
+    ended = run("train", "--resume", run_folder, "--broker", small_pool.token, "--json")
+    ended.failed(2, "ConfigError", "was made through the Python API", resuming)
+
+
+def test_a_second_owner_in_one_run_folder_is_refused(small_pool: LocalPool, tmp_path: Path) -> None:
+    run_folder = tmp_path / "run"
+    with started(*train(small_pool, tmp_path, "--set", "training.checkpoint_every=1")) as owner:
+        until_training(run_folder, owner)
+        second = run("train", "--resume", run_folder, "--broker", small_pool.token, "--json")
+        second.failed(2, "ConfigError", f"another owner trains in the run folder {run_folder} now")
+        before = steps_done(run_folder)
+        until(lambda: steps_done(run_folder) > before, what="a further step of the first")
+        owner.kill()
+        owner.wait(PATIENCE_S)
+    until(lambda: all_free(small_pool.token, *STEADY), what="an idle pool")
+    done = steps_done(run_folder)
+    more = ["--set", f"training.steps={done + 2}", "--json"]
+    assert run("train", "--resume", run_folder, "--broker", small_pool.token, *more).succeeded()["steps"] >= 2
 
 
 def start_demo(folder: Path) -> list[str | Path]:
@@ -154,6 +288,18 @@ def test_a_local_pool_ends_with_its_killed_parent(tmp_path: Path) -> None:
         parent.kill()
         parent.wait(PATIENCE_S)
         all_end(children)
+
+
+def test_the_terminals_interrupt_is_for_the_owner_alone(tmp_path: Path) -> None:
+    """Ctrl-C goes to every process of the terminal's foreground group. A pool that got it would end before the step."""
+    pool = LocalPool(0, folder=tmp_path)
+    with (tmp_path / "log").open("wb") as log:
+        child = pool._start_command("broker", ["broker", "--json", "--state-dir", str(tmp_path / "state")], log)
+    try:
+        assert os.getpgid(child.pid) != os.getpgid(0)
+    finally:
+        child.kill()
+        child.communicate(timeout=PATIENCE_S)
 
 
 def test_an_exception_inside_a_local_pool_leaves_nobody(tmp_path: Path) -> None:

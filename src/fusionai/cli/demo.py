@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from fusionai.cli.console import console, print_result
     from fusionai.cli.progress import LiveProgress
+    from fusionai.cli.stopping import leave_at_once
     from fusionai.errors import ConfigError
     from fusionai.owner.job_file import train_job
     from fusionai.owner.local_pool import LocalPool
@@ -79,7 +80,13 @@ def run(arguments: argparse.Namespace) -> int:
         screen.print("every compnode has joined")
         with LiveProgress(screen) as progress:
             owner = OwnerOptions(token=pool.token, device="cpu")
-            result = train_job(parsed, owner, run=arguments.run, observer=progress)
+            result = train_job(
+                parsed,
+                owner,
+                run=arguments.run,
+                observer=progress,
+                second_interrupt=lambda: leave_at_once(json_wanted=arguments.json),
+            )
         screen.print(progress.summary())
     text = sample(Path(result.checkpoint), PROMPT, tokens=60, temperature=0.7, seed=0)
     screen.print(

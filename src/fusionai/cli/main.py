@@ -6,6 +6,7 @@ No large package is imported before a command runs, because `fusionai --help` mu
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -41,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         json_wanted, debug = arguments.json, arguments.debug
         with _terminated_as_interrupted():
             return _run(arguments)
-    except KeyboardInterrupt:
-        return _failed(json_wanted, "KeyboardInterrupt", "interrupted", INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        status = _failed(json_wanted, "KeyboardInterrupt", str(interrupt) or "interrupted", INTERRUPTED)
+        _leave_threads()
+        return status
     except FusionError as error:
         if debug:
             _trace()
@@ -129,6 +132,19 @@ def _failed(json_wanted: bool, kind: str, text: str, status: int) -> int:
         sys.stdout.write(json.dumps({"error": kind, "message": text}) + "\n")
         sys.stdout.flush()
     return status
+
+
+def _leave_threads() -> None:
+    """End the process now if a thread still works for the command that was interrupted.
+
+    It may be reading a text or tracing a model for minutes. The interpreter would abort it within torch's code.
+    """
+    from fusionai.execution.own_thread import any_left
+
+    if any_left():
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)
 
 
 def _trace() -> None:

@@ -98,6 +98,14 @@ class LiveProgress(Observer):
         """Name a checkpoint."""
         self._console.print(f"checkpoint: {path}", highlight=False, soft_wrap=True)
 
+    def stopping(self) -> None:
+        """Say what is waited for."""
+        self._console.print(
+            "stopping: the step under way ends and a checkpoint is written; Ctrl-C again leaves at once",
+            highlight=False,
+            soft_wrap=True,
+        )
+
     def summary(self) -> Table:
         """Return the table of machines as it stands."""
         table = Table(box=None, pad_edge=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -47,6 +48,19 @@ def stop_event() -> Stop:
 
     on_parent_gone(lambda: _call(loop, orphaned))
     return stop
+
+
+def leave_at_once(*, json_wanted: bool) -> None:
+    """End the process now, from within a signal handler."""
+    # Written past Python's buffers, in whose midst the signal may have come. The sequence shows a hidden cursor again.
+    screen = 2 if json_wanted else 1
+    if os.isatty(screen):
+        os.write(screen, b"\x1b[?25h")
+    os.write(2, b"error: stopped at once\n")
+    if json_wanted:
+        message = {"error": "KeyboardInterrupt", "message": "stopped at once"}
+        os.write(1, json.dumps(message).encode() + b"\n")
+    os._exit(_SECOND)
 
 
 def _handle(loop: asyncio.AbstractEventLoop, number: signal.Signals, request: Callable[[], None]) -> None:

@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from fusionai.cli.console import console, print_result
     from fusionai.cli.progress import LiveProgress
+    from fusionai.cli.stopping import leave_at_once
     from fusionai.owner.job_file import job_of, train_job
     from fusionai.owner.membership import OwnerOptions
 
@@ -47,6 +48,13 @@ def run(arguments: argparse.Namespace) -> int:
         advertise=tuple(arguments.advertise),
     )
     with LiveProgress(console(arguments)) as progress:
-        result = train_job(job, owner, run=arguments.run, resume=arguments.resume, observer=progress)
+        result = train_job(
+            job,
+            owner,
+            run=arguments.run,
+            resume=arguments.resume,
+            observer=progress,
+            second_interrupt=lambda: leave_at_once(json_wanted=arguments.json),
+        )
     print_result(arguments, result)
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,15 +13,16 @@ from fusionai.errors import CheckpointError, ConfigError, DataError
 from fusionai.execution.plane import OptimizerConfig
 from fusionai.graph.capture import Captured, Role, capture, capture_transformers
 from fusionai.graph.model import OpDag
-from fusionai.network.loop import run as run_loop
 from fusionai.owner.checkpointing import CheckpointFiles
+from fusionai.owner.interrupts import run_interruptibly
 from fusionai.owner.membership import OwnerOptions, joined
-from fusionai.owner.resuming import CheckpointWeights, check_same_graph, newest_checkpoint
-from fusionai.owner.run_folder import RunFolder
+from fusionai.owner.resuming import CheckpointWeights, check_same_model, has_job_file, newest_checkpoint
+from fusionai.owner.run_folder import open_run
+from fusionai.owner.stop_request import StopRequest
 from fusionai.owner.training_job import Observer, TrainingJob, TrainingResult
 from fusionai.owner.training_run import train as train_job
 from fusionai.training.checkpoint import CheckpointReader
-from fusionai.training.config import PlacementConfig, TrainingConfig
+from fusionai.training.config import PlacementConfig, TrainingConfig, tables_to_toml
 from fusionai.training.data.batches import TensorBatches
 from fusionai.training.learning_rate import ScheduleConfig
 
@@ -55,6 +55,7 @@ def train(
     heldout: Sequence[TensorBatch] = (),
     evaluate_every: int = 0,
     checkpoint_every: int = 0,
+    checkpoint_minutes: float = 10.0,
     run: Path | str | None = None,
     resume: Path | str | None = None,
     name: str = "",
@@ -62,6 +63,11 @@ def train(
     observer: Observer | None = None,
 ) -> TrainingResult:
     """Train `module` on a pool and put the trained weights back into it. Blocks.
+
+    When called in the main thread, Ctrl-C and SIGTERM end the step under way, write a checkpoint and raise
+    KeyboardInterrupt, whose text names the checkpoint. A second Ctrl-C does not wait for the step. SIGTERM is left to
+    the program if that has a handler of its own. Whatever is raised, the module's weights are as they were before:
+    `load_weights` puts those of a checkpoint into it.
 
     Args:
         module: returns a scalar loss, `(loss, ...)` or something with a `loss`; or give `loss`. Language models from
@@ -83,77 +89,86 @@ def train(
         seed: of dropout.
         heldout: microbatches to evaluate on, every `evaluate_every` steps and at the end.
         checkpoint_every: steps between checkpoints; one is always made at the end.
-        run: run folder; by default a new one under "runs".
-        resume: a run folder to go on from, with the optimizer's state.
+        checkpoint_minutes: minutes after which a checkpoint is due when none was made; 0: none by time.
+        run: run folder; by default a new one under "runs". It must not hold another run.
+        resume: a run folder to go on from, in place or in `run`. Weights and the optimizer's state come from its newest
+            checkpoint, which must hold exactly those of this module and this optimizer; `steps` counts the steps done
+            before. Everything else is as given here, for the steps that are left: the loss, the data, the seed and all
+            other arguments may be others than before.
         name: for people.
         owner: how this machine takes part; its `token` is `broker`.
         observer: hears of every step.
 
     Raises:
         UserError, PlacementError, NetworkError, StorageError, JobError: see `fusionai.errors`.
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     title = name or type(module).__name__
-    folder = _folder(run, resume, title)
-    checkpoint = newest_checkpoint(Path(resume)) if resume is not None else None
+    old, new = (None if each is None else Path(each) for each in (resume, run))
+    reader = newest_checkpoint(old, steps=steps) if old is not None else None
     options = owner or OwnerOptions(token=broker)
     if options.token != broker:
         raise ConfigError("owner.token and broker are two different tokens; give one")
-    example = dict(batch(0, 0))
-    captured = _capture(module, example, loss, roles, title)
-    if callable(cuts):
-        cuts = (cuts(captured.graph),)
-    training = TrainingConfig(
-        steps=steps,
-        batch_size=max(1, _first_axis(example)),
-        microbatches=microbatches,
-        learning_rate=learning_rate,
-        gradient_clip=gradient_clip,
-        precision=precision,
-        seed=seed,
-        evaluate_every=evaluate_every,
-        evaluation_batches=len(heldout),
-        checkpoint_every=checkpoint_every,
-    )
-    reader = CheckpointReader(checkpoint) if checkpoint is not None else None
-    if reader is not None:
-        reader.verify()
-        check_same_graph(captured.graph, reader)
-    job = TrainingJob(
-        name=title,
-        graph=captured.graph,
-        weights=CheckpointWeights(reader, captured) if reader is not None else captured,
-        batches=TensorBatches(batch, heldout),
-        files=CheckpointFiles(_transformers_files(module)),
-        tokens_per_step=microbatches * _items(captured.graph, example),
-        description=f'name = "{title}"\n# submitted through the Python API\n',
-        training=training,
-        optimizer=optimizer or OptimizerConfig(),
-        schedule=schedule,
-        placement=PlacementConfig(
+    with open_run(new, old, name=title) as folder:
+        if old is not None and folder.path == old and has_job_file(old):
+            raise ConfigError(
+                f"the run {old} was made from a job file: go on with it by `fusionai train --resume`, or give `run` "
+                "another folder to go on in"
+            )
+        example = dict(batch(0, 0))
+        captured = _capture(module, example, loss, roles, title)
+        if callable(cuts):
+            cuts = (cuts(captured.graph),)
+        training = TrainingConfig(
+            steps=steps,
+            batch_size=max(1, _first_axis(example)),
+            microbatches=microbatches,
+            learning_rate=learning_rate,
+            gradient_clip=gradient_clip,
+            precision=precision,
+            seed=seed,
+            evaluate_every=evaluate_every,
+            evaluation_batches=len(heldout),
+            checkpoint_every=checkpoint_every,
+            checkpoint_minutes=checkpoint_minutes,
+        )
+        chosen = optimizer or OptimizerConfig()
+        placement = PlacementConfig(
             privacy=privacy,
             compnodes=compnodes,
             cuts=tuple(cuts) if cuts is not None else None,
             machines=tuple(machines),
             replan=replan,
-        ),
-        first_step=reader.manifest.step if reader is not None else 0,
-    )
-    result = run_loop(_train(job, options, folder, observer))
-    load_weights(module, Path(result.checkpoint))
+        )
+        if old is not None:
+            # Again, now that no other owner can train in it: the one before may have gone on meanwhile.
+            reader = newest_checkpoint(old, steps=steps)
+            reader.verify()
+            check_same_model(captured.graph, chosen, reader)
+        job = TrainingJob(
+            name=title,
+            graph=captured.graph,
+            weights=CheckpointWeights(reader, captured) if reader is not None else captured,
+            batches=TensorBatches(batch, heldout),
+            files=CheckpointFiles(_transformers_files(module)),
+            tokens_per_step=microbatches * _items(captured.graph, example),
+            description="# Trained through the Python API: the model and the data are in a program.\n"
+            + tables_to_toml(name=title, training=training, optimizer=chosen, schedule=schedule, placement=placement),
+            training=training,
+            optimizer=chosen,
+            schedule=schedule,
+            placement=placement,
+            first_step=reader.manifest.step if reader is not None else 0,
+            python=True,
+        )
+
+        async def main(stop: StopRequest) -> TrainingResult:
+            async with joined(options) as member:
+                return await train_job(job, member, folder, stop, observer)
+
+        result = run_interruptibly(main, folder, python=True)
+        load_weights(module, Path(result.checkpoint))
     return result
-
-
-async def _train(
-    job: TrainingJob, options: OwnerOptions, folder: RunFolder, observer: Observer | None
-) -> TrainingResult:
-    async with joined(options) as member:
-        await asyncio.to_thread(folder.write, "job.toml", job.description)
-        return await train_job(job, member, folder, observer)
-
-
-def _folder(run: Path | str | None, resume: Path | str | None, name: str) -> RunFolder:
-    chosen = run if run is not None else resume
-    return RunFolder(Path(chosen)) if chosen is not None else RunFolder.fresh(Path("runs"), name)
 
 
 def _capture(

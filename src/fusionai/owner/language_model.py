@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fusionai.errors import FusionError
+from fusionai.errors import DataError, FusionError, StorageError
 from fusionai.owner.checkpointing import CheckpointFiles
 from fusionai.owner.model_configuration import (
     ALL_FILES,
@@ -20,7 +23,7 @@ from fusionai.owner.model_configuration import (
     model_folder,
     vocabulary_of,
 )
-from fusionai.owner.resuming import CheckpointWeights, check_same_graph
+from fusionai.owner.resuming import CheckpointWeights, check_same_model
 from fusionai.owner.run_folder import RunFolder
 from fusionai.owner.training_job import TrainingJob
 from fusionai.training.checkpoint import CheckpointReader, WeightFiles
@@ -33,25 +36,40 @@ from fusionai.training.weight_orders import WeightSource
 log = logging.getLogger(__name__)
 
 
-def prepare_language_model(job: JobConfig, folder: RunFolder, *, resume: Path | None = None) -> TrainingJob:
+def prepare_language_model(job: JobConfig, folder: RunFolder, *, resume: CheckpointReader | None = None) -> TrainingJob:
     """Load or initialise the model of a job file, read its text, and capture it. Blocks for seconds to minutes.
 
-    With `resume`, weights, optimizer state and tokenizer come from that checkpoint, and training goes on at its
-    step. Raises ConfigError, DataError, GraphError or CheckpointError.
+    With `resume`, weights, optimizer state and tokenizer come from that checkpoint, the packed text from its run, and
+    training goes on at its step. Of the run's files only the packed text is written here.
+
+    Raises ConfigError, DataError, GraphError, CheckpointError or StorageError.
     """
-    reader = _open(resume) if resume is not None else None
-    source = resume if resume is not None else model_folder(job.model, ALL_FILES)
-    tokenizer = _tokenizer(job, source)
+    if resume is not None:
+        resume.verify()
+    source = resume.folder if resume is not None else model_folder(job.model, ALL_FILES)
+    tokenizer = load_tokenizer(str(resume.folder)) if resume is not None else _tokenizer(job, source)
     config = configuration(job.model, job.data, vocabulary_of(tokenizer), source)
-    text = _packed_text(job, tokenizer, folder)
+    if resume is None:
+        pack_documents(text_documents(job.data.text, field=job.data.field), tokenizer, folder.text)
+    else:
+        _take_text(resume, folder)
+    text = PackedText(
+        folder.text,
+        job.data.sequence_length,
+        heldout_fraction=job.data.heldout_fraction,
+        masking=masking(tokenizer) if job.model.task == "masked" else None,
+    )
     model, weights = _model(job, config, source)
     captured = captured_model(job, model)
-    if reader is not None:
-        check_same_graph(captured.graph, reader)
-        weights = CheckpointWeights(reader, captured)
+    if resume is not None:
+        check_same_model(captured.graph, job.optimizer, resume)
+        weights = CheckpointWeights(resume, captured)
+    saved = deepcopy(config)
+    # Whoever opens the checkpoint reads from this what the model is for.
+    saved.architectures = [type(model).__name__]
 
     def write_extra(path: Path) -> None:
-        config.save_pretrained(path)
+        saved.save_pretrained(path)
         tokenizer.save_pretrained(path)
 
     return TrainingJob(
@@ -71,14 +89,8 @@ def prepare_language_model(job: JobConfig, folder: RunFolder, *, resume: Path | 
         optimizer=job.optimizer,
         schedule=job.schedule,
         placement=job.placement,
-        first_step=reader.manifest.step if reader is not None else 0,
+        first_step=resume.manifest.step if resume is not None else 0,
     )
-
-
-def _open(checkpoint: Path) -> CheckpointReader:
-    reader = CheckpointReader(checkpoint)
-    reader.verify()
-    return reader
 
 
 def _tokenizer(job: JobConfig, source: Path | None) -> Any:
@@ -90,17 +102,30 @@ def _tokenizer(job: JobConfig, source: Path | None) -> Any:
     return train_tokenizer(documents, job.data.vocabulary_size)
 
 
-def _packed_text(job: JobConfig, tokenizer: Any, folder: RunFolder) -> PackedText:
-    path = folder.path / "data" / "text.npy"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        pack_documents(text_documents(job.data.text, field=job.data.field), tokenizer, path)
-    return PackedText(
-        path,
-        job.data.sequence_length,
-        heldout_fraction=job.data.heldout_fraction,
-        masking=masking(tokenizer) if job.model.task == "masked" else None,
-    )
+def _take_text(resume: CheckpointReader, folder: RunFolder) -> None:
+    """Have the text of the run that is resumed in the folder, which may be another run's.
+
+    The text is not packed again: its source may have changed, and then other sequences would come next.
+    """
+    theirs = resume.folder.parent.parent / "data" / folder.text.name
+    if not theirs.is_file():
+        raise DataError(
+            f"the packed text of the run is missing: {theirs}; put it back, or begin a new run with "
+            f"model.path = {str(resume.folder)!r}"
+        )
+    if folder.text.exists() and folder.text.samefile(theirs):
+        return
+    partial = folder.text.with_name(f".{folder.text.name}.partial")
+    try:
+        folder.text.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(theirs, partial)  # nobody changes a packed text, so both runs can have one copy
+        except OSError:
+            shutil.copyfile(theirs, partial)
+        partial.replace(folder.text)
+    except OSError as error:
+        raise StorageError(f"the packed text {theirs} cannot be copied to {folder.text}: {error}") from error
 
 
 def _model(job: JobConfig, config: Any, source: Path | None) -> tuple[Any, WeightSource | None]:

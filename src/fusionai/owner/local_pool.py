@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from fusionai.errors import JobError
 
@@ -26,6 +26,13 @@ _START_TIMEOUT_S = 300.0
 """Seconds that a child may take to import torch and to measure the machine, when the machine is busy."""
 
 _STOP_TIMEOUT_S = 10.0
+
+# A terminal's Ctrl-C goes to a whole group of processes. It is for the owner, which ends its step first.
+_OWN_GROUP: dict[str, Any] = (
+    {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
+    if sys.platform == "win32"
+    else {"process_group": 0}
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,7 @@ class LocalPool:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
+            **_OWN_GROUP,
         )
 
     def close(self) -> None:

@@ -40,6 +40,8 @@ class TrainingJob:
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     first_step: int = 0
     """Steps already done by the run that this one resumes."""
+    python: bool = False
+    """Whether a program handed the job in: then only a program can go on with its run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,3 +97,6 @@ class Observer:
 
     def saved(self, path: str) -> None:
         """A checkpoint is on disk."""
+
+    def stopping(self) -> None:
+        """Ctrl-C came: the step under way ends, a checkpoint is written, and the run ends."""

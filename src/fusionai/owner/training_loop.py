@@ -1,24 +1,34 @@
-"""The steps of one training run, and what comes between them: evaluation, checkpoints, and other plans."""
+"""The steps of one training run, and what comes between them: evaluation, checkpoints, and other plans.
+
+A checkpoint is made after the steps and minutes that the job asks for, at the end, when the owner stops the job, and
+when an error ends it while all machines still hold the state of the last committed step.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 
-from fusionai.errors import JobError
+from fusionai.errors import FusionError, StorageError
 from fusionai.graph.model import OpDag
+from fusionai.network.clock import now_s
 from fusionai.owner.checkpointing import save_checkpoint
 from fusionai.owner.membership import OwnerMember
+from fusionai.owner.resuming import what_is_left
 from fusionai.owner.run_folder import RunFolder
 from fusionai.owner.running_job import RunningJob
+from fusionai.owner.stop_request import JobStopped, StopRequest
 from fusionai.owner.training_job import Observer, StepEvent, TrainingJob, TrainingResult
 from fusionai.pool.messages import JobProgress
-from fusionai.training.checkpoint import latest, prune
+from fusionai.training.checkpoint import prune
 from fusionai.training.data.batches import Batch
 from fusionai.training.driver import RoundResult
 from fusionai.training.learning_rate import learning_rate
 from fusionai.training.loss_weights import loss_weights
+
+log = logging.getLogger(__name__)
 
 
 class TrainingLoop:
@@ -31,30 +41,54 @@ class TrainingLoop:
         running: RunningJob,
         member: OwnerMember,
         folder: RunFolder,
+        stop: StopRequest,
         observer: Observer,
     ) -> None:
         self._job, self._graph, self._running, self._member = job, graph, running, member
-        self._folder, self._observer = folder, observer
+        self._folder, self._stop, self._observer = folder, stop, observer
+        stop.heard = observer.stopping
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)
         self._bytes_sent = 0
         self._told_s = 0.0
         self._started_s = 0.0
+        self._longest_s = 0.0
+        self._done = self._saved_step = job.first_step
+        """Steps that are committed, and those that the last checkpoint has."""
+        self._saved_s = 0.0
         self._saved: str | None = None
+        self._saving = False
 
     async def run(self) -> TrainingResult:
-        """Run all steps; the loss of the first and last, and the final checkpoint, are in the result."""
+        """Run all steps; the loss of the first and last, and the final checkpoint, are in the result.
+
+        Raises JobStopped when the owner stops the job. The text of any other FusionError says which checkpoint is left.
+        """
+        try:
+            return await self._run()
+        except JobStopped:
+            raise
+        except Exception as error:
+            await self._keep_last_step(error)
+            left = await asyncio.to_thread(what_is_left, self._folder.path, python=self._job.python)
+            steps = self._job.training.steps
+            where = f"step {min(self._done + 1, steps)} of {steps}; {left}"
+            if isinstance(error, FusionError):
+                raise type(error)(f"{error} ({where})") from error
+            error.add_note(where)
+            raise
+
+    async def _run(self) -> TrainingResult:
         job, training = self._job, self._job.training
-        if job.first_step >= training.steps:
-            raise JobError(
-                f"the checkpoint has {job.first_step} steps done and training.steps is {training.steps}: "
-                "raise training.steps to train on"
-            )
         losses: list[float] = []
         heldout: float | None = None
         self._started_s = time.perf_counter()
+        self._saved_s = now_s()
         upcoming = asyncio.ensure_future(self._batch(job.first_step))
         try:
             for step in range(job.first_step, training.steps):
+                await self._stop.wait_for(upcoming)
+                if self._stop.asked:
+                    await self._end_early()
                 batch = await upcoming
                 last = step + 1 == training.steps
                 if not last:
@@ -62,14 +96,16 @@ class TrainingLoop:
                 rate = learning_rate(job.schedule, training.learning_rate, step, training.steps)
                 result = await self._step(step, batch, rate)
                 losses.append(result.loss)
-                heldout = await self._evaluate(step + 1, last=last) or (heldout if last else None)
+                if last or not self._stop.asked:
+                    heldout = await self._evaluate(step + 1, last=last) or (heldout if last else None)
                 self._report(step + 1, result, rate, heldout)
-                if last or (training.checkpoint_every and (step + 1) % training.checkpoint_every == 0):
-                    await self._save(step + 1)
-                if not last:
+                if last or self._checkpoint_is_due():
+                    await self._save()
+                if not last and not self._stop.asked:
                     await self._replan(step + 1)
         finally:
-            upcoming.cancel()
+            if not upcoming.cancel() and not upcoming.cancelled():
+                upcoming.exception()  # nobody needs the batch of a step that does not come
         seconds = time.perf_counter() - self._started_s
         assert self._saved is not None
         return TrainingResult(
@@ -93,12 +129,10 @@ class TrainingLoop:
         return await asyncio.to_thread(lambda: [self._job.batches.microbatch(step, index) for index in range(count)])
 
     async def _step(self, step: int, batch: list[Batch], rate: float) -> RoundResult:
-        try:
-            result = await self._running.driver.train_step(step, batch, loss_weights(self._graph, batch), rate)
-        except JobError as error:
-            kept = await asyncio.to_thread(latest, self._folder.path)
-            where = f"the last good checkpoint is {kept}" if kept else "no checkpoint has been made yet"
-            raise JobError(f"{error} (step {step + 1} of {self._job.training.steps}; {where})") from error
+        result = await self._running.driver.train_step(step, batch, loss_weights(self._graph, batch), rate)
+        self._done = step + 1
+        self._longest_s = max(self._longest_s, result.seconds)
+        self._stop.step_done(self._longest_s)
         self._bytes_sent += _bytes(result)
         self._running.observe(step, result)
         return result
@@ -157,21 +191,58 @@ class TrainingLoop:
             self._told_s = now_s
             self._member.tell(JobProgress(self._running.job, done, job.training.steps, result.loss, tokens_per_s))
 
-    async def _save(self, done: int) -> None:
-        path = self._folder.checkpoint(done)
-        await save_checkpoint(
-            path,
-            self._graph,
-            self._running.driver,
-            self._job.files,
-            job=self._job.name,
-            optimizer=self._job.optimizer,
-            step=done,
-            seed=self._job.training.seed,
-        )
-        await asyncio.to_thread(prune, self._folder.path, self._job.training.keep_checkpoints)
-        self._saved = str(path)
+    # --- checkpoints and endings ----------------------------------------------------------------------------------
+
+    def _checkpoint_is_due(self) -> bool:
+        """Whether the steps or the minutes are over after which the job asks for a checkpoint."""
+        training = self._job.training
+        if training.checkpoint_every and self._done % training.checkpoint_every == 0:
+            return True
+        return bool(training.checkpoint_minutes) and now_s() - self._saved_s >= 60 * training.checkpoint_minutes
+
+    async def _save(self, *, keep_all: bool = False) -> None:
+        """Make a checkpoint of the committed steps, and remove old ones unless `keep_all`."""
+        path = self._folder.checkpoint(self._done)
+        self._saving = True
+        with self._stop.saving():
+            await save_checkpoint(
+                path,
+                self._graph,
+                self._running.driver,
+                self._job.files,
+                job=self._job.name,
+                optimizer=self._job.optimizer,
+                step=self._done,
+                seed=self._job.training.seed,
+            )
+            if not keep_all:
+                await asyncio.to_thread(prune, self._folder.path, self._job.training.keep_checkpoints)
+        self._saving = False
+        # Counted from its end, so that a checkpoint that takes minutes does not follow upon the one before.
+        self._saved_s = now_s()
+        self._saved, self._saved_step = str(path), self._done
         self._observer.saved(self._saved)
+
+    async def _end_early(self) -> None:
+        """Raise JobStopped, after a checkpoint of the committed steps."""
+        if self._saved_step != self._done:
+            await self._save()
+        left = await asyncio.to_thread(what_is_left, self._folder.path, python=self._job.python)
+        raise JobStopped(f"interrupted after step {self._done} of {self._job.training.steps}; {left}")
+
+    async def _keep_last_step(self, error: Exception) -> None:
+        """Make a checkpoint after an error, where all machines still hold the state of the last committed step.
+
+        They do when the loss is not finite, and when data or an observer fail. No older checkpoint is removed for it:
+        a state that led to an error may be a bad one. Nothing is tried when the disk or a checkpoint failed.
+        """
+        fresh = self._done != self._saved_step
+        if not fresh or self._saving or isinstance(error, StorageError) or not self._running.driver.at_rest:
+            return
+        try:
+            await self._save(keep_all=True)
+        except FusionError as trouble:
+            log.warning("no checkpoint could be made of the last committed step: %s", trouble)
 
 
 def _bytes(result: RoundResult) -> int:

@@ -14,8 +14,9 @@ from fusionai.graph.encoding import content_hash, encode
 from fusionai.graph.privacy import arrange_private
 from fusionai.owner.membership import OwnerMember
 from fusionai.owner.plan_terms import PlanTerms
-from fusionai.owner.run_folder import RunFolder
+from fusionai.owner.run_folder import JOB_FILE, RunFolder
 from fusionai.owner.running_job import RunningJob, tell_end
+from fusionai.owner.stop_request import JobStopped, StopRequest
 from fusionai.owner.training_job import Observer, TrainingJob, TrainingResult
 from fusionai.owner.training_loop import TrainingLoop
 from fusionai.pool.identifiers import Epoch, JobEpoch
@@ -28,12 +29,12 @@ SUBMIT_TIMEOUT_S = 300.0
 
 
 async def train(
-    job: TrainingJob, member: OwnerMember, folder: RunFolder, observer: Observer | None = None
+    job: TrainingJob, member: OwnerMember, folder: RunFolder, stop: StopRequest, observer: Observer | None = None
 ) -> TrainingResult:
     """Train a job on the pool that `member` has joined, and return how it went.
 
     Raises JobError when a compnode is lost, the loss is not finite, or the broker's plan is not what was asked for;
-    PlacementError when no plan fits.
+    PlacementError when no plan fits; JobStopped when `stop` asked for it.
     """
     observer = observer or Observer()
     launched, terms = await _submit(job, member)
@@ -54,15 +55,17 @@ async def train(
             )
 
         running = RunningJob(terms, member, launched, make_driver)
+        # Not before: a job that is refused must leave a run that it would resume as it was.
+        folder.write(JOB_FILE, job.description)
         folder.write_plan(running.plan)
         observer.launched(replace(launched, plan=running.plan), running.driver.machines)
         resumed = job.optimizer.states if job.first_step else ()
         await running.driver.prepare(job.weights, optimizer_states=resumed, optimizer_step=job.first_step)
         observer.ready()
-        result = await TrainingLoop(job, terms.graph, running, member, folder, observer).run()
+        result = await TrainingLoop(job, terms.graph, running, member, folder, stop, observer).run()
         state, reason = "finished", ""
         return result
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, JobStopped):
         state, reason = "cancelled", "the owner cancelled it"
         raise
     except FusionError as error:

@@ -116,7 +116,9 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     evaluation_batches: int = 4
     """Most held-out microbatches in an evaluation; 0: no evaluation."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints; 0: none by steps."""
+    checkpoint_minutes: float = 10.0
+    """Minutes of training after which a checkpoint is due, so that no more is lost; 0: none by time."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints that are kept. Older ones of the run are removed."""
 
@@ -129,6 +131,8 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise ConfigError(f"training.seed must be below 2^63, got {self.seed}")
         if not 0 < self.learning_rate < float("inf"):
             raise ConfigError(f"training.learning_rate must be > 0, got {self.learning_rate}")
+        if not 0 <= self.checkpoint_minutes < float("inf"):
+            raise ConfigError(f"training.checkpoint_minutes must be >= 0, got {self.checkpoint_minutes}")
         if not 0 <= self.gradient_clip < float("inf"):
             raise ConfigError(f"training.gradient_clip must be >= 0, got {self.gradient_clip}")
 
@@ -223,7 +227,12 @@ def read_job(path: Path) -> JobConfig:
 
 def to_toml(job: JobConfig) -> str:
     """Return the job file of a job, every default written out."""
-    return tomli_w.dumps(_without_none(msgspec.to_builtins(job)))
+    return tables_to_toml(**{each: getattr(job, each) for each in job.__struct_fields__})
+
+
+def tables_to_toml(**fields: msgspec.Struct | str) -> str:
+    """Return fields and tables of a job file as TOML, every default written out."""
+    return tomli_w.dumps(_without_none(msgspec.to_builtins(fields)))
 
 
 def _without_none(table: dict[str, Any]) -> dict[str, Any]:

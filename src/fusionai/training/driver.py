@@ -114,6 +114,7 @@ class Driver:
         self._longest_s = 0.0
         self._reports: dict[str, RoundReport] = {}
         self._reported = asyncio.Event()
+        self._at_rest = True
         self.watch = JobWatch(plan.job, wire, self.machines)
         """Knows whether the job still lives."""
         self.weights = WeightOrders(plan, wire, self.watch)
@@ -154,6 +155,11 @@ class Driver:
         """Do what is to be done about an event; see `JobWatch.happened`."""
         self.watch.happened(event)
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether all machines live and hold the state after the last committed step: no round is under way."""
+        return self._at_rest and not self.watch.failed
+
     # --- life cycle ---------------------------------------------------------------------------------------------
 
     async def prepare(
@@ -178,6 +184,7 @@ class Driver:
         await self.watch.tell(
             CommitRound(self.job, self.epoch, self._round - 1, learning_rate, result.gradient_scale, finite)
         )
+        self._at_rest = True
         if not finite:
             what = "the loss" if not math.isfinite(result.loss) else "the norm of the gradients"
             value = result.loss if not math.isfinite(result.loss) else result.gradient_norm
@@ -200,7 +207,9 @@ class Driver:
 
     async def evaluate(self, batch: Sequence[Batch], weights: Sequence[float]) -> RoundResult:
         """Return the loss on held-out microbatches; changes nothing."""
-        return await self._run_round(0, batch, weights, train=False)
+        result = await self._run_round(0, batch, weights, train=False)
+        self._at_rest = True
+        return result
 
     async def _run_round(
         self, step: int, batch: Sequence[Batch], weights: Sequence[float], *, train: bool
@@ -210,6 +219,7 @@ class Driver:
         self._microbatches = len(batch)
         self._fed_bytes.clear()
         begin = BeginRound(self.job, self.epoch, self._round, step, train, self._sizes(batch), tuple(weights))
+        self._at_rest = False
         await self.watch.tell(begin)
         feeding = asyncio.ensure_future(self._feed(batch))
         try:
