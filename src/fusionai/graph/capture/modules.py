@@ -10,11 +10,14 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import Tensor, nn
 
 from fusionai.errors import GraphError
+from fusionai.graph.capture.buffer_updates import updates_as_values
+from fusionai.graph.capture.call_state import unchanged
 from fusionai.graph.capture.canonical_graph import assemble, check_operators
 from fusionai.graph.capture.capture_checks import MOST_PARAMETERS, check_shapes, check_values
 from fusionai.graph.capture.captured import Captured
 from fusionai.graph.capture.cleanup import normalise, remove_dead, simplify
 from fusionai.graph.capture.inputs import ExampleInput, Role, example_inputs
+from fusionai.graph.capture.kept_state import refuse_kept_state
 from fusionai.graph.capture.listing import Listing
 from fusionai.graph.capture.lowering import lower
 from fusionai.graph.capture.repeats import NotRepeatedError, instantiate, repeated_layers, shortened
@@ -84,10 +87,18 @@ def _beside(module: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def _operators(root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState, *, repeats: bool) -> Listing:
-    """Return the operators of a module, tracing repeated layers once where they allow it."""
+    """Return the operators of a module, tracing repeated layers once where they allow it; buffers are values."""
+    listing = _traced(root, inputs, state, repeats=repeats)
+    updates_as_values(listing, state)
+    check_operators(listing)
+    return listing
+
+
+def _traced(root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState, *, repeats: bool) -> Listing:
     if repeats:
         arguments = {item.name: item.tensor for item in inputs}
-        found = repeated_layers(root.module, lambda: root(arguments), state)
+        with unchanged(root):
+            found = repeated_layers(root.module, lambda: root(arguments), state)
         if found:
             try:
                 with shortened(found):
@@ -101,7 +112,12 @@ def _operators(root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState,
 
 def _trace(root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState) -> Listing:
     """Trace the whole module, and return its operators, simplified."""
-    listing = lower(trace(root, inputs), inputs, state)
+    with unchanged(root):
+        program = trace(root, inputs)
+    arguments = {item.name: item.tensor for item in inputs}
+    with unchanged(root):
+        refuse_kept_state(root.changes.last, root.parts(), lambda: root(arguments))
+    listing = lower(program, inputs, state)
     normalise(listing)
     remove_dead(listing)
     check_operators(listing)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from fusionai.errors import GraphError
+from fusionai.graph.capture.assigned_buffers import tensor_memory, write_back
+from fusionai.graph.capture.call_state import CallChanges, Snapshot
 from fusionai.graph.capture.inputs import ExampleInput
 
 log = logging.getLogger(__name__)
@@ -46,19 +48,34 @@ class LossOf(nn.Module):
         # In a tuple, a loss that is itself a module is not registered: it holds no weights of the model.
         self._loss = (loss,)
         self._fixed = dict(fixed)
+        self.changes = CallChanges()
+        """What the last call changed of the module, beside its tensors."""
+        # The modules themselves: while a trace runs, an attribute gives a stand-in for each of them.
+        self._parts = ({"": module, **({"loss": loss} if isinstance(loss, nn.Module) else {})},)
         self._labels = [item.name for item in inputs if item.role == "labels"] if loss is not None else []
         if loss is not None and not self._labels:
             raise GraphError("a loss function was given, but no input has the role 'labels'; give roles={...}")
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the loss, a 0-dimensional floating-point tensor; GraphError when the module gives none."""
+        """Return the loss, a 0-dimensional floating-point tensor. Buffers that the call assigned are written in place.
+
+        Raises GraphError when the module gives no loss, and for changes of its tensors that no write can express.
+        """
+        before = Snapshot(self._parts[0])
+        memory = tensor_memory(before)
         labels = {name: inputs[name] for name in self._labels}
         arguments = {name: tensor for name, tensor in inputs.items() if name not in labels}
         output = self.module(**arguments, **self._fixed)
         loss = self._loss[0]
         if loss is not None:
             output = loss(output, next(iter(labels.values())) if len(labels) == 1 else labels)
+        write_back(before, memory)
+        self.changes.last = tuple(before.changes())
         return _scalar_loss(output)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the module, its submodules, and those of a loss that is a module itself, by path."""
+        return Snapshot(self._parts[0]).modules
 
 
 def _scalar_loss(output: Any) -> Tensor:
