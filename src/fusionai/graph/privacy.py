@@ -19,6 +19,7 @@ from fusionai.graph.dependencies import (
 )
 from fusionai.graph.model import OpDag, ValueName
 from fusionai.graph.vocabulary import FLOP_CLASSES, operator
+from fusionai.graph.written_state import keep_state_together, stored_values
 from fusionai.tensor import FLOATING
 
 _OPEN = 'use placement.privacy = "open" if the compnodes may see the data'
@@ -32,6 +33,7 @@ def arrange_private(graph: OpDag) -> tuple[OpDag, int, int]:
     search = _RawDataReaders(graph)
     front, behind = search.front(), search.behind()
     behind -= front
+    keep_state_together(graph, front, behind, _OPEN)
     middle = [place for place in range(len(graph.nodes)) if place not in front and place not in behind]
     if not any(place in search.heavy for place in middle):
         raise GraphError(
@@ -66,12 +68,30 @@ class _RawDataReaders:
     def _find_raw(self) -> None:
         """Find the nodes that read private inputs, or values that still show them.
 
+        A buffer that such a value is written to shows raw data to whatever reads it at the next microbatch.
+        """
+        shown: set[ValueName] = set()
+        labels: set[ValueName] = set()
+        while True:
+            of_labels = self._mark_raw(shown, labels)
+            stored = stored_values(self._graph)
+            more = {buffer for buffer, values in stored if not values.isdisjoint(self._raw)}
+            more_labels = {buffer for buffer, values in stored if not values.isdisjoint(of_labels)}
+            if more <= shown and more_labels <= labels:
+                return
+            shown |= more
+            labels |= more_labels
+
+    def _mark_raw(self, shown: set[ValueName], shown_labels: set[ValueName]) -> set[ValueName]:
+        """Mark what shows private inputs or the buffers `shown`; return the values made from labels.
+
         The result of a product with weights no longer shows its input. Neither does a looked-up embedding, nor raw data
         mixed with activations. Integers, booleans, and every value made from labels do show it.
         """
         private = [item for item in self._graph.inputs if item.private]
-        labels = {item.name for item in private if item.role == "labels"}
-        self._raw = {item.name for item in private}
+        labels = {item.name for item in private if item.role == "labels"} | shown_labels
+        self._raw = {item.name for item in private} | shown
+        self._pinned, self._of_labels = set(), set()
         activations: set[ValueName] = set()
         for place, node in enumerate(self._graph.nodes):
             taken = set(reads(node))
@@ -87,6 +107,7 @@ class _RawDataReaders:
                 self._raw |= showing
             if mixed or place in self._weighted:
                 activations.update(output for output in node.outputs if output not in self._raw)
+        return labels
 
     def front(self) -> set[int]:
         """Return the readers of raw data that can come first, and all nodes that they depend on."""

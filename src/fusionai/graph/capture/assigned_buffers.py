@@ -32,18 +32,17 @@ def write_back(before: Snapshot, memory: Mapping[str, int]) -> None:
         before: the module before the call.
         memory: `tensor_memory` of it, taken before the call.
 
-    Raises GraphError, naming the tensor, for what cannot become a write in place: a parameter that is replaced, a buffer
-    that the call creates, one whose dtype or shape changes, or one that has a second name.
+    Raises GraphError, naming the tensor, for what cannot become a write in place: a parameter that is replaced, a
+    buffer that the call creates, one whose dtype or shape changes, or one that has a second name.
     """
     _refuse_new_parameters(before)
     _refuse_new_memory(before, memory)
     assigned: list[tuple[nn.Module, str, Tensor, Tensor]] = []
     taken: dict[int, str] = {}
     for path, module, name, old, new in before.table_changes("_buffers"):
-        if isinstance(old, Tensor) and isinstance(new, Tensor) and _memory(old) == _memory(new):
-            if _is_whole(old, new):
-                module._buffers[name] = old
-                continue
+        if isinstance(old, Tensor) and isinstance(new, Tensor) and _is_whole(old, new):
+            module._buffers[name] = old
+            continue
         _refuse_unlike(path, old, new)
         _refuse_shared(path, old, before)
         _refuse_second_name(path, _memory(new), before, taken)
@@ -63,8 +62,8 @@ def _refuse_new_parameters(before: Snapshot) -> None:
             "gives the parameter {} another tensor" if old is not None and new is not None else "sets the parameter {}"
         )
         raise GraphError(
-            f"the module {done.format(repr(path))} in forward; only the optimizer may change a parameter, so compute the "
-            "value that you need from it instead, and create all parameters in __init__"
+            f"the module {done.format(repr(path))} in forward; only the optimizer may change a parameter, so compute "
+            "the value that you need from it instead, and create all parameters in __init__"
         )
     for path, _, _, _, _ in before.table_changes("_modules"):
         raise GraphError(f"the module changes its submodule {path!r} in forward; create all submodules in __init__")
@@ -74,8 +73,8 @@ def _refuse_new_memory(before: Snapshot, memory: Mapping[str, int]) -> None:
     for path, now in tensor_memory(before).items():
         if memory[path] != now:
             raise GraphError(
-                f"the module replaces the memory of {path!r} in forward (by .data = ..., set_ or resize_), which a trace "
-                "cannot follow; assign a new tensor to a buffer instead, and leave parameters to the optimizer"
+                f"the module replaces the memory of {path!r} in forward (by .data = ..., set_ or resize_), which a "
+                "trace cannot follow; assign a new tensor to a buffer instead, and leave parameters to the optimizer"
             )
 
 
@@ -92,8 +91,8 @@ def _refuse_unlike(path: str, old: Any, new: Any) -> None:
     if not whole or tuple(new.shape) != tuple(old.shape) or new.dtype != old.dtype:
         found = ", ".join(str(size) if isinstance(size, int) else "?" for size in new.shape)
         raise GraphError(
-            f"the module gives the buffer {path!r}, {old.dtype} of shape {list(old.shape)}, a tensor of {new.dtype} and "
-            f"shape [{found}] in forward; keep its dtype and shape"
+            f"the module gives the buffer {path!r}, {old.dtype} of shape {list(old.shape)}, a tensor of {new.dtype} "
+            f"and shape [{found}] in forward; keep its dtype and shape"
         )
 
 
@@ -102,8 +101,8 @@ def _refuse_shared(path: str, old: Tensor, before: Snapshot) -> None:
         for other, _, _, tensor in before.table(table):
             if other != path and isinstance(tensor, Tensor) and _memory(tensor) == _memory(old):
                 raise GraphError(
-                    f"the module assigns a new tensor to the buffer {path!r} in forward, which {other!r} shares until then; "
-                    "write to it in place, or register two tensors"
+                    f"the module assigns a new tensor to the buffer {path!r} in forward, which {other!r} shares until "
+                    "then; write to it in place, or register two tensors"
                 )
 
 
@@ -114,22 +113,23 @@ def _memory(tensor: Tensor) -> int:
 def _refuse_second_name(path: str, memory: int, before: Snapshot, assigned: Mapping[int, str]) -> None:
     if memory in assigned:
         raise GraphError(
-            f"the module assigns one tensor to the buffers {assigned[memory]!r} and {path!r} in forward; assign a clone() to one "
-            "of them"
+            f"the module assigns one tensor to the buffers {assigned[memory]!r} and {path!r} in forward; assign a "
+            "clone() to one of them"
         )
     for table in ("_parameters", "_buffers"):
         for other, module, name, tensor in before.table(table):
             if isinstance(tensor, Tensor) and _memory(tensor) == memory and vars(module)[table].get(name) is tensor:
                 raise GraphError(
-                    f"the module assigns the tensor of {other!r} to the buffer {path!r} in forward, so that both are one; "
-                    "assign a clone() of it"
+                    f"the module assigns the tensor of {other!r} to the buffer {path!r} in forward, so that both are "
+                    "one; assign a clone() of it"
                 )
 
 
 def _is_whole(old: Tensor, new: Tensor) -> bool:
-    """Return whether two tensors in one memory show the same elements in the same order."""
+    """Return whether two tensors show the same elements of one memory in the same order."""
     return (
-        new.dtype == old.dtype
+        _memory(new) == _memory(old)
+        and new.dtype == old.dtype
         and all(isinstance(size, int) for size in new.shape)
         and (tuple(new.shape), new.stride(), new.storage_offset())
         == (tuple(old.shape), old.stride(), old.storage_offset())

@@ -59,8 +59,8 @@ def _written_by_hand(listing: Listing, state: ModuleState) -> frozenset[ValueNam
             statistics |= {each.name: node for name in kind.mutates if isinstance(each := bound[name], Ref)}
     for buffer in sorted(found & statistics.keys()):
         raise GraphError(
-            f"buffer {_key(buffer)!r} is written to by {statistics[buffer].op} in module {statistics[buffer].scope!r} and by "
-            "the model itself; let one of the two write to it"
+            f"buffer {_key(buffer)!r} is written to by {statistics[buffer].op} in module {statistics[buffer].scope!r} "
+            "and by the model itself; let one of the two write to it"
         )
     return frozenset(found)
 
@@ -141,7 +141,7 @@ class _Rewriting:
                 f"{output}.cast", "aten.to.dtype", value, Keyword("dtype", wanted.dtype), buffer, node.scope
             )
         if types[value].shape != wanted.shape:
-            value = self._add(f"{output}.expand", "aten.expand.default", value, wanted.shape, buffer, node.scope)  # type: ignore[arg-type]
+            value = self._add(f"{output}.expand", "aten.expand.default", value, wanted.shape, buffer, node.scope)
         self._current[buffer] = value
 
     def _add(self, name: str, op: str, source: ValueName, argument: Argument, like: ValueName, scope: str) -> ValueName:
@@ -177,9 +177,10 @@ class _Rewriting:
             self._listing.types.update((renamed[output], self._listing.types[output]) for output in node.outputs)
             outputs = tuple(renamed.values())
             if operator(node.op).op_class != "view":
+                buffer = self._buffer_of(source) or source
                 raise GraphError(
-                    f"{node.op} in module {node.scope!r} takes buffer {_key(self._buffer_of(source) or source)!r} before it is "
-                    "written to, and its result is read afterwards; read the buffer again there, or take a clone() of it"
+                    f"{node.op} in module {node.scope!r} takes buffer {_key(buffer)!r} before it is written to, and its "
+                    "result is read afterwards; read the buffer again there, or take a clone()"
                 )
             args = (Ref(now), *node.args[1:])
             self._nodes.append(Node(outputs[0], node.op, args, node.kwargs, outputs, scope))
@@ -209,9 +210,9 @@ class _Rewriting:
             if last in carrying:
                 if old in needed:
                     raise GraphError(
-                        f"buffer {_key(buffer)!r} is given a value that carries a gradient, and the loss of the next call "
-                        "depends on it, so backward would go through the calls before, where torch itself stops with an "
-                        "error; store value.detach()"
+                        f"buffer {_key(buffer)!r} is given a value that carries a gradient, and the loss of the "
+                        "next call depends on it, so backward would go through the calls before, where torch itself "
+                        "stops with an error; store value.detach()"
                     )
                 detached = ValueName(f"{buffer}.detached")
                 listing.types[detached] = listing.types[last]

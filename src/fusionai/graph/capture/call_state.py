@@ -146,10 +146,7 @@ class Snapshot:
         if attribute in TABLES or isinstance(value, np.ndarray):
             return
         inner: Sequence[tuple[Any, Any]]
-        if isinstance(content, dict):
-            inner = list(content.items())
-        else:
-            inner = list(enumerate(content))
+        inner = list(content.items()) if isinstance(content, dict) else list(enumerate(content))
         own = not isinstance(value, _CONTAINERS) and not isinstance(value, tuple)
         for key, each in inner:
             self._take(each, f"{path}.{key}" if own else f"{path}[{key!r}]", module, attribute, depth - 1)

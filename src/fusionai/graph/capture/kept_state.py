@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -41,9 +42,9 @@ def refuse_kept_state(changes: Sequence[Change], modules: Mapping[str, nn.Module
         named = ", ".join(repr(each.path) for each in kept[:_NAMED])
         more = f" and {len(kept) - _NAMED} more" if len(kept) > _NAMED else ""
         raise GraphError(
-            f"the module changes {named}{more} in forward; an OP-DAG keeps tensors only, so every step would find the first "
-            "value there. Keep it in a buffer (self.register_buffer in __init__, then assign or update it in forward), or "
-            "compute it outside of the module"
+            f"the module changes {named}{more} in forward; an OP-DAG keeps tensors only, so every step would find the "
+            "first value there. Keep it in a buffer (self.register_buffer in __init__, then assign or update it in "
+            "forward), or compute it outside of the module"
         )
 
 
@@ -106,4 +107,4 @@ def _watching(kind: type[nn.Module], names: frozenset[str], first: dict[tuple[in
         "__setattr__": write,
         "__delattr__": delete,
     }
-    return type(kind)(kind.__name__, (kind,), content)
+    return types.new_class(kind.__name__, (kind,), exec_body=lambda body: body.update(content))

@@ -54,10 +54,13 @@ _DETACH = "aten.detach_.default"
 _OTHER_NAMES = frozenset({"aten.detach.default", "aten.alias.default", _DETACH})
 """Operators whose result is the whole of their argument, in the same memory."""
 
+_FILLING = {"aten.zero_.default": "aten.zeros_like.default", "aten.fill_.Scalar": "aten.full_like.default"}
+"""Operators that fill a buffer, and those that make a tensor with the same content."""
+
 _WRITTEN_TO: Mapping[str, tuple[str, str]] = {
     "buffer": (
         "a part of the buffer",
-        "compute the whole new value (with torch.where, index_copy or scatter) and assign it to the buffer: self.name = value",
+        "compute the whole new value (with torch.where, index_copy or scatter) and assign it: self.name = value",
     ),
     "parameter": (
         "the parameter",
@@ -294,9 +297,9 @@ class _Lowering:
         kwargs = {word: self._argument(each, node) for word, each in node.kwargs.items()}
         outputs = self._outputs(node, node.meta["val"])
         if op not in VOCABULARY:
-            value = ValueName(f"{outputs[0]}.value")
+            value, plain = ValueName(f"{outputs[0]}.value"), _FILLING.get(op) or str(_without_writing(node))
             self._types[value] = self._types[outputs[0]]
-            nodes.append(Node(value, str(_without_writing(node)), args, kwargs, (value,), scope))
+            nodes.append(Node(value, plain, args, kwargs, (value,), scope))
             op, args, kwargs = COPY, (args[0], Ref(value)), {}
         nodes.append(Node(outputs[0], op, args, kwargs, outputs, scope))
 
@@ -334,12 +337,16 @@ def _target(node: fx.Node) -> fx.Node:
 
 
 def _named(target: fx.Node) -> fx.Node:
-    """Return the value that a detached one, such as those in a region without gradients, is another name of."""
-    while target.op == "call_function" and str(target.target) in _OTHER_NAMES:
+    """Return the value that a detached or written one is another name of."""
+    while target.op == "call_function" and _is_another_name(target.target):
         source = target.args[0]
         assert isinstance(source, fx.Node)
         target = source
     return target
+
+
+def _is_another_name(function: object) -> bool:
+    return isinstance(function, torch._ops.OpOverload) and (str(function) in _OTHER_NAMES or _writes_in_place(function))
 
 
 def _writes_in_place(function: torch._ops.OpOverload) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fusionai.errors import GraphError
 from fusionai.graph.capture.buffer_updates import updates_as_values
@@ -60,6 +61,7 @@ def capture(
     Raises GraphError when the module cannot become an OP-DAG; the text names the operator or input and the cause.
     """
     started_s = time.perf_counter()
+    _refuse_uninitialised(module)
     inputs = example_inputs(_beside(module, example), roles, private, dynamic)
     root = LossOf(module, loss, inputs, fixed or {})
     with training(module):
@@ -78,6 +80,15 @@ def capture(
         graph.name, len(graph.nodes), len(graph.weights), time.perf_counter() - started_s,
     )  # fmt: skip
     return Captured(graph, {weight.key: state.entries[weight.key].tensor for weight in graph.weights})
+
+
+def _refuse_uninitialised(module: nn.Module) -> None:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise GraphError(
+                f"{name!r} of {type(module).__name__} has no shape yet, because its module is initialised lazily; "
+                "call the module once on an example first"
+            )
 
 
 def _beside(module: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ an input only where this module finds no difference, and the model computes its 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,22 +59,23 @@ def takes_counted_positions(model: nn.Module, example: Mapping[str, Tensor], fix
 
 
 def _followed(model: nn.Module, state: Mapping[str, Tensor], arguments: Mapping[str, object]) -> list[list[Any]]:
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _Following() as following:
+    following = _Following()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), following:
         torch.manual_seed(0)
         functional_call(model, dict(state), (), dict(arguments))
     return following.calls
 
 
-class _Following(TorchDispatchMode):
+class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs a model whose parameters have no values, and notes what they are combined with.
 
-    What is computed from tokens, positions and buffers alone is computed. An operator that takes a tensor without values
-    gives one again; it is noted with the values of its other arguments. Two calls with equal notes differ in nothing
-    that reaches a weight.
+    What is computed from tokens, positions and buffers alone is computed. An operator that takes a tensor without
+    values gives one again; it is noted with the values of its other arguments. Two calls with equal notes differ in
+    nothing that reaches a weight.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[list[Any]] = []
 
     def __torch_dispatch__(

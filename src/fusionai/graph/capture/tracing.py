@@ -158,7 +158,8 @@ def trace(root: LossOf, inputs: Sequence[ExampleInput]) -> ExportedProgram:
 def _explain(module: nn.Module, error: Exception, inputs: Sequence[ExampleInput]) -> str:
     name, text = type(module).__name__, str(error)
     where = _user_line(error)
-    if "onstraints violated" in text or "specializ" in text.lower():
+    on_data = type(error).__name__.startswith("GuardOnDataDependent") or "data-dependent" in text.lower()
+    if not on_data and ("onstraints violated" in text or "specializ" in text.lower()):
         fixed = [
             f"axis {axis} ({axis_name}) of input {item.name!r}"
             for item in inputs
@@ -169,10 +170,15 @@ def _explain(module: nn.Module, error: Exception, inputs: Sequence[ExampleInput]
             f"{name} cannot be captured for every size: its code fixes {' and '.join(fixed)}{where}; make it "
             "work for every size, or leave the axis out of dynamic={...}"
         )
-    if type(error).__name__.startswith("GuardOnDataDependent") or "data-dependent" in text.lower():
+    if on_data:
         return (
             f"{name} cannot be captured: its control flow or a shape depends on the values in a tensor{where}; "
             "write it with torch.where, masks, or a fixed number of iterations"
+        )
+    if "fake tensor in the exported program" in text:
+        return (
+            f"{name} cannot be captured: it takes .data of a parameter or buffer, or keeps a tensor outside of its "
+            "parameters and buffers; use .detach() to read one, and assign to a buffer to change it"
         )
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     cause = lines[0][:LONGEST_CAUSE]
