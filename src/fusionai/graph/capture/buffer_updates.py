@@ -179,8 +179,8 @@ class _Rewriting:
             if operator(node.op).op_class != "view":
                 buffer = self._buffer_of(source) or source
                 raise GraphError(
-                    f"{node.op} in module {node.scope!r} takes buffer {_key(buffer)!r} before it is written to, and its "
-                    "result is read afterwards; read the buffer again there, or take a clone()"
+                    f"{node.op} in module {node.scope!r} takes buffer {_key(buffer)!r} before it is written to, and "
+                    "its result is read afterwards; read the buffer again there, or take a clone()"
                 )
             args = (Ref(now), *node.args[1:])
             self._nodes.append(Node(outputs[0], node.op, args, node.kwargs, outputs, scope))
