@@ -97,9 +97,7 @@ def assert_trains_as_alone(
 ) -> Path:
     """Train in both ways, compare losses, parameters and buffers, and return the checkpoint."""
     alone, together = make(), make()
-    expected = train_alone(
-        alone, batch, steps=STEPS, microbatches=MICROBATCHES, optimizer=SGD, learning_rate=1e-2
-    )
+    expected = train_alone(alone, batch, steps=STEPS, microbatches=MICROBATCHES, optimizer=SGD, learning_rate=1e-2)
     losses = Losses()
     result = fusionai.train(
         together, batch, broker=pool.token, steps=STEPS, microbatches=MICROBATCHES, learning_rate=1e-2,

@@ -80,11 +80,7 @@ def _graph_loss(graph: OpDag, arguments: Mapping[str, Tensor], weights: Mapping[
 
 def _eager_losses(root: LossOf, arguments: Mapping[str, Tensor], state: ModuleState) -> list[float]:
     """Return the losses of two calls of a module, the second after what the first one did to it."""
-    copies = {
-        f"{MODULE_PREFIX}{key}": entry.tensor.detach().clone()
-        for key, entry in state.entries.items()
-        if entry.kind != "parameter" and key in state.canonical
-    }
+    copies = state.buffer_copies(MODULE_PREFIX)
     losses = []
     try:
         for _ in range(2):

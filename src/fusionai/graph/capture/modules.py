@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
 from fusionai.errors import GraphError
@@ -23,7 +24,7 @@ from fusionai.graph.capture.listing import Listing
 from fusionai.graph.capture.lowering import lower
 from fusionai.graph.capture.repeats import NotRepeatedError, instantiate, repeated_layers, shortened
 from fusionai.graph.capture.state import ModuleState
-from fusionai.graph.capture.tracing import LossFunction, LossOf, trace, training
+from fusionai.graph.capture.tracing import MODULE_PREFIX, LossFunction, LossOf, trace, training
 from fusionai.graph.verify import verify
 
 log = logging.getLogger(__name__)
@@ -107,9 +108,8 @@ def _operators(root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState,
 
 def _traced(root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState, *, repeats: bool) -> Listing:
     if repeats:
-        arguments = {item.name: item.tensor for item in inputs}
         with unchanged(root):
-            found = repeated_layers(root.module, lambda: root(arguments), state)
+            found = repeated_layers(root.module, lambda: _call(root, inputs, state), state)
         if found:
             try:
                 with shortened(found):
@@ -121,13 +121,17 @@ def _traced(root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState, *,
     return _trace(root, inputs, state)
 
 
+def _call(root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState) -> None:
+    """Call a module on the example. Its buffers stay as they are, even where fake tensors do not keep writes away."""
+    functional_call(root, state.buffer_copies(MODULE_PREFIX), ({item.name: item.tensor for item in inputs},))
+
+
 def _trace(root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState) -> Listing:
     """Trace the whole module, and return its operators, simplified."""
     with unchanged(root):
         program = trace(root, inputs)
-    arguments = {item.name: item.tensor for item in inputs}
     with unchanged(root):
-        refuse_kept_state(root.changes.last, root.parts(), lambda: root(arguments))
+        refuse_kept_state(root.changes.last, root.parts(), lambda: _call(root, inputs, state))
     listing = lower(program, inputs, state)
     normalise(listing)
     remove_dead(listing)

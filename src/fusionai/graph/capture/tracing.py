@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
@@ -131,7 +132,9 @@ def _quiet() -> Iterator[None]:
     try:
         for logger, _ in levels:
             logger.setLevel(logging.CRITICAL)
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            # Attributes are compared by `LossOf`, which knows when they matter.
+            warnings.filterwarnings("ignore", message=r"(?s).*assigned during export")
             yield
     finally:
         for logger, level in levels:
