@@ -24,6 +24,7 @@ from fusionai.graph.graph_costs import GraphCosts
 from fusionai.graph.model import OpDag, Sizes, SubDag, Transfer, ValueName
 from fusionai.graph.sizes import type_bytes
 from fusionai.graph.vocabulary import operator
+from fusionai.graph.written_state import parting_positions
 
 _TOLERANCE = 1.001
 """Positions whose bytes differ by less than this factor count as equally good. A larger factor offers more positions,
@@ -36,6 +37,9 @@ share leaves the planner too few ways to balance stages; a smaller one makes pla
 _FLOPS_PER_BYTE = 10
 """Work of moving a byte, in FLOPs: the usual ratio of CPUs and GPUs. It only decides how far apart two positions count
 as being, so a wrong value moves cut points a little and changes no cost."""
+
+_NEVER = 1 << 62
+"""Bytes that stand for a position where no cut may be."""
 
 
 def crossing_bytes(graph: OpDag, sizes: Sizes, local: frozenset[int] | None = None) -> list[int]:
@@ -82,11 +86,15 @@ def cut_points(
     if len(ends) < 2:
         return []
     crossing = crossing_bytes(graph, sizes, local)
+    parting = parting_positions(graph)
+    for position in parting:
+        crossing[position] = _NEVER
     search = _CutSearch(crossing, _work_before(graph, cutter.costs(sizes)), idle)
     # The ends of `within` are cuts in any case, so the other positions are compared with them too.
     before = crossing[start] if start > 0 else None
     after = crossing[stop] if stop < len(graph.nodes) else None
-    return search.points(ends[0] + 1, ends[-1] + 1, before, after)
+    points = search.points(ends[0] + 1, ends[-1] + 1, before, after)
+    return [point for point in points if point not in parting]
 
 
 def thinned(graph: OpDag, sizes: Sizes, points: Sequence[int], most: int) -> list[int]:

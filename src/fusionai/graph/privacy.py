@@ -23,6 +23,7 @@ from fusionai.graph.dependencies import (
 )
 from fusionai.graph.model import Dim, OpDag, ValueName, WeightKey
 from fusionai.graph.vocabulary import FLOP_CLASSES, operator
+from fusionai.graph.written_state import keep_state_together, stored_values
 from fusionai.tensor import FLOATING
 
 _OPEN = 'use placement.privacy = "open" if the compnodes may see the data'
@@ -37,10 +38,15 @@ def arrange_private(graph: OpDag) -> tuple[OpDag, int, int]:
     search = _RawDataReaders(graph)
     front = search.front()
     behind = search.behind() - front
-    middle = set(range(len(graph.nodes))) - front - behind
-    own = search.made_of_weights_of(front | behind) & middle
-    own -= ancestors(graph, middle - own)
-    behind, middle = behind | own, middle - own
+    while True:
+        pinned = len(front) + len(behind)
+        keep_state_together(graph, front, behind, _OPEN)
+        middle = set(range(len(graph.nodes))) - front - behind
+        own = search.made_of_weights_of(front | behind) & middle
+        own -= ancestors(graph, middle - own)
+        behind |= own
+        if len(front) + len(behind) == pinned:
+            break
     if not any(place in search.heavy for place in middle):
         raise GraphError(
             f"a private job leaves nothing of {graph.name!r} for compnodes: every large operator reads raw inputs or "
@@ -89,13 +95,31 @@ class _RawDataReaders:
     def _find_raw(self) -> None:
         """Find the nodes that read private inputs, or values that still show them.
 
+        A buffer that such a value is written to shows raw data to whatever reads it at the next microbatch.
+        """
+        shown: set[ValueName] = set()
+        labels: set[ValueName] = set()
+        while True:
+            of_labels = self._mark_raw(shown, labels)
+            stored = stored_values(self._graph)
+            more = {buffer for buffer, values in stored if not values.isdisjoint(self.raw)}
+            more_labels = {buffer for buffer, values in stored if not values.isdisjoint(of_labels)}
+            if more <= shown and more_labels <= labels:
+                return
+            shown |= more
+            labels |= more_labels
+
+    def _mark_raw(self, shown: set[ValueName], shown_labels: set[ValueName]) -> set[ValueName]:
+        """Mark what shows private inputs or the buffers `shown`; return the values made from labels.
+
         The result of a product with weights no longer shows its input. Neither does a looked-up embedding, nor raw data
         mixed with such results. Integers, booleans, and every value made from labels do show it. So does raw data mixed
         with what does not depend on it, such as an embedding of positions.
         """
         private = [item for item in self._graph.inputs if item.private]
-        labels = {item.name for item in private if item.role == "labels"}
-        self.raw = {item.name for item in private}
+        labels = {item.name for item in private if item.role == "labels"} | shown_labels
+        self.raw = {item.name for item in private} | shown
+        self._pinned, self._of_labels = set(), set()
         activations: set[ValueName] = set()
         """Values that depend on raw data and do not show it."""
         for place, node in enumerate(self._graph.nodes):
@@ -113,6 +137,7 @@ class _RawDataReaders:
                 activations.update(output for output in node.outputs if output not in showing)
             elif mixed:
                 activations.update(node.outputs)
+        return labels
 
     def made_of_weights_of(self, places: Set[int]) -> set[int]:
         """Return the nodes that make something of the weights of these nodes, and of weights alone.

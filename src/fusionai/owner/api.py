@@ -76,7 +76,9 @@ def train(
             shapes every time.
         broker: join token of the pool.
         loss: `loss(output, labels)`, where the module does not compute it.
-        roles: what inputs are; "labels" by default for `labels`, "tokens" for `input_ids`, else "data".
+        roles: what inputs are; "labels" by default for `labels`, "tokens" for `input_ids`, else "data". Values of every
+            input are fed as they are, positions too; with the role "positions" each stage counts 0..T-1 itself, and
+            other values are refused.
         steps, microbatches: length, and portions of a step; the step's loss is the mean over all counted labels, or
             over microbatches where labels are no class numbers.
         learning_rate, optimizer, schedule, gradient_clip: as in a job file; no schedule and no clipping by default.
@@ -149,7 +151,7 @@ def train(
             name=title,
             graph=captured.graph,
             weights=CheckpointWeights(reader, captured) if reader is not None else captured,
-            batches=TensorBatches(batch, heldout),
+            batches=TensorBatches(batch, heldout, names=example),
             files=CheckpointFiles(_transformers_files(module)),
             tokens_per_step=microbatches * _items(captured.graph, example),
             description="# Trained through the Python API: the model and the data are in a program.\n"
@@ -180,7 +182,9 @@ def _capture(
 ) -> Captured:
     if not example:
         raise DataError("batch(0, 0) is empty; return tensors by the names of the module's arguments")
-    if loss is None and set(example) == {"input_ids", "labels"} and _is_transformers(module):
+    usual = {"input_ids": "tokens", "labels": "labels"}
+    chosen = {name: role for name, role in (roles or {}).items() if usual.get(name) != role}
+    if loss is None and not chosen and set(example) == set(usual) and _is_transformers(module):
         masked = "MaskedLM" in type(module).__name__
         model: Any = module
         return capture_transformers(model, "masked" if masked else "causal", name=name)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from fusionai.errors import DataError
 from fusionai.graph.model import OpDag, Sizes, SubDag, WeightKey
 from fusionai.graph.sizes import concrete
 from fusionai.network.identity import PeerId
+from fusionai.tensor import TensorData
 from fusionai.training.data.batches import Batch
 
 
@@ -33,7 +36,8 @@ class Machine:
 def sizes_of(graph: OpDag, microbatch: Batch) -> Sizes:
     """Return the numbers of a graph's symbols for a microbatch.
 
-    Raises DataError when it lacks an input, or one has another dtype or shape than the graph takes.
+    Raises DataError when it lacks an input, or one has another dtype or shape than the graph takes; and when it has
+    positions that do not count from 0, because stages make those themselves.
     """
     inputs = [item for item in graph.inputs if item.role != "positions"]
     for item in inputs:
@@ -51,4 +55,17 @@ def sizes_of(graph: OpDag, microbatch: Batch) -> Sizes:
                 f"input {item.name!r} must be {item.type.dtype}{list(item.type.shape)} with {sizes}, "
                 f"but is {found.dtype}{list(found.shape)}"
             )
+    for item in graph.inputs:
+        if item.role == "positions" and item.name in microbatch:
+            _refuse_uncounted(item.name, microbatch[item.name])
     return sizes
+
+
+def _refuse_uncounted(name: str, given: TensorData) -> None:
+    """Raise DataError unless every row of a tensor is 0..T-1."""
+    positions = np.frombuffer(given.data, dtype=given.dtype).reshape(given.shape)
+    if not given.shape or not np.array_equal(positions, np.broadcast_to(np.arange(given.shape[-1]), given.shape)):
+        raise DataError(
+            f"input {name!r} has the role 'positions', which stages count as 0..T-1 themselves, but a microbatch has "
+            'other values; give it the role "data", so that your values are fed'
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fusionai.graph.capture.buffer_updates import writes_in_place
 from fusionai.graph.capture.listing import Listing, node_reads, rewrite_values
 from fusionai.graph.capture.state import ModuleState, value_name
 from fusionai.graph.model import Argument, Keyword, Node, Ref, Size, TensorType, ValueName
@@ -112,17 +113,11 @@ def remove_dead(listing: Listing) -> None:
     live = {listing.loss}
     kept = []
     for node in reversed(listing.nodes):
-        if live.isdisjoint(node.outputs) and not _writes_in_place(node):
+        if live.isdisjoint(node.outputs) and not writes_in_place(node):
             continue
         live.update(node_reads(node))
         kept.append(node)
     listing.nodes = kept[::-1]
-
-
-def _writes_in_place(node: Node) -> bool:
-    """Return whether an operator is kept because it writes to a weight. Lowering left writes to buffers only."""
-    parts = node.op.split(".")
-    return parts[0] == "aten" and parts[1].endswith("_") and not parts[1].endswith("__")
 
 
 def _given_in_full(listing: Listing) -> set[ValueName]:

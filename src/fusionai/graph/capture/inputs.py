@@ -16,9 +16,11 @@ Role = Literal["tokens", "labels", "positions", "data"]
 ROLES_BY_NAME: Mapping[str, Role] = {
     "input_ids": "tokens",
     "labels": "labels",
-    "position_ids": "positions",
 }
-"""Roles of the usual argument names; every other input is "data" unless the caller says otherwise."""
+"""Roles of the usual argument names; every other input is "data" unless the caller says otherwise.
+
+Positions too: what a user gives is fed as it is. Stages derive positions only where the caller asks for that role.
+"""
 
 SMALLEST_SIZE = 2
 """Least size of a dynamic axis in an example. The tracer takes an axis of size 0 or 1 for a constant."""
@@ -45,12 +47,16 @@ def example_inputs(
     """Describe the arguments of a module; raises GraphError where the descriptions do not fit the tensors.
 
     By default everything but positions is private. Axis 0 of every tensor is the batch. Axis 1 of the tokens, and of
-    tensors of the same shape, is the length.
+    tensors of the same shape, is the length. Stages count positions themselves, so an example of that role must count
+    from 0 too.
     """
     _check_names("roles", roles, example)
     _check_names("private", private, example)
     _check_names("dynamic", dynamic, example)
     found: dict[str, Role] = {name: (roles or {}).get(name, ROLES_BY_NAME.get(name, "data")) for name in example}
+    for name, role in found.items():
+        if role == "positions":
+            _refuse_uncounted(name, example[name])
     inputs = tuple(
         ExampleInput(
             name=name,
@@ -104,10 +110,23 @@ def _default_axes(name: str, example: Mapping[str, Tensor], roles: Mapping[str, 
     if tensor.ndim == 0:
         return {}
     axes = {0: "batch"}
-    lengths = {each.shape[1] for key, each in example.items() if roles[key] == "tokens" and each.ndim > 1}
-    if tensor.ndim > 1 and roles[name] != "data" and tensor.shape[1] in lengths:
+    tokens = [each for key, each in example.items() if roles[key] == "tokens" and each.ndim > 1]
+    # Data of the tokens' shape goes with them: masks, token types, positions of packed documents.
+    beside = any(each.shape == tensor.shape for each in tokens)
+    if tensor.ndim > 1 and (beside or (roles[name] != "data" and tensor.shape[1] in {e.shape[1] for e in tokens})):
         axes[1] = "length"
     return axes
+
+
+def _refuse_uncounted(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta or tensor.ndim == 0:
+        return
+    counted = torch.arange(tensor.shape[-1], dtype=tensor.dtype, device=tensor.device)
+    if not torch.equal(tensor, counted.expand_as(tensor)):
+        raise GraphError(
+            f"input {name!r} has the role 'positions', which stages count as 0..T-1 themselves, but its example has "
+            "other values; give it the role 'data', so that your values are fed"
+        )
 
 
 def _at_least_two(name: str, tensor: Tensor, axes: Mapping[int, str]) -> Tensor:

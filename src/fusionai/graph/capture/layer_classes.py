@@ -158,12 +158,19 @@ def _watch_calls(lists: Mapping[str, Layers], run: Callable[[], object]) -> dict
             for number, layer in enumerate(layers):
                 _attach(hooks, layer, number, watched[path], alive)
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _as_if_exporting():
+            with on_fake_tensors():
                 run()
         except Exception:
             log.debug("no run on fake tensors; blocks are traced one by one", exc_info=True)
             return None
     return {path: calls.records for path, calls in watched.items() if calls.order == list(range(len(lists[path])))}
+
+
+@contextmanager
+def on_fake_tensors() -> Iterator[None]:
+    """Have what is called run as in a trace, on tensors without values, so that nothing is computed."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _as_if_exporting():
+        yield
 
 
 @contextmanager

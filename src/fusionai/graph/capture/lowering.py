@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from fusionai.errors import GraphError
+from fusionai.graph.capture.buffer_updates import COPY
 from fusionai.graph.capture.dtypes import dtype_name
 from fusionai.graph.capture.inlining import inline_regions
 from fusionai.graph.capture.inputs import ExampleInput
@@ -42,12 +43,36 @@ from fusionai.graph.model import (
     ValueName,
     WeightKey,
 )
+from fusionai.graph.vocabulary import VOCABULARY
 
 _MUTATED_BY_POSITION: Mapping[str, tuple[int, ...]] = {"aten.batch_norm.default": (3, 4)}
 """Operators that write to arguments without saying so in torch's schema."""
 
 _DETACH = "aten.detach_.default"
 """In place by name, but it writes to no memory."""
+
+_OTHER_NAMES = frozenset({"aten.detach.default", "aten.alias.default", _DETACH})
+"""Operators whose result is the whole of their argument, in the same memory."""
+
+_FILLING = {"aten.zero_.default": "aten.zeros_like.default", "aten.fill_.Scalar": "aten.full_like.default"}
+"""Operators that fill a buffer, and those that make a tensor with the same content."""
+
+_WRITTEN_TO: Mapping[str, tuple[str, str]] = {
+    "buffer": (
+        "a part of the buffer",
+        "compute the whole new value (with torch.where, index_copy or scatter) and assign it: self.name = value",
+    ),
+    "parameter": (
+        "the parameter",
+        "only the optimizer may change a parameter, so compute the value that you need from it and leave it as it is",
+    ),
+    "constant_tensor": (
+        "the tensor",
+        "register it as a buffer, with self.register_buffer in __init__, so that the next step finds what was written",
+    ),
+    "input": ("the input", "write to a copy"),
+}
+"""By kind of what must not be written to: how an error calls it, and what to do instead."""
 
 _IGNORED_KEYWORDS = frozenset({"pin_memory"})
 """Keywords about the host's memory. They are left to the execution plane."""
@@ -192,11 +217,11 @@ class _Lowering:
         function, name = node.target, str(node.target)
         if _writes_in_place(function):
             target = None if name == _DETACH else self._written(node)
-            if target is None:
-                function = _without_writing(node)
-                name = str(function)
-            else:
-                self._listing.mutated.add(target)
+            if target is not None:
+                self._write_to_buffer(node, target)
+                return
+            function = _without_writing(node)
+            name = str(function)
         for position in _MUTATED_BY_POSITION.get(name, ()):
             self._note_statistics(node.args[position])
         args = tuple(self._argument(each, node) for each in node.args)
@@ -259,11 +284,24 @@ class _Lowering:
         kind, name = self._root.get(_storage(target.meta["val"]), ("activation", ""))
         if kind == "activation":
             return None
-        if kind == "buffer" and target.op == "placeholder":
+        if kind == "buffer" and _named(target).op == "placeholder":
             return WeightKey(name)
-        raise GraphError(
-            f"{_operator_name(node)} in {_place(node)} writes to the {kind} {name!r} in place; write to a copy"
-        )
+        what, remedy = _WRITTEN_TO[kind]
+        raise GraphError(f"{_operator_name(node)} in {_place(node)} writes to {what} {name!r} in place; {remedy}")
+
+    def _write_to_buffer(self, node: fx.Node, key: WeightKey) -> None:
+        """Write in place. What the vocabulary has no such operator for is computed, and then copied into the buffer."""
+        self._listing.mutated.add(key)
+        nodes, scope, op = self._listing.nodes, _scope(node), str(node.target)
+        args: tuple[Argument, ...] = (Ref(value_name(key)), *(self._argument(each, node) for each in node.args[1:]))
+        kwargs = {word: self._argument(each, node) for word, each in node.kwargs.items()}
+        outputs = self._outputs(node, node.meta["val"])
+        if op not in VOCABULARY:
+            value, plain = ValueName(f"{outputs[0]}.value"), _FILLING.get(op) or str(_without_writing(node))
+            self._types[value] = self._types[outputs[0]]
+            nodes.append(Node(value, plain, args, kwargs, (value,), scope))
+            op, args, kwargs = COPY, (args[0], Ref(value)), {}
+        nodes.append(Node(outputs[0], op, args, kwargs, outputs, scope))
 
     def _note_statistics(self, argument: Any) -> None:
         if isinstance(argument, fx.Node):
@@ -296,6 +334,19 @@ def _target(node: fx.Node) -> fx.Node:
     target = node.args[0]
     assert isinstance(target, fx.Node)
     return target
+
+
+def _named(target: fx.Node) -> fx.Node:
+    """Return the value that a detached or written one is another name of."""
+    while target.op == "call_function" and _is_another_name(target.target):
+        source = target.args[0]
+        assert isinstance(source, fx.Node)
+        target = source
+    return target
+
+
+def _is_another_name(function: object) -> bool:
+    return isinstance(function, torch._ops.OpOverload) and (str(function) in _OTHER_NAMES or _writes_in_place(function))
 
 
 def _writes_in_place(function: torch._ops.OpOverload) -> bool:

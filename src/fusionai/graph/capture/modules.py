@@ -8,18 +8,23 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
 from fusionai.errors import GraphError
+from fusionai.graph.capture.buffer_updates import updates_as_values
+from fusionai.graph.capture.call_state import unchanged
 from fusionai.graph.capture.canonical_graph import assemble, check_operators
 from fusionai.graph.capture.capture_checks import MOST_PARAMETERS, check_shapes, check_values
 from fusionai.graph.capture.captured import Captured
 from fusionai.graph.capture.cleanup import normalise, remove_dead, simplify
 from fusionai.graph.capture.inputs import ExampleInput, Role, example_inputs
+from fusionai.graph.capture.kept_state import refuse_kept_state
 from fusionai.graph.capture.listing import Listing
 from fusionai.graph.capture.lowering import lower
 from fusionai.graph.capture.repeats import NotRepeatedError, instantiate, repeated_layers, shortened
 from fusionai.graph.capture.state import ModuleState
-from fusionai.graph.capture.tracing import LossFunction, LossOf, trace, training
+from fusionai.graph.capture.tracing import MODULE_PREFIX, LossFunction, LossOf, trace, training
 from fusionai.graph.verify import verify
 
 log = logging.getLogger(__name__)
@@ -57,6 +62,7 @@ def capture(
     Raises GraphError when the module cannot become an OP-DAG; the text names the operator or input and the cause.
     """
     started_s = time.perf_counter()
+    _refuse_uninitialised(module)
     inputs = example_inputs(_beside(module, example), roles, private, dynamic)
     root = LossOf(module, loss, inputs, fixed or {})
     with training(module):
@@ -77,6 +83,15 @@ def capture(
     return Captured(graph, {weight.key: state.entries[weight.key].tensor for weight in graph.weights})
 
 
+def _refuse_uninitialised(module: nn.Module) -> None:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise GraphError(
+                f"{name!r} of {type(module).__name__} has no shape yet, because its module is initialised lazily; "
+                "call the module once on an example first"
+            )
+
+
 def _beside(module: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put the example on the module's device; a module on meta takes one without data."""
     device = next((tensor.device for tensor in module.parameters()), None)
@@ -84,10 +99,17 @@ def _beside(module: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def _operators(root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState, *, repeats: bool) -> Listing:
-    """Return the operators of a module, tracing repeated layers once where they allow it."""
+    """Return the operators of a module, tracing repeated layers once where they allow it; buffers are values."""
+    listing = _traced(root, inputs, state, repeats=repeats)
+    updates_as_values(listing, state)
+    check_operators(listing)
+    return listing
+
+
+def _traced(root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState, *, repeats: bool) -> Listing:
     if repeats:
-        arguments = {item.name: item.tensor for item in inputs}
-        found = repeated_layers(root.module, lambda: root(arguments), state)
+        with unchanged(root):
+            found = repeated_layers(root.module, lambda: _call(root, inputs, state), state)
         if found:
             try:
                 with shortened(found):
@@ -99,9 +121,18 @@ def _operators(root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState,
     return _trace(root, inputs, state)
 
 
+def _call(root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState) -> None:
+    """Call a module on the example. Its buffers stay as they are, even where fake tensors do not keep writes away."""
+    functional_call(root, state.buffer_copies(MODULE_PREFIX), ({item.name: item.tensor for item in inputs},))
+
+
 def _trace(root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState) -> Listing:
     """Trace the whole module, and return its operators, simplified."""
-    listing = lower(trace(root, inputs), inputs, state)
+    with unchanged(root):
+        program = trace(root, inputs)
+    with unchanged(root):
+        refuse_kept_state(root.changes.last, root.parts(), lambda: _call(root, inputs, state))
+    listing = lower(program, inputs, state)
     normalise(listing)
     remove_dead(listing)
     check_operators(listing)

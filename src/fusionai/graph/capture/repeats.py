@@ -149,6 +149,10 @@ class _Instantiation:
                 self._blocks[place].append(node)
             else:
                 self._after.append(node)
+        layers = f"{_WEIGHT}{self._repeats.path}."
+        for node in (*self._before, *self._after):
+            if any(name.startswith(layers) for name in node_reads(node)):
+                raise NotRepeatedError(f"a weight of {self._repeats.path} is used outside of its layer")
         if not all(self._blocks):
             raise NotRepeatedError(f"a layer of {self._repeats.path} has no operators")
 

@@ -94,6 +94,14 @@ class ModuleState:
             aliases=entry.aliases,
         )
 
+    def buffer_copies(self, prefix: str) -> dict[str, Tensor]:
+        """Return a copy of each buffer by its key behind `prefix`, for a call that must not change the module."""
+        return {
+            f"{prefix}{key}": entry.tensor.detach().clone()
+            for key, entry in self.entries.items()
+            if entry.kind != "parameter" and key in self.canonical
+        }
+
     def rank(self) -> Mapping[WeightKey, int]:
         """Return each key's place: parameters and buffers in the module's order, then constants by key."""
         own = [key for key in self.entries if not key.startswith("constant.")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from fusionai.errors import GraphError
+from fusionai.graph.capture.assigned_buffers import tensor_memory, write_back
+from fusionai.graph.capture.call_state import CallChanges, Snapshot
 from fusionai.graph.capture.inputs import ExampleInput
 
 log = logging.getLogger(__name__)
@@ -46,19 +49,34 @@ class LossOf(nn.Module):
         # In a tuple, a loss that is itself a module is not registered: it holds no weights of the model.
         self._loss = (loss,)
         self._fixed = dict(fixed)
+        self.changes = CallChanges()
+        """What the last call changed of the module, beside its tensors."""
+        # The modules themselves: while a trace runs, an attribute gives a stand-in for each of them.
+        self._parts = ({"": module, **({"loss": loss} if isinstance(loss, nn.Module) else {})},)
         self._labels = [item.name for item in inputs if item.role == "labels"] if loss is not None else []
         if loss is not None and not self._labels:
             raise GraphError("a loss function was given, but no input has the role 'labels'; give roles={...}")
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the loss, a 0-dimensional floating-point tensor; GraphError when the module gives none."""
+        """Return the loss, a 0-dimensional floating-point tensor. Buffers that the call assigned are written in place.
+
+        Raises GraphError when the module gives no loss, and for changes of its tensors that no write can express.
+        """
+        before = Snapshot(self._parts[0])
+        memory = tensor_memory(before)
         labels = {name: inputs[name] for name in self._labels}
         arguments = {name: tensor for name, tensor in inputs.items() if name not in labels}
         output = self.module(**arguments, **self._fixed)
         loss = self._loss[0]
         if loss is not None:
             output = loss(output, next(iter(labels.values())) if len(labels) == 1 else labels)
+        write_back(before, memory)
+        self.changes.last = tuple(before.changes())
         return _scalar_loss(output)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the module, its submodules, and those of a loss that is a module itself, by path."""
+        return Snapshot(self._parts[0]).modules
 
 
 def _scalar_loss(output: Any) -> Tensor:
@@ -114,7 +132,9 @@ def _quiet() -> Iterator[None]:
     try:
         for logger, _ in levels:
             logger.setLevel(logging.CRITICAL)
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            # Attributes are compared by `LossOf`, which knows when they matter.
+            warnings.filterwarnings("ignore", message=r"(?s).*assigned during export")
             yield
     finally:
         for logger, level in levels:
@@ -141,7 +161,8 @@ def trace(root: LossOf, inputs: Sequence[ExampleInput]) -> ExportedProgram:
 def _explain(module: nn.Module, error: Exception, inputs: Sequence[ExampleInput]) -> str:
     name, text = type(module).__name__, str(error)
     where = _user_line(error)
-    if "onstraints violated" in text or "specializ" in text.lower():
+    on_data = type(error).__name__.startswith("GuardOnDataDependent") or "data-dependent" in text.lower()
+    if not on_data and ("onstraints violated" in text or "specializ" in text.lower()):
         fixed = [
             f"axis {axis} ({axis_name}) of input {item.name!r}"
             for item in inputs
@@ -152,10 +173,15 @@ def _explain(module: nn.Module, error: Exception, inputs: Sequence[ExampleInput]
             f"{name} cannot be captured for every size: its code fixes {' and '.join(fixed)}{where}; make it "
             "work for every size, or leave the axis out of dynamic={...}"
         )
-    if type(error).__name__.startswith("GuardOnDataDependent") or "data-dependent" in text.lower():
+    if on_data:
         return (
             f"{name} cannot be captured: its control flow or a shape depends on the values in a tensor{where}; "
             "write it with torch.where, masks, or a fixed number of iterations"
+        )
+    if "fake tensor in the exported program" in text:
+        return (
+            f"{name} cannot be captured: it takes .data of a parameter or buffer, or keeps a tensor outside of its "
+            "parameters and buffers; use .detach() to read one, and assign to a buffer to change it"
         )
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     cause = lines[0][:LONGEST_CAUSE]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -16,7 +16,10 @@ from fusionai.errors import GraphError
 from fusionai.graph.capture import trace_operators
 from fusionai.graph.capture.attention_masks import AttentionKind, attention_kind
 from fusionai.graph.capture.captured import Captured
+from fusionai.graph.capture.inputs import Role
 from fusionai.graph.capture.modules import capture
+from fusionai.graph.capture.own_positions import POSITIONS, takes_counted_positions
+from fusionai.graph.capture.tracing import training
 
 IMPLEMENTATION = "fusion_trace"
 """The name of our attention and experts in transformers' registries, during a capture only."""
@@ -40,9 +43,10 @@ def capture_transformers(
 ) -> Captured:
     """Capture a language model from transformers with its own loss.
 
-    Inputs of the graph are `input_ids` and `labels`, int64 (batch, length), and where the model takes them
-    `position_ids`. There is no attention mask: sequences are packed. Labels of -100 do not count. With task
-    "causal" the model shifts the labels itself; with "masked" a label stands where its token must be guessed.
+    Inputs of the graph are `input_ids` and `labels`, int64 (batch, length), and `position_ids` where the model numbers
+    its tokens 0..T-1 by itself (see `own_positions`). There is no attention mask: sequences are packed. Labels of -100
+    do not count. With task "causal" the model shifts the labels itself; with "masked" a label stands where its token
+    must be guessed.
 
     Raises GraphError when the model cannot become an OP-DAG.
     """
@@ -52,10 +56,16 @@ def capture_transformers(
             f"{type(model).__name__} computes no loss from labels; use its {task} language-model class, or "
             "capture() with a loss"
         )
-    fixed = {"use_cache": False} if task == "causal" else {}
+    fixed: dict[str, object] = {"use_cache": False} if task == "causal" else {}
+    example = _example(model)
+    roles: dict[str, Role] = {}
+    if POSITIONS in arguments and _counts_positions(model, example, fixed):
+        example[POSITIONS] = torch.arange(example["input_ids"].shape[1]).expand_as(example["input_ids"]).contiguous()
+        roles[POSITIONS] = "positions"
     return capture(
         model,
-        _example(model, positions="position_ids" in arguments),
+        example,
+        roles=roles,
         name=name or str(model.config.model_type),
         fixed=fixed,
         repeats=repeats,
@@ -64,17 +74,19 @@ def capture_transformers(
     )
 
 
-def _example(model: PreTrainedModel, *, positions: bool) -> dict[str, Tensor]:
+def _counts_positions(model: PreTrainedModel, example: Mapping[str, Tensor], fixed: Mapping[str, object]) -> bool:
+    with training(model), _traceable(model):
+        return takes_counted_positions(model, example, fixed)
+
+
+def _example(model: PreTrainedModel) -> dict[str, Tensor]:
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or EXAMPLE_LENGTH
     shape = (EXAMPLE_BATCH, max(2, min(EXAMPLE_LENGTH, longest)))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, shape, generator=generator)
     labels = torch.randint(0, config.vocab_size, shape, generator=generator)
-    example = {"input_ids": tokens, "labels": labels}
-    if positions:
-        example["position_ids"] = torch.arange(shape[1]).expand(shape).contiguous()
-    return example
+    return {"input_ids": tokens, "labels": labels}
 
 
 @contextmanager

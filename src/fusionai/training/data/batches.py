@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -33,18 +33,39 @@ class TensorBatches:
     The functions must be pure: a step that is run again must see the same content.
     """
 
-    def __init__(self, function: ArrayFunction, heldout: Sequence[Mapping[str, Any]] | None = None) -> None:
-        """`heldout` are the microbatches to evaluate on; they are converted when asked for."""
+    def __init__(
+        self,
+        function: ArrayFunction,
+        heldout: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        names: Collection[str] | None = None,
+    ) -> None:
+        """`heldout` are the microbatches to evaluate on; they are converted when asked for.
+
+        `names` are the only inputs that there may be, where they are known: one that the model was captured without
+        would be left out without a word.
+        """
         self._function = function
         self._heldout = tuple(heldout or ())
+        self._names = None if names is None else frozenset(names)
 
     def microbatch(self, step: int, index: int) -> Batch:
-        """Call the function and convert its result. Raises DataError naming the input that is no tensor."""
-        return _converted(self._function(step, index), f"microbatch {index} of step {step}")
+        """Call the function and convert its result. Raises DataError naming the input that is no tensor, or unknown."""
+        return self._checked(self._function(step, index), f"microbatch {index} of step {step}")
 
     def heldout(self) -> Sequence[Batch]:
         """Convert the held-out microbatches. Raises DataError as `microbatch` does."""
-        return [_converted(each, f"held-out microbatch {index}") for index, each in enumerate(self._heldout)]
+        return [self._checked(each, f"held-out microbatch {index}") for index, each in enumerate(self._heldout)]
+
+    def _checked(self, found: object, place: str) -> Batch:
+        batch = _converted(found, place)
+        unknown = sorted(batch.keys() - self._names) if self._names is not None else []
+        if unknown:
+            raise DataError(
+                f"{place} has the input {unknown[0]!r}, which microbatch 0 of step 0 does not have; give equal inputs "
+                "every time, so that the model is captured with all of them"
+            )
+        return batch
 
 
 def _converted(found: object, place: str) -> Batch:
