@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Literal
 
+import msgspec
+
 from fusionai.errors import FusionError
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.encoding import content_hash, encode
@@ -19,6 +21,7 @@ from fusionai.owner.training_loop import TrainingLoop
 from fusionai.pool.identifiers import Epoch, JobEpoch
 from fusionai.pool.messages import JobLaunched, SubmitJob
 from fusionai.training.driver import Driver
+from fusionai.training.loss_weights import LossWeights
 from fusionai.training.machine import Machine, sizes_of
 
 SUBMIT_TIMEOUT_S = 300.0
@@ -30,10 +33,14 @@ async def train(
 ) -> TrainingResult:
     """Train a job on the pool that `member` has joined, and return how it went.
 
-    Raises JobError when a compnode is lost or the loss is not finite, PlacementError when no plan fits.
+    Raises JobError when a compnode is lost or the loss is not finite, PlacementError when no plan fits, ConfigError
+    when microbatches shall count by labels that the model does not have, DataError when nothing counts in a step.
     """
     observer = observer or Observer()
+    # Before anything is planned: a choice of shares that the model does not allow is refused at once.
+    weights = await asyncio.to_thread(LossWeights, job.graph, job.training.loss_share, member.plane, job.weights)
     launched, terms = await _submit(job, member)
+    launched = msgspec.structs.replace(launched, plan=weights.noted_in(launched.plan))
     state: Literal["finished", "failed", "cancelled"] = "failed"
     reason = "the owner stopped"
     running: RunningJob | None = None
@@ -55,7 +62,7 @@ async def train(
         resumed = job.optimizer.states if job.first_step else ()
         await running.driver.prepare(job.weights, optimizer_states=resumed, optimizer_step=job.first_step)
         observer.ready()
-        result = await TrainingLoop(job, terms.graph, running, member, folder, observer).run()
+        result = await TrainingLoop(job, terms.graph, running, member, folder, observer, weights).run()
         state, reason = "finished", ""
         return result
     except asyncio.CancelledError:
@@ -104,7 +111,6 @@ async def _submit(job: TrainingJob, member: OwnerMember) -> tuple[JobLaunched, R
         compnodes=submit.compnodes,
         machines=submit.machines,
         steps=job.training.steps,
-        microbatches=submit.microbatches,
         # Cuts that the owner chose stay.
         allowed=job.placement.replan and job.placement.cuts is None,
     )
