@@ -18,11 +18,13 @@ from torch.nn import functional as F
 
 from fusionai.errors import ConfigError, DataError
 from fusionai.execution.planes import plane
+from fusionai.graph.batch_operators import CLASSIFICATION, ELEMENTWISE_LOSSES
 from fusionai.graph.capture import Captured, capture
 from fusionai.graph.dependencies import ancestors, producers, reads
 from fusionai.graph.loss_shares import Counted, Equal, Shares, Sum, loss_shares
 from fusionai.graph.model import OpDag, ValueName
 from fusionai.graph.verify import verify_subdag
+from fusionai.graph.vocabulary import VOCABULARY
 from fusionai.tensor import TensorData
 from fusionai.training.loss_weights import LossWeights
 
@@ -45,7 +47,7 @@ class Model(nn.Module):
         torch.manual_seed(5)
         self.embedding = nn.Embedding(CLASSES, 6)
         self.head = nn.Linear(6, CLASSES)
-        self.second = nn.Linear(6, CLASSES)
+        self.second = nn.Linear(CLASSES, CLASSES)
         self.trained_weights = nn.Parameter(torch.tensor(CLASS_WEIGHTS))
         self.register_buffer("class_weights", torch.tensor(CLASS_WEIGHTS))
         self.register_buffer("seen", torch.zeros(()))
@@ -53,8 +55,7 @@ class Model(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Return the loss."""
-        self.hidden = self.embedding(input_ids).tanh()
-        return self._loss[0](self, self.head(self.hidden), labels)
+        return self._loss[0](self, self.head(self.embedding(input_ids).tanh()), labels)
 
 
 def joined(padded: int = 0) -> dict[str, Tensor]:
@@ -187,6 +188,9 @@ COUNTED: dict[str, Loss] = {
     "constant class weights": lambda model, scores, labels: F.cross_entropy(
         scores.flatten(0, 1), labels.flatten(), weight=torch.tensor(CLASS_WEIGHTS)
     ),
+    "ignored by size": lambda model, scores, labels: F.cross_entropy(
+        scores.flatten(0, 1), torch.where(labels == 0, LENGTH, labels).flatten(), ignore_index=labels.shape[1]
+    ),
     "nll": lambda model, scores, labels: F.nll_loss(
         scores.log_softmax(-1).flatten(0, 1), labels.flatten(), ignore_index=0
     ),
@@ -216,10 +220,14 @@ COUNTED: dict[str, Loss] = {
     "number by count_nonzero": masked_mean(lambda loss, mask: loss.sum() / torch.count_nonzero(mask, (0, 1))),
     "number by rows": masked_mean(lambda loss, mask: loss.sum() / mask.sum(1).sum()),
     "number by columns": masked_mean(lambda loss, mask: loss.sum() / mask.sum(0).clamp(min=0.5).sum()),
+    "number by the shape of scores": lambda model, scores, labels: (
+        (of_tokens(scores, labels)[..., None] * scores.sigmoid() * (labels != 0)[..., None]).sum()
+        / ((labels != 0)[..., None].expand_as(scores) * torch.full_like(scores, 0.5)).sum()
+    ),
     "number from a size": masked_mean(lambda loss, mask: loss.sum() / (mask.mean() * mask.numel())),
     "twice": lambda model, scores, labels: (
         entropy(ignore_index=0)(model, scores, labels)
-        + 0.3 * entropy(ignore_index=0)(model, model.second(model.hidden), labels)
+        + 0.3 * entropy(ignore_index=0)(model, model.second(scores), labels)
     ),
     "with a penalty on weights": lambda model, scores, labels: (
         entropy(ignore_index=0)(model, scores, labels) + 0.1 * model.head.weight.square().sum()
@@ -231,7 +239,7 @@ COUNTED: dict[str, Loss] = {
     "stacked": lambda model, scores, labels: torch.stack(
         [
             entropy(ignore_index=0)(model, scores, labels),
-            entropy(ignore_index=0)(model, model.second(model.hidden), labels),
+            entropy(ignore_index=0)(model, model.second(scores), labels),
         ]
     ).mean(),
     "number of samples": lambda model, scores, labels: (
@@ -328,12 +336,12 @@ def test_a_sum_over_samples(name: str) -> None:
 
 
 def contrast(model: Model, scores: Tensor, labels: Tensor) -> Tensor:
-    one, other = scores.mean(1), model.second(model.hidden).mean(1)
+    one, other = scores.mean(1), model.second(scores).mean(1)
     return F.cross_entropy(one @ other.T, torch.arange(one.shape[0]))
 
 
 def info_nce(model: Model, scores: Tensor, labels: Tensor) -> Tensor:
-    similar = scores.mean(1) @ model.second(model.hidden).mean(1).T
+    similar = scores.mean(1) @ model.second(scores).mean(1).T
     return (similar.logsumexp(1) - similar.diagonal()).mean()
 
 
@@ -380,9 +388,7 @@ UNKNOWN: dict[str, tuple[Loss, str]] = {
         "weighs classes by what depends on the batch",
     ),
     "labels of the model": (
-        lambda model, scores, labels: F.cross_entropy(
-            scores.flatten(0, 1), model.second(model.hidden).argmax(-1).flatten()
-        ),
+        lambda model, scores, labels: F.cross_entropy(scores.flatten(0, 1), model.second(scores).argmax(-1).flatten()),
         "has labels that the model computes",
     ),
     "a number from the model": (
@@ -398,6 +404,14 @@ UNKNOWN: dict[str, tuple[Loss, str]] = {
     "a shape that was meant otherwise": (
         lambda model, scores, labels: F.mse_loss(scores[:, :1, 0], labels[:, 0].float()),
         "compares or joins samples of a microbatch with one another (aten.expand",
+    ),
+    "a softmax over samples": (
+        lambda model, scores, labels: (scores.mean((1, 2)).softmax(0) * labels[:, 0]).sum(),
+        "mixes the samples of a microbatch (aten.softmax.int",
+    ),
+    "mixed with the sample opposite": (
+        lambda model, scores, labels: (scores - 0.3 * scores.flip(0)).square().mean(),
+        "mixes the samples of a microbatch (aten.flip",
     ),
     "one sample": (
         lambda model, scores, labels: of_tokens(scores, labels)[0].mean(),
@@ -449,6 +463,11 @@ def test_an_input_without_samples_is_named() -> None:
 
     found = capture(Divided(), {"x": torch.ones(2, 3), "number": torch.tensor(8.0)}, validate_values=False)
     assert loss_shares(found.graph) == Equal("depends on the input 'number', which has no axis of samples")
+
+
+def test_every_loss_with_a_reduction_has_a_rule() -> None:
+    reducing = {name for name, traits in VOCABULARY.items() if "reduction" in traits.by_name}
+    assert reducing == CLASSIFICATION | ELEMENTWISE_LOSSES
 
 
 # --- nothing counts -----------------------------------------------------------------------------------------------

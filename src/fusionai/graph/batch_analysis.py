@@ -23,6 +23,7 @@ from fusionai.graph.batch_behaviour import (
     Divisor,
     Growth,
     LabelCount,
+    Leaf,
     Unknown,
     divided,
     inverse,
@@ -30,59 +31,25 @@ from fusionai.graph.batch_behaviour import (
     product,
     total,
 )
+from fusionai.graph.batch_operators import (
+    ADDITIONS,
+    ALONG_AN_AXIS,
+    CLASSIFICATION,
+    COPIES,
+    ELEMENTWISE_LOSSES,
+    JOINS,
+    MEAN,
+    MEANS,
+    NO_REDUCTION,
+    NUMBERING,
+    SUMS,
+    ZEROS,
+)
 from fusionai.graph.dependencies import mutated_values, reads
 from fusionai.graph.model import Argument, Node, OpDag, Ref, Size, TensorType, ValueName
+from fusionai.graph.shape_reads import with_sizes
 from fusionai.graph.vocabulary import FLOP_CLASSES, Operator, operator
 from fusionai.tensor import FLOATING
-
-_NONE, _MEAN = 0, 1
-"""torch's numbers of reductions; 2 is the sum."""
-
-_CLASSIFICATION = frozenset({"aten.cross_entropy_loss.default", "aten.nll_loss.default", "aten.nll_loss_nd.default"})
-
-_ELEMENTWISE_LOSSES = frozenset(
-    {
-        "aten.mse_loss.default",
-        "aten.smooth_l1_loss.default",
-        "aten.huber_loss.default",
-        "aten.soft_margin_loss.default",
-        "aten.l1_loss.default",
-        "aten.binary_cross_entropy.default",
-        "aten.binary_cross_entropy_with_logits.default",
-        "aten.kl_div.default",
-    }
-)
-"""Losses whose mean is taken over all elements."""
-
-_COPIES = frozenset(
-    {
-        "aten.clone.default",
-        "aten.lift_fresh_copy.default",
-        "aten._to_copy.default",
-        "aten.neg.default",
-        "aten.flip.default",
-        "aten.repeat.default",
-    }
-)
-"""Operators besides views that only move, repeat or negate elements."""
-
-_SUMS = frozenset({"aten.sum.default", "aten.sum.dim_IntList"})
-_MEANS = frozenset({"aten.mean.default", "aten.mean.dim"})
-_JOINS = frozenset({"aten.cat.default", "aten.stack.default", "aten.hstack.default", "aten.vstack.default"})
-_ZEROS = frozenset({"aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default"})
-
-_NUMBERING = frozenset(
-    {"aten.arange.default", "aten.arange.start", "aten.arange.start_step", "aten.linspace.default", "aten.eye.default"}
-)
-"""Creating operators whose result along an axis of samples is not the same for every microbatch."""
-
-
-@dataclass(frozen=True, slots=True)
-class Leaf:
-    """A value that is known from inputs alone, and of a batch is the sum or the mean of the microbatches' values."""
-
-    value: ValueName
-    mean: bool
 
 
 class BatchAnalysis:
@@ -100,18 +67,20 @@ class BatchAnalysis:
         self.leaves: dict[ValueName, frozenset[Leaf] | None] = {}
         """Of known values without an axis of samples: what they are functions of. None: of single samples."""
         self.types: dict[ValueName, TensorType] = dict(graph.types)
+        self.nodes = tuple(with_sizes(node, graph.types) for node in graph.nodes)
+        """The operators of the graph, without reads of tensors for their shapes only."""
         self._trainable = {weight.name for weight in graph.weights if weight.trainable}
         self._zeros: set[ValueName] = set()
         self._sample_numbers: set[ValueName] = set()
         self._same: dict[tuple[object, ...], ValueName] = {}
         self._begin()
-        for node in graph.nodes:
+        for node in self.nodes:
             self._take(node)
 
     def label_counts(self) -> Iterator[LabelCount]:
         """Return what each classification loss of the graph counts, where that is known from inputs."""
-        for node in self.graph.nodes:
-            bound = operator(node.op).bind(node) if node.op in _CLASSIFICATION else {}
+        for node in self.nodes:
+            bound = operator(node.op).bind(node) if node.op in CLASSIFICATION else {}
             target = bound.get("target")
             if isinstance(target, Ref) and self.types[target.name].dtype not in FLOATING:
                 count = self._label_count(node, bound)
@@ -162,25 +131,25 @@ class BatchAnalysis:
         op = call.node.op
         if call.traits.op_class == "metadata":
             return self._created(call, output, rows)
-        if op in _CLASSIFICATION:
+        if op in CLASSIFICATION:
             return self._classification(call, rows)
-        if op in _ELEMENTWISE_LOSSES:
+        if op in ELEMENTWISE_LOSSES:
             return self._elementwise_loss(call, call.argument("reduction"), rows)
-        if (call.traits.view == "self" and not call.traits.mutates) or op in _COPIES:
+        if op in ALONG_AN_AXIS and self._along_samples(call):
+            return Unknown(f"mixes the samples of a microbatch ({call.where})")
+        if (call.traits.view == "self" and not call.traits.mutates) or op in COPIES:
             return self._copied(call, output, rows)
-        if op in _SUMS or op in _MEANS:
-            return self._reduced(call, op in _MEANS, rows)
+        if op in SUMS or op in MEANS:
+            return self._reduced(call, op in MEANS, rows)
         if op == "aten.count_nonzero.dim_IntList" and not rows and self._operand(call.argument("self"), call) == ROWS:
             return Behaviour("whole")
         if op in ("aten.mul.Tensor", "aten.mul.Scalar"):
             return self._product(call)
         if op in ("aten.div.Tensor", "aten.div.Scalar", "aten.reciprocal.default"):
             return self._quotient(call, rows)
-        if op in ("aten.add.Tensor", "aten.add.Scalar", "aten.sub.Tensor", "aten.sub.Scalar"):
+        if op in ADDITIONS:
             return self._total(call, [call.argument("self"), call.argument("other")], rows)
-        if op in ("aten.rsub.Tensor", "aten.rsub.Scalar"):
-            return self._total(call, [call.argument("other"), call.argument("self")], rows)
-        if op in _JOINS:
+        if op in JOINS:
             joined = call.argument("tensors")
             return self._total(call, list(joined) if isinstance(joined, tuple) else [joined], rows, join=True)
         return self._other(call, rows)
@@ -207,6 +176,11 @@ class BatchAnalysis:
                 return FIXED
         return Unknown(f"puts values of a whole microbatch through {call.where}")
 
+    def _along_samples(self, call: _Call) -> bool:
+        source = call.argument("self")
+        assert isinstance(source, Ref)
+        return self.axes.works_along(self.types[source.name], call.bound.get("dim", call.bound.get("dims", ())))
+
     def _renews(self, call: _Call) -> bool:
         """Return whether an operator is a layer of the model, after which values belong to samples again."""
         layer = call.traits.op_class in FLOP_CLASSES or call.node.op == "aten.batch_norm.default"
@@ -223,11 +197,11 @@ class BatchAnalysis:
 
     def _created(self, call: _Call, output: ValueName, rows: bool) -> Growth:
         if rows:
-            if call.node.op in _NUMBERING:
+            if call.node.op in NUMBERING:
                 self._sample_numbers.add(output)
                 return Unknown(f"numbers the samples of a microbatch ({call.where})")
             return ROWS
-        if call.node.op in _ZEROS:
+        if call.node.op in ZEROS:
             self._zeros.add(output)
             return FIXED
         numbers = [call.bound[name] for name in ("s", "fill_value") if name in call.bound]
@@ -307,7 +281,7 @@ class BatchAnalysis:
 
     def _elementwise_loss(self, call: _Call, reduction: Argument, rows: bool) -> Growth:
         tensors = list(reads(call.node))
-        if reduction == _NONE:
+        if reduction == NO_REDUCTION:
             return self._other(call, rows)
         if not any(self.axes.of(self.types[name]) for name in tensors):
             return self._other(call, rows=False)
@@ -319,7 +293,7 @@ class BatchAnalysis:
                 return growth
             if not growth.plain or growth.base == "whole":
                 return Unknown(f"puts values of a whole microbatch through {call.where}")
-        return Behaviour("whole", sizes=int(reduction == _MEAN))
+        return Behaviour("whole", sizes=int(reduction == MEAN))
 
     def _classification(self, call: _Call, rows: bool) -> Growth:
         scores, target = call.argument("self"), call.argument("target")
@@ -328,7 +302,7 @@ class BatchAnalysis:
         assert isinstance(target, Ref)
         if self.types[target.name].dtype in FLOATING:  # probabilities: the mean is over all samples, weights or not
             return self._elementwise_loss(call, reduction, rows)
-        if reduction == _NONE or not self.axes.of(self.types[target.name]):
+        if reduction == NO_REDUCTION or not self.axes.of(self.types[target.name]):
             return self._other(call, rows)
         for name in (scores.name, target.name):
             growth = self.growth[name]
@@ -339,7 +313,7 @@ class BatchAnalysis:
         weight = call.argument("weight")
         if isinstance(weight, Ref) and self.growth[weight.name] != FIXED:
             return Unknown(f"weighs classes by what depends on the batch ({call.where})")
-        if reduction != _MEAN:
+        if reduction != MEAN:
             return Behaviour("whole")
         count = self._label_count(call.node, call.bound)
         if isinstance(count, Unknown):
@@ -354,8 +328,8 @@ class BatchAnalysis:
             return Unknown(f"has labels that the model computes ({where})")
         if isinstance(weight, Ref) and weight.name not in self.known:
             return Unknown(f"weighs classes by values that are trained or computed ({where})")
-        if not isinstance(ignored, int):
-            return Unknown(f"ignores a label that is no number ({where})")
+        if not isinstance(ignored, int | Size) or self.axes.read_as_numbers(node):
+            return Unknown(f"ignores a label that depends on the size of the batch ({where})")
         of_weight = self.known[weight.name] if isinstance(weight, Ref) else None
         return LabelCount(self.known[target.name], ignored, of_weight)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fusionai.errors import GraphError
-from fusionai.graph.model import Dim, Node, OpDag, Size, TensorType
+from fusionai.graph.model import Argument, Dim, Node, OpDag, Size, TensorType
 from fusionai.graph.sizes import evaluate, symbols_of
 
 _BATCH_SIZES = (2, 3, 5)
@@ -46,6 +46,15 @@ class BatchAxes:
             len(type.shape) - place for type in types for place, size in enumerate(type.shape) if self.grows(size)
         }
         return len(places) <= 1
+
+    def works_along(self, type: TensorType, dims: Argument) -> bool:
+        """Return whether axes of a tensor, given as for torch, include its axis of samples. No axes stand for all."""
+        axes = dims if isinstance(dims, tuple) else (dims,)
+        rank = len(type.shape)
+        return any(
+            self.grows(size) and (not axes or place in axes or place - rank in axes)
+            for place, size in enumerate(type.shape)
+        )
 
     def read_as_numbers(self, node: Node) -> bool:
         """Return whether an argument of a call is a number that depends on the size of the batch."""

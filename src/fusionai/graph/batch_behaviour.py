@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fusionai.graph.model import ValueName
+from fusionai.graph.model import Size, ValueName
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,16 @@ class LabelCount:
     """How many labels a classification loss counts: those other than `ignored`, each with its class's weight."""
 
     target: ValueName
-    ignored: int
+    ignored: int | Size
     weight: ValueName | None
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A value that is known from inputs alone, and of a batch is the sum or the mean of the microbatches' values."""
+
+    value: ValueName
+    mean: bool
 
 
 Divisor = ValueName | tuple[LabelCount, ...]

@@ -14,8 +14,8 @@ from typing import Literal
 import msgspec
 
 from fusionai.errors import ConfigError
-from fusionai.graph.batch_analysis import BatchAnalysis, Leaf
-from fusionai.graph.batch_behaviour import Counts, Divisor, LabelCount, Unknown
+from fusionai.graph.batch_analysis import BatchAnalysis
+from fusionai.graph.batch_behaviour import Counts, Divisor, LabelCount, Leaf, Unknown
 from fusionai.graph.dependencies import producers, reads
 from fusionai.graph.model import Argument, Atom, Dim, Keyword, Node, OpDag, Ref, SubDag, TensorType, Transfer, ValueName
 from fusionai.tensor import DType
@@ -192,7 +192,7 @@ class _Counting:
                 args=tuple(first(each) for each in node.args),
                 kwargs={name: first(each) for name, each in node.kwargs.items()},
             )
-            for node in (*self._graph.nodes, *self._added)
+            for node in (*self._analysis.nodes, *self._added)
         ]
 
     def _type(self, name: ValueName) -> TensorType:
