@@ -10,9 +10,10 @@ import transformers
 from torch import nn
 
 from fusionai.errors import DataError
-from fusionai.graph.capture import capture, capture_transformers
+from fusionai.execution.planes import plane
+from fusionai.graph.capture import Captured, capture, capture_transformers
 from fusionai.tensor import TensorData
-from fusionai.training.loss_weights import loss_weights
+from fusionai.training.loss_weights import LossWeights
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 32,
@@ -37,40 +38,53 @@ def token_batch(labels_by_row: list[int]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.masked_fill(~counts, -100)}
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_a_cut_batch_has_the_loss_of_the_whole(kind: str) -> None:
-    """Rows of very different lengths, as in fine-tuning on padded text."""
+def model_of(kind: str) -> Any:
     torch.manual_seed(2)
     masked = kind == "bert"
     config = transformers.AutoConfig.for_model(kind, **SHAPE, **(FRESH if masked else {}))
     auto: Any = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
-    model = auto.from_config(config)
-    batch = token_batch([2, 12, 3, 9])
-    graph = capture_transformers(model, "masked" if masked else "causal", name=kind).graph
+    return auto.from_config(config)
+
+
+def assert_the_whole(model: Any, found: Captured, batch: dict[str, torch.Tensor]) -> LossWeights:
+    """Compare the weighed losses of single rows with the loss of all rows together."""
+    weights = LossWeights(found.graph, "auto", plane("torch"), found)
+    parts = [{name: rows[row : row + 1] for name, rows in batch.items()} for row in range(len(batch["labels"]))]
+    shares = weights.weigh([{name: data(rows) for name, rows in part.items()} for part in parts], "step 1")
     with torch.no_grad():
         whole = model(**batch).loss.item()
-        parts = [{name: rows[row : row + 1] for name, rows in batch.items()} for row in range(4)]
-        losses = [model(**part).loss.item() for part in parts]
-    shares = loss_weights(graph, [{name: data(rows) for name, rows in part.items()} for part in parts])
-    assert sum(shares) == pytest.approx(1)
+        losses = [model(**part).loss.item() if share else 0.0 for part, share in zip(parts, shares, strict=True)]
     together = sum(share * loss for share, loss in zip(shares, losses, strict=True))
     assert together == pytest.approx(whole, rel=1e-6)
-    with pytest.raises(DataError, match="every label"):
-        loss_weights(graph, [{"labels": data(torch.full((1, 12), -100))}])
+    assert sum(shares) == pytest.approx(1)
+    return weights
 
 
-class Regression(nn.Module):
-    """Labels that are no classes."""
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_cut_batch_has_the_loss_of_the_whole(kind: str) -> None:
+    """Rows of very different lengths, as in fine-tuning on padded text; one has no label at all."""
+    model = model_of(kind)
+    found = capture_transformers(model, "masked" if kind == "bert" else "causal", name=kind)
+    weights = assert_the_whole(model, found, token_batch([2, 12, 0, 9]))
+    assert not weights.remark
+    empty = {"input_ids": data(torch.ones(1, 12, dtype=torch.int64)), "labels": data(torch.full((1, 12), -100))}
+    with pytest.raises(
+        DataError, match=r"nothing counts in the loss of the held-out batch: .* over all 2 microbatches"
+    ):
+        weights.weigh([empty, empty], "the held-out batch")
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 1)
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the squared error."""
-        return nn.functional.mse_loss(self.layer(x), labels)
+def test_the_number_of_labels_that_transformers_divides_by_is_counted() -> None:
+    """Trainers of transformers give `num_items_in_batch`, and the loss is a sum over labels divided by it."""
 
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model_of("llama")
 
-def test_labels_that_are_no_classes_weigh_equally() -> None:
-    graph = capture(Regression(), {"x": torch.randn(4, 3), "labels": torch.randn(4, 1)}, name="regression").graph
-    assert loss_weights(graph, [{}, {}]) == (0.5, 0.5)
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+            return self.model(input_ids=input_ids, labels=labels, num_items_in_batch=(labels != -100).sum())
+
+    model = Counting()
+    found = capture(model, token_batch([2, 12]), validate_values=False)
+    assert_the_whole(model, found, token_batch([2, 12, 3, 9]))

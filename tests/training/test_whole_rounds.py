@@ -6,6 +6,7 @@ import asyncio
 import math
 import random
 
+import numpy as np
 import pytest
 from fake_plane import data
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from scripted_pool import ScriptedPool
 from toy_pipelines import OWNER, ROWS, STATES, WIDTH, Layer, Pipeline, Reference, batch, chain, three_machines
 
-from fusionai.errors import GraphError, JobError
+from fusionai.errors import DataError, GraphError, JobError
 from fusionai.graph.cuts import cut
 from fusionai.graph.model import WeightKey
 from fusionai.network.clock import run_scripted
@@ -42,6 +43,29 @@ def test_two_steps_and_an_evaluation_equal_the_reference() -> None:
             await driver.close("done")
             await pool.until(lambda: not pool.holding(), within_s=1)
             assert [machine.ended for machine in pool.machines.values()] == [[], ["done"], ["done"], ["done"]]
+
+    run_scripted(main())
+
+
+def test_a_microbatch_without_a_share_is_not_run() -> None:
+    """Its loss may be 0/0, and 0 times that is in no sum."""
+
+    async def main() -> None:
+        reference = Reference(three_machines())
+        first, second, third = batch(0, 3)
+        empty = {**second, "y": data(np.full((ROWS, WIDTH), np.nan))}
+        async with ScriptedPool(*NAMES) as pool:
+            driver = await pool.launch(three_machines())
+            result = await driver.train_step(0, [first, empty, third], [0.25, 0.0, 0.75], 0.125)
+            assert result.loss == reference.train_step([first, third], [0.25, 0.75], 0.125)
+            assert result.microbatches == 2
+            assert await pool.tensors(driver) == reference.tensors()
+            evaluated = await driver.evaluate([empty, first], [0.0, 3.0])
+            assert evaluated.loss == reference.evaluate([first], [3.0])
+            with pytest.raises(DataError, match="none of the 2 microbatches has a share in the loss"):
+                await driver.train_step(1, [empty, empty], [0.0, 0.0], 0.125)
+            [result] = await pool.train(driver, 1, first=1)
+            assert result.loss == reference.train_step(batch(1, 2), [0.5, 0.5], 0.125), "nothing had begun"
 
     run_scripted(main())
 

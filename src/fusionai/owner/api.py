@@ -12,6 +12,7 @@ from torch import nn
 from fusionai.errors import CheckpointError, ConfigError, DataError
 from fusionai.execution.plane import OptimizerConfig
 from fusionai.graph.capture import Captured, Role, capture, capture_transformers
+from fusionai.graph.loss_shares import LossShare
 from fusionai.graph.model import OpDag
 from fusionai.owner.checkpointing import CheckpointFiles
 from fusionai.owner.interrupts import run_interruptibly
@@ -45,6 +46,7 @@ def train(
     optimizer: OptimizerConfig | None = None,
     schedule: ScheduleConfig = CONSTANT_RATE,
     gradient_clip: float = 0.0,
+    loss_share: LossShare = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
     privacy: Literal["private", "open"] = "private",
     compnodes: int = 0,
@@ -79,9 +81,10 @@ def train(
         roles: what inputs are; "labels" by default for `labels`, "tokens" for `input_ids`, else "data". Values of every
             input are fed as they are, positions too; with the role "positions" each stage counts 0..T-1 itself, and
             other values are refused.
-        steps, microbatches: length, and portions of a step; the step's loss is the mean over all counted labels, or
-            over microbatches where labels are no class numbers.
+        steps, microbatches: length, and portions of a step; the step's loss is that of all its samples together.
         learning_rate, optimizer, schedule, gradient_clip: as in a job file; no schedule and no clipping by default.
+        loss_share: what a microbatch counts for in a step. "auto": what the loss says; where that cannot be told, as
+            much as any other, and the plan says so. "labels": by its labels that count. "equal": as any other.
         precision: "bf16" computes under autocast; weights stay in fp32.
         privacy: "private" keeps every operator that touches raw inputs or labels on this machine.
         compnodes: how many to use; 0: as many as serve best.
@@ -127,6 +130,7 @@ def train(
             microbatches=microbatches,
             learning_rate=learning_rate,
             gradient_clip=gradient_clip,
+            loss_share=loss_share,
             precision=precision,
             seed=seed,
             evaluate_every=evaluate_every,

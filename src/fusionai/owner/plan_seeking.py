@@ -89,7 +89,7 @@ class PlanSeeker:
     def observe(self, step: int, result: RoundResult) -> None:
         """Note what the machines took for a training step."""
         times = [
-            MeasuredPasses(peer, stage, seconds, report.backward_s.get(stage, 0.0), self._terms.microbatches)
+            MeasuredPasses(peer, stage, seconds, report.backward_s.get(stage, 0.0), result.microbatches)
             for peer, report in result.reports.items()
             for stage, seconds in report.forward_s.items()
         ]

@@ -39,6 +39,7 @@ RULES: Mapping[str, str] = {
     "training.microbatches": "the order of the text goes by the sequences of a step",
     "training.learning_rate": HONOURED,
     "training.gradient_clip": HONOURED,
+    "training.loss_share": HONOURED,
     "training.precision": HONOURED,
     "training.compile": HONOURED,
     "training.seed": "it decides the order of the text, so some sequences would come twice and others not at all",

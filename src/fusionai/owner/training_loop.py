@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from fusionai.errors import FusionError, StorageError
 from fusionai.graph.model import OpDag
@@ -26,7 +27,7 @@ from fusionai.training.checkpoint import prune
 from fusionai.training.data.batches import Batch
 from fusionai.training.driver import RoundResult
 from fusionai.training.learning_rate import learning_rate
-from fusionai.training.loss_weights import loss_weights
+from fusionai.training.loss_weights import LossWeights
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +44,10 @@ class TrainingLoop:
         folder: RunFolder,
         stop: StopRequest,
         observer: Observer,
+        weights: LossWeights,
     ) -> None:
         self._job, self._graph, self._running, self._member = job, graph, running, member
+        self._weights = weights
         self._folder, self._stop, self._observer = folder, stop, observer
         stop.heard = observer.stopping
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)
@@ -89,15 +92,16 @@ class TrainingLoop:
                 await self._stop.wait_for(upcoming)
                 if self._stop.asked:
                     await self._end_early()
-                batch = await upcoming
+                batch, shares = await upcoming
                 last = step + 1 == training.steps
                 if not last:
                     upcoming = asyncio.ensure_future(self._batch(step + 1))
                 rate = learning_rate(job.schedule, training.learning_rate, step, training.steps)
-                result = await self._step(step, batch, rate)
+                result = await self._step(step, batch, shares, rate)
                 losses.append(result.loss)
                 if last or not self._stop.asked:
-                    heldout = await self._evaluate(step + 1, last=last) or (heldout if last else None)
+                    evaluated = await self._evaluate(step + 1, last=last)
+                    heldout = heldout if evaluated is None and last else evaluated
                 self._report(step + 1, result, rate, heldout)
                 if last or self._checkpoint_is_due():
                     await self._save()
@@ -123,13 +127,17 @@ class TrainingLoop:
             replans=self._running.taken,
         )
 
-    async def _batch(self, step: int) -> list[Batch]:
-        """Make the microbatches of a step, off the event loop, while the step before computes."""
-        count = self._job.training.microbatches
-        return await asyncio.to_thread(lambda: [self._job.batches.microbatch(step, index) for index in range(count)])
+    async def _batch(self, step: int) -> tuple[list[Batch], Sequence[float]]:
+        """Make the microbatches of a step and their shares, off the event loop, while the step before computes."""
 
-    async def _step(self, step: int, batch: list[Batch], rate: float) -> RoundResult:
-        result = await self._running.driver.train_step(step, batch, loss_weights(self._graph, batch), rate)
+        def make() -> tuple[list[Batch], Sequence[float]]:
+            batch = [self._job.batches.microbatch(step, index) for index in range(self._job.training.microbatches)]
+            return batch, self._weights.weigh(batch, f"step {step + 1}")
+
+        return await asyncio.to_thread(make)
+
+    async def _step(self, step: int, batch: list[Batch], shares: Sequence[float], rate: float) -> RoundResult:
+        result = await self._running.driver.train_step(step, batch, shares, rate)
         self._done = step + 1
         self._longest_s = max(self._longest_s, result.seconds)
         self._stop.step_done(self._longest_s)
@@ -143,7 +151,7 @@ class TrainingLoop:
         if event is None:
             return
         if event.error is None:
-            await asyncio.to_thread(self._folder.write_plan, event.plan)
+            await asyncio.to_thread(self._folder.write_plan, self._weights.noted_in(event.plan))
         self._folder.append_metrics(event.record())
         self._observer.replanned(event)
 
@@ -151,11 +159,15 @@ class TrainingLoop:
         every = self._job.training.evaluate_every
         if not last and not (every and done % every == 0):
             return None
-        batches = await asyncio.to_thread(self._job.batches.heldout)
-        batches = list(batches)[: self._job.training.evaluation_batches]
+
+        def make() -> tuple[list[Batch], Sequence[float]]:
+            batches = list(self._job.batches.heldout())[: self._job.training.evaluation_batches]
+            return batches, self._weights.weigh(batches, "the held-out batch") if batches else ()
+
+        batches, shares = await asyncio.to_thread(make)
         if not batches:
             return None
-        result = await self._running.driver.evaluate(batches, loss_weights(self._graph, batches))
+        result = await self._running.driver.evaluate(batches, shares)
         self._bytes_sent += _bytes(result)
         return result.loss
 

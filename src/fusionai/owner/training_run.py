@@ -22,6 +22,7 @@ from fusionai.owner.training_loop import TrainingLoop
 from fusionai.pool.identifiers import Epoch, JobEpoch
 from fusionai.pool.messages import JobLaunched, SubmitJob
 from fusionai.training.driver import Driver
+from fusionai.training.loss_weights import LossWeights
 from fusionai.training.machine import Machine, sizes_of
 
 SUBMIT_TIMEOUT_S = 300.0
@@ -34,9 +35,12 @@ async def train(
     """Train a job on the pool that `member` has joined, and return how it went.
 
     Raises JobError when a compnode is lost, the loss is not finite, or the broker's plan is not what was asked for;
-    PlacementError when no plan fits; JobStopped when `stop` asked for it.
+    PlacementError when no plan fits; ConfigError when microbatches shall count by labels that the model does not have;
+    DataError when nothing counts in a step; JobStopped when `stop` asked for it.
     """
     observer = observer or Observer()
+    # Before anything is planned: a choice of shares that the model does not allow is refused at once.
+    weights = await asyncio.to_thread(LossWeights, job.graph, job.training.loss_share, member.plane, job.weights)
     launched, terms = await _submit(job, member)
     state: Literal["finished", "failed", "cancelled"] = "failed"
     reason = "the owner stopped"
@@ -57,12 +61,13 @@ async def train(
         running = RunningJob(terms, member, launched, make_driver)
         # Not before: a job that is refused must leave a run that it would resume as it was.
         folder.write(JOB_FILE, job.description)
-        folder.write_plan(running.plan)
-        observer.launched(replace(launched, plan=running.plan), running.driver.machines)
+        noted = weights.noted_in(running.plan)
+        folder.write_plan(noted)
+        observer.launched(replace(launched, plan=noted), running.driver.machines)
         resumed = job.optimizer.states if job.first_step else ()
         await running.driver.prepare(job.weights, optimizer_states=resumed, optimizer_step=job.first_step)
         observer.ready()
-        result = await TrainingLoop(job, terms.graph, running, member, folder, stop, observer).run()
+        result = await TrainingLoop(job, terms.graph, running, member, folder, stop, observer, weights).run()
         state, reason = "finished", ""
         return result
     except (asyncio.CancelledError, JobStopped):
@@ -115,7 +120,6 @@ async def _submit(job: TrainingJob, member: OwnerMember) -> tuple[JobLaunched, P
         machines=submit.machines,
         cuts=submit.cuts,
         steps=job.training.steps,
-        microbatches=submit.microbatches,
         # Cuts that the owner chose stay.
         allowed=job.placement.replan and job.placement.cuts is None,
     )

@@ -15,6 +15,7 @@ import tomli_w
 
 from fusionai.errors import ConfigError
 from fusionai.execution.plane import OptimizerConfig
+from fusionai.graph.loss_shares import LossShare
 from fusionai.training.learning_rate import ScheduleConfig
 
 _SIZES = (
@@ -105,6 +106,8 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """The full rate. The schedule gives the share of it that a step uses."""
     gradient_clip: float = 1.0
     """Largest global norm of the gradients; 0 switches clipping off."""
+    loss_share: LossShare = "auto"
+    """What a microbatch counts for in a step: as the loss says, by its labels that count, or as much as any other."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: operators run under autocast; weights, gradients and optimizer state stay in fp32."""
     compile: bool = False

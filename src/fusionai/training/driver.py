@@ -49,7 +49,7 @@ class RoundResult:
     """What a round gave."""
 
     loss: float
-    """Weighted mean over the microbatches."""
+    """Sum over the microbatches of share times loss: the loss of the whole batch."""
     gradient_norm: float
     """Global norm before clipping; 0 in an evaluation."""
     gradient_scale: float
@@ -59,6 +59,8 @@ class RoundResult:
     """By peer."""
     fed_bytes: Mapping[str, int]
     """Bytes of graph inputs that the driver sent to other machines, by receiving peer."""
+    microbatches: int
+    """Microbatches that were run: those with a share."""
 
 
 class Driver:
@@ -176,8 +178,8 @@ class Driver:
     ) -> RoundResult:
         """Run one training step on its microbatches; raises JobError when loss or gradients are not finite.
 
-        `weights` are the microbatches' shares in the step's loss and add up to 1. On such an error no machine has
-        applied the step.
+        `weights` are the microbatches' shares in the step's loss. Microbatches with share 0 are not run. On such an
+        error no machine has applied the step.
         """
         result = await self._run_round(step, batch, weights, train=True)
         finite = math.isfinite(result.loss) and math.isfinite(result.gradient_norm)
@@ -206,7 +208,7 @@ class Driver:
         return f" (gradients of {', '.join(names)})" if 0 < len(names) < len(self.machines) else ""
 
     async def evaluate(self, batch: Sequence[Batch], weights: Sequence[float]) -> RoundResult:
-        """Return the loss on held-out microbatches; changes nothing."""
+        """Return the loss on held-out microbatches, weighed as in `train_step`; changes nothing."""
         result = await self._run_round(0, batch, weights, train=False)
         self._at_rest = True
         return result
@@ -215,10 +217,16 @@ class Driver:
         self, step: int, batch: Sequence[Batch], weights: Sequence[float], *, train: bool
     ) -> RoundResult:
         start_s = now_s()
+        sizes = self._sizes(batch)
+        # A loss that nothing counts in may be 0/0, and 0 times that would be in the sum.
+        run = [(microbatch, weight) for microbatch, weight in zip(batch, weights, strict=True) if weight]
+        if not run:
+            raise DataError(f"none of the {len(batch)} microbatches has a share in the loss")
+        batch, weights = [microbatch for microbatch, _ in run], [weight for _, weight in run]
         self._reports.clear()
         self._microbatches = len(batch)
         self._fed_bytes.clear()
-        begin = BeginRound(self.job, self.epoch, self._round, step, train, self._sizes(batch), tuple(weights))
+        begin = BeginRound(self.job, self.epoch, self._round, step, train, sizes, tuple(weights))
         self._at_rest = False
         await self.watch.tell(begin)
         feeding = asyncio.ensure_future(self._feed(batch))
@@ -242,6 +250,7 @@ class Driver:
             seconds=seconds,
             reports=dict(self._reports),
             fed_bytes=dict(self._fed_bytes),
+            microbatches=len(batch),
         )
 
     async def _feed(self, batch: Sequence[Batch]) -> None:
