@@ -17,6 +17,8 @@ from fusionai.graph.dependencies import (
     reads,
     weighted_nodes,
 )
+from fusionai.graph.evaluation import evaluated
+from fusionai.graph.evaluation_places import Pinned, placed
 from fusionai.graph.model import OpDag, ValueName
 from fusionai.graph.vocabulary import FLOP_CLASSES, operator
 from fusionai.tensor import FLOATING
@@ -27,7 +29,8 @@ _OPEN = 'use placement.privacy = "open" if the compnodes may see the data'
 def arrange_private(graph: OpDag) -> tuple[OpDag, int, int]:
     """Return (graph, front, back): the graph reordered so that the owner runs nodes [0, front) and [back, N).
 
-    Raises GraphError when an operator in the middle reads raw inputs, or when nothing is left for compnodes.
+    The nodes of an evaluation graph are placed so that the same holds in evaluation. Raises GraphError when an operator
+    in the middle reads raw inputs, in training or in evaluation, or when nothing is left for compnodes.
     """
     search = _RawDataReaders(graph)
     front, behind = search.front(), search.behind()
@@ -40,7 +43,13 @@ def arrange_private(graph: OpDag) -> tuple[OpDag, int, int]:
         )
     order = [*sorted(front), *middle, *sorted(behind)]
     arranged = msgspec.structs.replace(graph, nodes=tuple(graph.nodes[place] for place in order))
-    return arranged, len(front), len(front) + len(middle)
+    back = len(front) + len(middle)
+    if graph.evaluation is not None:
+        evaluation = _RawDataReaders(evaluated(graph), mode="in evaluation mode ")
+        before = evaluation.front()
+        pinned = Pinned(len(front), back, before, evaluation.behind() - before)
+        arranged = msgspec.structs.replace(arranged, evaluation=placed(arranged, graph.evaluation, pinned))
+    return arranged, len(front), back
 
 
 class _RawDataReaders:
@@ -49,8 +58,10 @@ class _RawDataReaders:
     All sets hold places of nodes.
     """
 
-    def __init__(self, graph: OpDag) -> None:
+    def __init__(self, graph: OpDag, mode: str = "") -> None:
+        """`mode` begins the errors."""
         self._graph = graph
+        self._mode = mode
         self._made = producers(graph.nodes)
         self._weighted = weighted_nodes(graph)
         self.heavy = {place for place in self._weighted if operator(graph.nodes[place].op).op_class in FLOP_CLASSES}
@@ -104,8 +115,8 @@ class _RawDataReaders:
             node = self._graph.nodes[place]
             where = f" (in {node.scope})" if node.scope else ""
             raise GraphError(
-                f"operator {node.name!r} ({node.op}){where} reads raw inputs in the middle of the model, so the model "
-                f"cannot be cut privately; {_OPEN}"
+                f"{self._mode}operator {node.name!r} ({node.op}){where} reads raw inputs in the middle of the model, "
+                f"so the model cannot be cut privately; {_OPEN}"
             )
         return descendants(self._graph, self._heads(readers or loss) | readers | loss)
 

@@ -100,7 +100,7 @@ def train(
     if options.token != broker:
         raise ConfigError("owner.token and broker are two different tokens; give one")
     example = dict(batch(0, 0))
-    captured = _capture(module, example, loss, roles, title)
+    captured = _capture(module, example, loss, roles, title, evaluation=bool(heldout))
     if callable(cuts):
         cuts = (cuts(captured.graph),)
     training = TrainingConfig(
@@ -163,14 +163,16 @@ def _capture(
     loss: Callable[[Any, Any], torch.Tensor] | None,
     roles: Mapping[str, Role] | None,
     name: str,
+    *,
+    evaluation: bool,
 ) -> Captured:
     if not example:
         raise DataError("batch(0, 0) is empty; return tensors by the names of the module's arguments")
     if loss is None and set(example) == {"input_ids", "labels"} and _is_transformers(module):
         masked = "MaskedLM" in type(module).__name__
         model: Any = module
-        return capture_transformers(model, "masked" if masked else "causal", name=name)
-    return capture(module, example, loss=loss, roles=roles, name=name)
+        return capture_transformers(model, "masked" if masked else "causal", name=name, evaluation=evaluation)
+    return capture(module, example, loss=loss, roles=roles, name=name, evaluation=evaluation)
 
 
 def _is_transformers(module: nn.Module) -> bool:

@@ -45,7 +45,8 @@ def prepare_language_model(job: JobConfig, folder: RunFolder, *, resume: Path | 
     config = configuration(job.model, job.data, vocabulary_of(tokenizer), source)
     text = _packed_text(job, tokenizer, folder)
     model, weights = _model(job, config, source)
-    captured = captured_model(job, model)
+    evaluation = job.training.evaluation_batches > 0 and job.data.heldout_fraction > 0
+    captured = captured_model(job, model, evaluation=evaluation)
     if reader is not None:
         check_same_graph(captured.graph, reader)
         weights = CheckpointWeights(reader, captured)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fusionai.errors import CheckpointError
+from fusionai.graph.evaluation import evaluated
 from fusionai.graph.model import OpDag
 from fusionai.tensor import TensorData
 from fusionai.training.checkpoint import CheckpointReader, latest
@@ -37,7 +38,7 @@ def newest_checkpoint(run: Path) -> Path:
 
 def check_same_graph(graph: OpDag, reader: CheckpointReader) -> None:
     """Raise CheckpointError naming the first weight that a checkpoint lacks or has in another shape."""
-    for weight in graph.weights:
+    for weight in evaluated(graph).weights:
         if weight.kind == "constant":
             continue
         if weight.key not in reader:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 
 from fusionai.errors import JobError
+from fusionai.graph.evaluation import evaluated
 from fusionai.graph.model import OpDag
 from fusionai.owner.checkpointing import save_checkpoint
 from fusionai.owner.membership import OwnerMember
@@ -121,7 +122,8 @@ class TrainingLoop:
         batches = list(batches)[: self._job.training.evaluation_batches]
         if not batches:
             return None
-        result = await self._running.driver.evaluate(batches, loss_weights(self._graph, batches))
+        shares = loss_weights(evaluated(self._graph), batches)
+        result = await self._running.driver.evaluate(batches, shares)
         self._bytes_sent += _bytes(result)
         return result.loss
 

@@ -37,12 +37,14 @@ def capture_transformers(
     name: str = "",
     repeats: bool = True,
     validate_values: bool | None = None,
+    evaluation: bool = True,
 ) -> Captured:
     """Capture a language model from transformers with its own loss.
 
     Inputs of the graph are `input_ids` and `labels`, int64 (batch, length), and where the model takes them
     `position_ids`. There is no attention mask: sequences are packed. Labels of -100 do not count. With task
     "causal" the model shifts the labels itself; with "masked" a label stands where its token must be guessed.
+    `evaluation` as in `capture`.
 
     Raises GraphError when the model cannot become an OP-DAG.
     """
@@ -60,6 +62,7 @@ def capture_transformers(
         fixed=fixed,
         repeats=repeats,
         validate_values=validate_values,
+        evaluation=evaluation,
         tracing=lambda: _traceable(model),
     )
 
