@@ -10,7 +10,7 @@ CLASSES, WIDTH = 9, 8
 
 
 class Net(nn.Module):
-    """Tokens (B, T) and labels (B, T) to a loss: an embedding, four linear layers and a head; subclasses change parts."""
+    """Tokens (B, T) and labels (B, T) to a loss: embedding, four linear layers, head. Subclasses change parts."""
 
     def __init__(self) -> None:
         super().__init__()

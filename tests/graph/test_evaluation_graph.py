@@ -28,6 +28,7 @@ from two_faced_models import (
     DIFFERENT,
     ROLES,
     SAME,
+    WIDTH,
     AlwaysBatchStatistics,
     AuxiliaryHead,
     LayerDropped,
@@ -36,6 +37,7 @@ from two_faced_models import (
     OtherLoss,
     Reversed,
     Skipping,
+    StochasticDepth,
     batch,
 )
 
@@ -93,6 +95,26 @@ def test_capture_leaves_the_module_as_it_was() -> None:
         assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
+class DeepStochasticDepth(StochasticDepth):
+    """Seven equal layers, of which evaluation treats one otherwise."""
+
+    def prepare(self) -> None:
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(7)])
+
+    def step(self, number: int, hidden: Tensor, layer: nn.Module) -> Tensor:
+        hidden = super().step(number, hidden, layer)
+        return hidden if self.training or number != 5 else hidden * 3
+
+
+def test_layers_that_are_traced_once_may_differ_in_evaluation() -> None:
+    full = capture(DeepStochasticDepth(), batch(0), roles=ROLES, repeats=False)  # type: ignore[arg-type]
+    short = capture(DeepStochasticDepth(), batch(0), roles=ROLES)  # type: ignore[arg-type]
+    assert full.graph == short.graph
+    inputs = batch(1, rows=3, length=7)
+    expected = DeepStochasticDepth().eval()(**inputs).detach()
+    assert loss_of(evaluated(short.graph), short, inputs) == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_dropout_that_stays_on_is_evaluated() -> None:
     class MonteCarlo(Net):
         def step(self, number: int, hidden: Tensor, layer: nn.Module) -> Tensor:
@@ -122,7 +144,7 @@ def test_an_evaluation_that_cannot_be_captured_says_so() -> None:
         def leave(self, hidden: Tensor, labels: Tensor) -> Tensor:
             return super().leave(hidden, labels) if self.training else self.head(hidden)
 
-    with pytest.raises(GraphError, match="in evaluation mode NoLoss cannot be captured.*without held-out data"):
+    with pytest.raises(GraphError, match=r"in evaluation mode NoLoss cannot be captured.*without held-out data"):
         capture(NoLoss(), batch(0), roles=ROLES)  # type: ignore[arg-type]
     capture(NoLoss(), batch(0), roles=ROLES, evaluation=False)  # type: ignore[arg-type]
 
@@ -238,7 +260,7 @@ def test_raw_data_in_the_middle_of_evaluation_is_refused() -> None:
             return self.leave(hidden, labels)
 
     graph = capture(Looking(), batch(0), roles=ROLES).graph  # type: ignore[arg-type]
-    with pytest.raises(GraphError, match="in evaluation mode operator 'mul_.*reads raw inputs in the middle"):
+    with pytest.raises(GraphError, match=r"in evaluation mode operator 'mul_.*reads raw inputs in the middle"):
         arrange_private(graph)
 
 

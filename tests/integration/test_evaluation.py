@@ -1,4 +1,4 @@
-"""Held-out losses of a pool are those of `module.eval()` in plain torch, where evaluation mode computes something else."""
+"""Held-out losses of a pool equal those of `module.eval()` in plain torch, where evaluation mode differs."""
 
 from __future__ import annotations
 
