@@ -11,14 +11,17 @@ from fusionai.broker.link_book import LinkBook
 from fusionai.broker.records import MemberRecord
 from fusionai.errors import FusionError, PlacementError, ProtocolError
 from fusionai.execution.plane import ProgramOptions
+from fusionai.graph.capture import capture
 from fusionai.graph.cuts import cut
 from fusionai.graph.model import OpDag, WeightKey
 from fusionai.network.identity import PeerId
 from fusionai.pool.identifiers import Epoch, JobEpoch, JobId
 from fusionai.scheduling.plan import PipelinePlan, Plan, StagePlan, StagePrediction
 from fusionai.training.assignment_parcels import Assignment, pack, unpack
+from two_faced_models import ROLES, Skipping
+from two_faced_models import batch as tokens
 
-OWNER, A, B = (PeerId(letter * 64) for letter in "0ab")
+OWNER, A, B, C = (PeerId(letter * 64) for letter in "0abc")
 
 
 def record(peer: PeerId, *, addresses: tuple[str, ...] = ("127.0.0.1:1",), device: str = "cpu") -> MemberRecord:
@@ -120,3 +123,30 @@ def test_packing_keeps_everything_and_checks() -> None:
     evil = replace(share.subdags[0], nodes=(replace(node, op="aten.from_file.default"), *share.subdags[0].nodes[1:]))
     with pytest.raises(FusionError, match="from_file"):
         unpack(pack(Assignment(replace(share, subdags=(evil,)), roster)))
+
+
+def test_machines_that_only_evaluation_connects_are_neighbours() -> None:
+    dag = capture(Skipping(), tokens(0), roles=ROLES, validate_values=False).graph  # type: ignore[arg-type]
+    linears = [place for place, node in enumerate(dag.nodes) if node.op == "aten.linear.default"]
+    members = [record(OWNER), record(A), record(B), record(C)]
+    cuts = [linears[1], linears[2], linears[4]]
+    found = shares(dag, [A, B, C, OWNER], cuts, members)
+    alone = shares(replace(dag, evaluation=None), [A, B, C, OWNER], cuts, members)
+
+    def around(given: dict[PeerId, Assignment], peer: PeerId) -> set[str]:
+        return {each.name for each in given[peer].roster.neighbours}
+
+    assert around(alone, A) == {"0", "b"}
+    # The first layer's output, which evaluation adds at the end, goes straight to where it is added.
+    assert around(found, A) == {"0", "b", "c"}
+    for given in found.values():
+        assert unpack(pack(given)) == given
+    stage = found[A].share.subdags[0]
+    own = stage.evaluation
+    assert own is not None
+    far = replace(own.sends[0], target=9)
+    bad = replace(
+        found[A], share=replace(found[A].share, subdags=(replace(stage, evaluation=replace(own, sends=(far,))),))
+    )
+    with pytest.raises(ProtocolError, match="to or from a stage that does not exist"):
+        unpack(pack(bad))

@@ -16,7 +16,6 @@ import msgspec
 import pytest
 import torch
 import transformers
-from leaks import FRAGMENT, IGNORED, encodings, leaks
 from models import CONFIGURATIONS, Batch
 from recording import Recorded, RecordedPool
 from torch import nn
@@ -25,6 +24,7 @@ import fusionai
 from fusionai.pool.codec import ASSIGNMENT
 from fusionai.training.assignment_parcels import unpack
 from fusionai.training.messages import Boundary, WeightTensor
+from leaks import FRAGMENT, IGNORED, encodings, leaks
 
 VOCABULARY = 251
 """A prime that no other size shares, so that it shows wherever a tensor has an axis of the vocabulary."""

@@ -16,6 +16,7 @@ from fusionai.errors import ConfigError, GraphError
 from fusionai.execution.plane import Calibration, Plane, ProgramOptions
 from fusionai.execution.program import MicrobatchKey, RoundProgram
 from fusionai.graph.abilities import PlaneAbilities
+from fusionai.graph.evaluation import face
 from fusionai.graph.model import Ref, Sizes, SubDag, ValueName, Weight, WeightKey
 from fusionai.graph.sizes import concrete
 from fusionai.tensor import TensorData
@@ -150,7 +151,7 @@ class FakeProgram(RoundProgram):
         train: bool = True,
     ) -> dict[ValueName, TensorData]:
         self._called(f"{'forward' if train else 'evaluate'} {stage} of {microbatch.step}/{microbatch.index}")
-        subdag = self._stages[stage]
+        subdag = face(self._stages[stage], train)
         types = {item.name: item.type for item in subdag.inputs} | {each.value: each.type for each in subdag.receives}
         self._expect(values.keys() == types.keys(), f"stage {stage} is given {sorted(values)}, takes {sorted(types)}")
         for name, tensor in values.items():

@@ -26,6 +26,7 @@ from fake_plane import FakePlane, FakeProgram
 from toy_pipelines import OPTIONS, OWNER, STATES, Pipeline, Start, batch
 
 from fusionai.errors import NetworkError
+from fusionai.graph.evaluation import faces
 from fusionai.graph.model import WeightKey
 from fusionai.network.endpoint import Endpoint
 from fusionai.network.identity import Identity, PeerId
@@ -282,9 +283,9 @@ class ScriptedPool:
         own = pipeline.of(name)
         keys = {weight.key for subdag in own for weight in subdag.weights}
         around = {OWNER} if name != OWNER else set(pipeline.machines)
-        for subdag in own:
-            around |= {pipeline.holders[each.target] for each in subdag.sends}
-            around |= {pipeline.holders[each.source] for each in subdag.receives}
+        for part in (part for subdag in own for part in faces(subdag)):
+            around |= {pipeline.holders[each.target] for each in part.sends}
+            around |= {pipeline.holders[each.source] for each in part.receives}
         around |= {holder for key, holders in sums.items() if key in keys for holder in holders}
         in_flight = {subdag.index: pipeline.in_flight.get(subdag.index, 2) for subdag in own}
         fields: dict[str, Any] = {

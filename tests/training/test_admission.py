@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 from decoder_graph import SIZES, decoder
+from toy_pipelines import Layer, chain, evaluating_by
 
 from fusionai.errors import JobError
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.cost import stage_cost
 from fusionai.graph.cuts import cut, cut_points
+from fusionai.graph.evaluation import face
 from fusionai.graph.model import SubDag
 from fusionai.pool.identifiers import JobId
 from fusionai.training.admission import check_round, check_weights
@@ -46,3 +48,18 @@ def share_of(*subdags: SubDag) -> Share:
         options=ProgramOptions(),
         memory_bytes=0,
     )
+
+
+def test_an_evaluation_is_admitted_by_what_it_runs() -> None:
+    """Its own graph keeps an early value until the end, and reads a weight that training does not."""
+    layers = [Layer("one"), Layer("two"), Layer("three")]
+    graph = evaluating_by(chain(layers), chain([*layers, Layer("further", skip=1)]))
+    (whole,) = cut(graph, [])
+    evaluation, training = (stage_cost(face(whole, train), {"s0": 64}) for train in (False, True))
+    assert evaluation.transient_bytes != training.transient_bytes
+    assert evaluation.weight_bytes == training.weight_bytes == 4 * 3 * 8
+    need = evaluation.training_bytes(0, 2)
+    share = share_of(whole)
+    check_round(share, {"s0": 64}, train=False, limit_bytes=need)
+    with pytest.raises(JobError, match=f"takes {need:,} bytes"):
+        check_round(share, {"s0": 64}, train=False, limit_bytes=need - 1)

@@ -11,17 +11,32 @@ import pytest
 from fake_plane import data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted_pool import ScriptedPool
-from toy_pipelines import OWNER, ROWS, STATES, WIDTH, Layer, Pipeline, Reference, batch, chain, three_machines
+from scripted_pool import ScriptedPool, peer_of
+from toy_pipelines import (
+    OWNER,
+    ROWS,
+    STATES,
+    WIDTH,
+    Layer,
+    Pipeline,
+    Reference,
+    batch,
+    chain,
+    evaluating_by,
+    noise,
+    three_machines,
+)
 
 from fusionai.errors import DataError, GraphError, JobError
 from fusionai.graph.cuts import cut
+from fusionai.graph.evaluation import face
 from fusionai.graph.model import WeightKey
 from fusionai.network.clock import run_scripted
 from fusionai.network.lab import EmulatedLink, LabConfig
 from fusionai.network.limits import Limits
 from fusionai.pool.identifiers import Epoch
 from fusionai.training.handing_over import hand_over
+from fusionai.training.messages import Boundary
 
 NAMES = (OWNER, "a", "b", "c")
 
@@ -66,6 +81,55 @@ def test_a_microbatch_without_a_share_is_not_run() -> None:
                 await driver.train_step(1, [empty, empty], [0.0, 0.0], 0.125)
             [result] = await pool.train(driver, 1, first=1)
             assert result.loss == reference.train_step(batch(1, 2), [0.5, 0.5], 0.125), "nothing had begun"
+
+    run_scripted(main())
+
+
+def evaluated_otherwise() -> Pipeline:
+    """In evaluation a value of a goes to c too, and a further weight is used; in training a sends to b only."""
+    layers = [Layer("embedding"), Layer("middle"), Layer("embedding")]
+    graph = evaluating_by(chain(layers), chain([*layers[:2], Layer("embedding", skip=1), Layer("further")]))
+    return Pipeline(graph, (1, 2), ("a", "b", "c"))
+
+
+def test_another_evaluation_goes_its_own_way() -> None:
+    pipeline = evaluated_otherwise()
+    ways = {(each.source, each.target) for part in pipeline.subdags for each in face(part, train=False).sends}
+    assert ways == {(0, 1), (0, 2), (1, 2)}
+    assert not any(each.target == 2 for each in pipeline.subdags[0].sends)
+
+    async def main() -> None:
+        reference = Reference(pipeline)
+        async with ScriptedPool(*NAMES) as pool:
+            driver = await pool.launch(pipeline)
+            for step in range(2):
+                evaluated = await driver.evaluate(batch(9, 3), [0.25, 0.25, 0.5])
+                assert evaluated.loss == reference.evaluate(batch(9, 3), [0.25, 0.25, 0.5])
+                [result] = await pool.train(driver, 1, first=step)
+                assert result.loss == reference.train_step(batch(step, 2), [0.5, 0.5], 0.125)
+                assert result.loss != evaluated.loss
+            found = await pool.tensors(driver)
+            assert found == {name: tensor for name, tensor in reference.tensors().items() if name in found}
+            assert found["further", None] == bytes(noise("further").data)
+            assert ("further", STATES[0]) not in found
+
+    run_scripted(main())
+
+
+def test_a_tensor_of_the_other_mode_is_refused() -> None:
+    """What a sends to c in evaluation is not due in training, and ends the job."""
+
+    async def main() -> None:
+        async with ScriptedPool(*NAMES) as pool:
+            driver = await pool.launch(evaluated_otherwise())
+            round_of_c = pool.machines["c"].hosts[driver.epoch]
+            value = next(each for each in face(round_of_c.share.subdags[0], train=False).receives if each.source == 0)
+            header = Boundary(driver.job, driver.epoch, 0, 0, value.value, 0, 2, False, "float64", (ROWS, WIDTH))
+            sent = asyncio.ensure_future(pool.machines["a"].wire.send(peer_of("c"), header, noise("x", ROWS)))
+            with pytest.raises(JobError):
+                await pool.train(driver, 1)
+            await asyncio.wait({sent}, timeout=5)
+            assert any("not due" in reason for machine in pool.machines.values() for reason in machine.ended)
 
     run_scripted(main())
 

@@ -12,11 +12,25 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from fake_plane import FakePlane, FakeProgram, array, data
+from msgspec.structs import replace
 
 from fusionai.execution.plane import OptimizerConfig, ProgramOptions
 from fusionai.execution.program import MicrobatchKey
 from fusionai.graph.cuts import cut
-from fusionai.graph.model import Input, Node, OpDag, Ref, SubDag, TensorType, ValueName, Weight, WeightKey
+from fusionai.graph.evaluation import evaluated, face
+from fusionai.graph.evaluation_places import placed
+from fusionai.graph.model import (
+    EvaluationGraph,
+    Input,
+    Node,
+    OpDag,
+    Ref,
+    SubDag,
+    TensorType,
+    ValueName,
+    Weight,
+    WeightKey,
+)
 from fusionai.graph.vocabulary import VOCABULARY_VERSION
 from fusionai.tensor import TensorData
 from fusionai.training.data.batches import Batch
@@ -60,6 +74,14 @@ def chain(layers: Sequence[Layer]) -> OpDag:
     inputs = (Input(ValueName("x"), hidden, "data", True), Input(ValueName("y"), hidden, "labels", True))
     symbols = {"s0": (ValueName("x"), 0)}
     return OpDag(VOCABULARY_VERSION, "toy", symbols, inputs, tuple(weights), tuple(nodes), types, loss)
+
+
+def evaluating_by(training: OpDag, other: OpDag) -> OpDag:
+    """The first graph, evaluated by the second one, which has equal names for equal weights and may have more."""
+    known = {weight.name for weight in training.weights}
+    further = tuple(replace(weight, trainable=False) for weight in other.weights if weight.name not in known)
+    own = EvaluationGraph(further, other.nodes, (0,) * len(other.nodes), other.types, other.loss)
+    return replace(training, evaluation=placed(training, own))
 
 
 @dataclass(frozen=True)
@@ -142,11 +164,12 @@ class Reference:
         for index, microbatch in enumerate(microbatches):
             values = {ValueName(name): tensor for name, tensor in microbatch.items()}
             key = MicrobatchKey(step, index)
-            for stage in stages:
+            for stage in (face(each, train) for each in stages):
                 names = [item.name for item in stage.inputs] + [each.value for each in stage.receives]
                 given = {name: values[name] for name in names}
                 values |= self.programs[holders[stage.index]].forward(stage.index, key, sizes, given, train=train)
-            loss += weights[index] * float(array(values[self.pipeline.graph.loss]))
+            graph = self.pipeline.graph if train else evaluated(self.pipeline.graph)
+            loss += weights[index] * float(array(values[graph.loss]))
             gradients: dict[tuple[ValueName, int], TensorData] = {}
             for stage in reversed(stages) if train else ():
                 taken: dict[ValueName, list[TensorData]] = {}

@@ -11,6 +11,7 @@ from fusionai.broker.link_book import LinkBook
 from fusionai.broker.records import MemberRecord
 from fusionai.errors import PlacementError
 from fusionai.execution.plane import ProgramOptions
+from fusionai.graph.evaluation import faces
 from fusionai.graph.model import SubDag, WeightKey
 from fusionai.network.identity import PeerId
 from fusionai.pool.contacts import Contact
@@ -93,7 +94,7 @@ def _neighbours(
     around: dict[PeerId, set[PeerId]] = {peer: {driver} for peer in peers}
     around[driver] = set(peers)
     for subdag in subdags:
-        for transfer in subdag.sends:
+        for transfer in (each for part in faces(subdag) for each in part.sends):
             source, target = peers[transfer.source], peers[transfer.target]
             around[source].add(target)
             around[target].add(source)

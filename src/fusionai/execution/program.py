@@ -89,8 +89,9 @@ class RoundProgram(Program):
         """Run a stage forward on its graph inputs and received tensors, both in `values`.
 
         Returns one tensor for each value the stage sends (once, even if sent to several stages), and the
-        scalar loss (float32, shape ()) in the stage that computes it. With `train` false nothing is kept for
-        backward, and dropout and batch statistics are in inference mode.
+        scalar loss (float32, shape ()) in the stage that computes it. With `train` false nothing is kept for backward,
+        and the stage's evaluation face (`graph.evaluation.face`) is run: where that is the sub-DAG itself, dropout and
+        batch statistics are in inference mode.
 
         Raises GraphError for a value that is missing, unknown, or of another dtype or shape. Raises JobError while
         weights are missing, and for a microbatch that has gone forward already.

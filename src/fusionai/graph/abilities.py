@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from fusionai.errors import PlacementError
+from fusionai.graph.evaluation import faces
 from fusionai.graph.model import SubDag
 from fusionai.tensor import DType
 
@@ -40,7 +41,8 @@ class PlaneAbilities(msgspec.Struct, frozen=True, kw_only=True):
 
     def lacking(self, subdag: SubDag) -> tuple[str, ...]:
         """Return the operators of a sub-DAG that the plane does not have, sorted."""
-        return tuple(sorted({node.op for node in subdag.nodes}.difference(self.operators)))
+        needed = {node.op for part in faces(subdag) for node in part.nodes}
+        return tuple(sorted(needed.difference(self.operators)))
 
     def obstacle(self, subdag: SubDag, work: ProgramUse) -> str | None:
         """Return why the plane cannot do this work on a sub-DAG, or None when it can."""
@@ -50,8 +52,9 @@ class PlaneAbilities(msgspec.Struct, frozen=True, kw_only=True):
             return f"its plane {self.plane!r} does not decode"
         if operators := self.lacking(subdag):
             return f"its plane {self.plane!r} lacks the operators {_listed(operators)}"
-        types = [*subdag.types.values()]
-        types += [given.type for given in subdag.inputs] + [weight.type for weight in subdag.weights]
+        types = [type for part in faces(subdag) for type in part.types.values()]
+        types += [given.type for part in faces(subdag) for given in part.inputs]
+        types += [weight.type for weight in subdag.weights]
         if dtypes := sorted({type.dtype for type in types}.difference(self.dtypes)):
             return f"its plane {self.plane!r} does not compute in {', '.join(dtypes)}"
         return None

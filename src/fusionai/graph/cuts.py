@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+import msgspec
+
 from fusionai.errors import GraphError
 from fusionai.graph.dependencies import (
     consumers,
@@ -20,8 +22,9 @@ from fusionai.graph.dependencies import (
     reads,
     weighted_nodes,
 )
+from fusionai.graph.evaluation import evaluated
 from fusionai.graph.graph_costs import GraphCosts
-from fusionai.graph.model import OpDag, Sizes, SubDag, Transfer, ValueName
+from fusionai.graph.model import OpDag, Sizes, StageEvaluation, SubDag, Transfer, ValueName
 from fusionai.graph.sizes import type_bytes
 from fusionai.graph.vocabulary import operator
 from fusionai.graph.written_state import parting_positions
@@ -192,13 +195,20 @@ class Cutter:
 
     def __init__(self, graph: OpDag) -> None:
         self._graph = graph
-        self.local = local_nodes(graph)
-        """Places of the nodes that every stage computes for itself."""
-        self._made = producers(graph.nodes)
-        self._reads = [tuple(dict.fromkeys(reads(node))) for node in graph.nodes]
-        self._gradients = gradient_values(graph)
+        whole = evaluated(graph)
+        # What either face writes to is no constant for the other one.
         written = mutated_values(graph.nodes)
-        self._written = [weight for weight in graph.weights if weight.name in written]
+        if whole is not graph:
+            written |= mutated_values(whole.nodes)
+        self._weights = whole.weights
+        self._written = [weight for weight in whole.weights if weight.name in written]
+        changed = frozenset(weight.name for weight in self._written)
+        self.local = local_nodes(graph, changed)
+        """Places of the nodes that every stage computes for itself."""
+        self._training = _Slicer(graph, self.local, gradient_values(graph))
+        self._evaluation = None
+        if whole is not graph:
+            self._evaluation = _Slicer(whole, local_nodes(whole, changed), frozenset())
         self._costs: tuple[Sizes, GraphCosts] | None = None
 
     def costs(self, sizes: Sizes) -> GraphCosts:
@@ -217,29 +227,79 @@ class Cutter:
                 f"{list(positions)}"
             )
         stage_of = [stage for stage, (early, late) in enumerate(pairwise(bounds)) for _ in range(early, late)]
-        held = [
-            self._closure({place for place in range(early, late) if place not in self.local})
-            for early, late in pairwise(bounds)
-        ]
+        stages = len(bounds) - 1
+        held = self._training.held(stage_of, stages)
         empty = [stage for stage, places in enumerate(held) if not places - self.local]
         if empty:
             raise GraphError(
                 f"stage {empty[0]} (operators {bounds[empty[0]]} to {bounds[empty[0] + 1]}) would compute nothing; "
                 "move the cut"
             )
-        transfers = self._transfers(held, stage_of)
-        subdags = tuple(self._subdag(stage, sorted(places), transfers) for stage, places in enumerate(held))
+        subdags = self._training.subdags(held, stage_of)
+        if graph.evaluation is not None and self._evaluation is not None:
+            # Places never fall, so no value goes back to an earlier stage.
+            beside = [stage_of[place] for place in graph.evaluation.places]
+            own = self._evaluation.subdags(self._evaluation.held(beside, stages), beside)
+            subdags = tuple(self._together(*each) for each in zip(subdags, own, strict=True))
         self._refuse_parted_state(subdags)
         return subdags
 
+    def _together(self, training: SubDag, evaluation: SubDag) -> SubDag:
+        """Return a stage's sub-DAG with what it runs in evaluation."""
+        names = {weight.name for part in (training, evaluation) for weight in part.weights}
+        return msgspec.structs.replace(
+            training,
+            weights=tuple(weight for weight in self._weights if weight.name in names),
+            evaluation=StageEvaluation(
+                evaluation.inputs,
+                evaluation.nodes,
+                evaluation.types,
+                evaluation.receives,
+                evaluation.sends,
+                evaluation.loss,
+            ),
+        )
+
+    def _refuse_parted_state(self, subdags: Sequence[SubDag]) -> None:
+        for weight in self._written:
+            holders = [subdag.index for subdag in subdags if weight in subdag.weights]
+            if len(holders) > 1:
+                raise GraphError(
+                    f"the cut parts the users of {weight.key!r}, which training changes in place, over stages "
+                    f"{holders}; move the cut"
+                )
+
+
+class _Slicer:
+    """Divides one face of a graph, that of training or that of evaluation, among stages."""
+
+    def __init__(self, graph: OpDag, local: frozenset[int], gradients: frozenset[ValueName]) -> None:
+        self._graph = graph
+        self._local = local
+        self._gradients = gradients
+        self._made = producers(graph.nodes)
+        self._reads = [tuple(dict.fromkeys(reads(node))) for node in graph.nodes]
+
+    def held(self, stage_of: Sequence[int], stages: int) -> list[set[int]]:
+        """Return the places that each stage runs: its own nodes, and the local nodes that they need."""
+        own: list[set[int]] = [set() for _ in range(stages)]
+        for place, stage in enumerate(stage_of):
+            if place not in self._local:
+                own[stage].add(place)
+        return [self._closure(places) for places in own]
+
+    def subdags(self, held: Sequence[set[int]], stage_of: Sequence[int]) -> tuple[SubDag, ...]:
+        """Return what each stage runs, with the tensors that go between them."""
+        transfers = self._transfers(held, stage_of)
+        return tuple(self._subdag(stage, sorted(places), transfers) for stage, places in enumerate(held))
+
     def _closure(self, own: set[int]) -> set[int]:
-        """Return the places that a stage runs: its own nodes, and the recomputable nodes that they need."""
         places = set(own)
         waiting = list(own)
         while waiting:
             for name in self._reads[waiting.pop()]:
                 place = self._made.get(name)
-                if place is not None and place in self.local and place not in places:
+                if place is not None and place in self._local and place not in places:
                     places.add(place)
                     waiting.append(place)
         return places
@@ -252,7 +312,7 @@ class Cutter:
             for place in sorted(places):
                 for name in self._reads[place]:
                     maker = made.get(name)
-                    if maker is None or maker in self.local or stage_of[maker] == stage:
+                    if maker is None or maker in self._local or stage_of[maker] == stage:
                         continue
                     found[name, stage] = Transfer(name, stage_of[maker], stage, types[name], name in self._gradients)
         return sorted(found.values(), key=lambda each: (made[each.value], each.value, each.target))
@@ -273,15 +333,6 @@ class Cutter:
             sends=tuple(each for each in transfers if each.source == stage),
             loss=graph.loss if graph.loss in outputs else None,
         )
-
-    def _refuse_parted_state(self, subdags: Sequence[SubDag]) -> None:
-        for weight in self._written:
-            holders = [subdag.index for subdag in subdags if weight in subdag.weights]
-            if len(holders) > 1:
-                raise GraphError(
-                    f"the cut parts the users of {weight.key!r}, which training changes in place, over stages "
-                    f"{holders}; move the cut"
-                )
 
 
 def boundary_bytes(subdags: Sequence[SubDag], sizes: Sizes) -> dict[tuple[int, int], tuple[int, int]]:

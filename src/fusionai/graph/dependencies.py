@@ -9,6 +9,8 @@ from fusionai.graph.model import Node, OpDag, Ref, SubDag, ValueName, Weight
 from fusionai.graph.vocabulary import operator
 from fusionai.tensor import FLOATING
 
+_NO_VALUES: frozenset[ValueName] = frozenset()
+
 
 def reads(node: Node) -> Iterator[ValueName]:
     """Yield the values that a node takes. A value that it takes twice comes twice."""
@@ -86,13 +88,14 @@ def gradient_values(graph: OpDag) -> frozenset[ValueName]:
     return forward & differentiable_ancestors(graph.nodes, [graph.loss], dtypes)
 
 
-def recomputable(graph: OpDag | SubDag) -> frozenset[int]:
+def recomputable(graph: OpDag | SubDag, written: frozenset[ValueName] = _NO_VALUES) -> frozenset[int]:
     """Return the places of nodes that any stage can compute by itself, once for all microbatches of one size.
 
     Such a node depends on sizes, positions and constant tensors only. It does not depend on raw inputs, parameters,
-    random numbers, or tensors that training changes. Rotary embeddings and masks are examples.
+    random numbers, or tensors that training changes. Rotary embeddings and masks are examples. `written`: further
+    tensors that change, because evaluation writes to them, or training to what evaluation reads.
     """
-    written = mutated_values(graph.nodes)
+    written |= mutated_values(graph.nodes)
     known = {item.name for item in graph.inputs if item.role == "positions"}
     known |= {weight.name for weight in graph.weights if _is_fixed(weight) and weight.name not in written}
     found = set()
@@ -118,9 +121,9 @@ def weight_views(graph: OpDag) -> frozenset[int]:
     return frozenset(found)
 
 
-def local_nodes(graph: OpDag) -> frozenset[int]:
+def local_nodes(graph: OpDag, written: frozenset[ValueName] = _NO_VALUES) -> frozenset[int]:
     """Return the places of nodes that every stage runs itself where it needs them: their outputs never travel."""
-    found = recomputable(graph) | weight_views(graph)
+    found = recomputable(graph, written) | weight_views(graph)
     return frozenset(place for place in found if graph.loss not in graph.nodes[place].outputs)
 
 

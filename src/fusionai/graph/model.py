@@ -99,7 +99,23 @@ class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Further state-dict names of the same tensor; a checkpoint need not repeat them."""
 
 
-class OpDag(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class EvaluationGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a model computes in evaluation mode, if it differs from training by more than inference mode.
+
+    Inputs, symbols and the weights that training reads are those of the OP-DAG. It runs as it stands.
+    """
+
+    weights: tuple[Weight, ...]
+    """Weights that only evaluation reads; nothing trains them."""
+    nodes: tuple[Node, ...]
+    """Each node comes after the nodes that make its arguments."""
+    places: tuple[int, ...]
+    """For each node the place of a node of training: both run in one stage, wherever the graph is cut. Never falls."""
+    types: dict[ValueName, TensorType]
+    loss: ValueName
+
+
+class OpDag(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A whole training procedure: inputs and weights to a scalar loss."""
 
     vocabulary: int
@@ -115,6 +131,8 @@ class OpDag(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Type of every operator output (inputs and weights carry their own)."""
     loss: ValueName
     """The scalar that training minimises."""
+    evaluation: EvaluationGraph | None = None
+    """How evaluation computes the loss. None: by the operators of training in inference mode, without dropout."""
 
 
 class Transfer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -129,7 +147,21 @@ class Transfer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     of the same type travels back."""
 
 
-class SubDag(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class StageEvaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a stage computes in evaluation, if the OP-DAG has an evaluation graph; it may be nothing.
+
+    The fields are those of a `SubDag`, which has the weights of both.
+    """
+
+    inputs: tuple[Input, ...]
+    nodes: tuple[Node, ...]
+    types: dict[ValueName, TensorType]
+    receives: tuple[Transfer, ...]
+    sends: tuple[Transfer, ...]
+    loss: ValueName | None
+
+
+class SubDag(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The share of one pipeline stage."""
 
     index: int
@@ -145,6 +177,8 @@ class SubDag(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sends: tuple[Transfer, ...]
     loss: ValueName | None
     """The loss, in the stage that computes it."""
+    evaluation: StageEvaluation | None = None
+    """What evaluation runs here. None: the operators above in inference mode."""
 
 
 Sizes = dict[str, int]

@@ -21,9 +21,11 @@ from fusionai.graph.dependencies import (
     weight_values,
     weighted_nodes,
 )
+from fusionai.graph.evaluation import evaluated
+from fusionai.graph.evaluation_places import Pinned, placed
 from fusionai.graph.model import Dim, OpDag, ValueName, WeightKey
 from fusionai.graph.vocabulary import FLOP_CLASSES, operator
-from fusionai.graph.written_state import keep_state_together, stored_values
+from fusionai.graph.written_state import check_state_together, keep_state_together, stored_values
 from fusionai.tensor import FLOATING
 
 _OPEN = 'use placement.privacy = "open" if the compnodes may see the data'
@@ -32,20 +34,22 @@ _OPEN = 'use placement.privacy = "open" if the compnodes may see the data'
 def arrange_private(graph: OpDag) -> tuple[OpDag, int, int]:
     """Return (graph, front, back): the graph reordered so that the owner runs nodes [0, front) and [back, N).
 
-    Raises GraphError when an operator in the middle reads raw inputs, when nothing is left for compnodes, or when a
-    trained weight is used on both sides, whose gradient would have to be exchanged.
+    The nodes of an evaluation graph are placed so that the same holds in evaluation.
+
+    Raises GraphError when an operator in the middle reads raw inputs, in training or in evaluation, when nothing is
+    left for compnodes, or when a trained weight is used on both sides, whose gradient would have to be exchanged.
     """
     search = _RawDataReaders(graph)
     front = search.front()
     behind = search.behind() - front
     while True:
-        pinned = len(front) + len(behind)
+        count = len(front) + len(behind)
         keep_state_together(graph, front, behind, _OPEN)
         middle = set(range(len(graph.nodes))) - front - behind
         own = search.made_of_weights_of(front | behind) & middle
         own -= ancestors(graph, middle - own)
         behind |= own
-        if len(front) + len(behind) == pinned:
+        if len(front) + len(behind) == count:
             break
     if not any(place in search.heavy for place in middle):
         raise GraphError(
@@ -61,7 +65,14 @@ def arrange_private(graph: OpDag) -> tuple[OpDag, int, int]:
         )
     order = [*sorted(front), *sorted(middle), *sorted(behind)]
     arranged = msgspec.structs.replace(graph, nodes=tuple(graph.nodes[place] for place in order))
-    return arranged, len(front), len(front) + len(middle)
+    back = len(front) + len(middle)
+    if graph.evaluation is not None:
+        evaluation = _RawDataReaders(evaluated(graph), mode="in evaluation mode ")
+        before = evaluation.front()
+        pinned = Pinned(len(front), back, before, evaluation.behind() - before)
+        arranged = msgspec.structs.replace(arranged, evaluation=placed(arranged, graph.evaluation, pinned))
+        check_state_together(arranged, len(front), back, _OPEN)
+    return arranged, len(front), back
 
 
 def raw_values(graph: OpDag) -> frozenset[ValueName]:
@@ -75,8 +86,10 @@ class _RawDataReaders:
     All sets hold places of nodes.
     """
 
-    def __init__(self, graph: OpDag) -> None:
+    def __init__(self, graph: OpDag, mode: str = "") -> None:
+        """`mode` begins the errors."""
         self._graph = graph
+        self._mode = mode
         self._made = producers(graph.nodes)
         self._weighted = weighted_nodes(graph)
         values = weight_values(graph)
@@ -193,8 +206,8 @@ class _RawDataReaders:
             node = self._graph.nodes[place]
             where = f" (in {node.scope})" if node.scope else ""
             raise GraphError(
-                f"operator {node.name!r} ({node.op}){where} reads raw inputs in the middle of the model, so the model "
-                f"cannot be cut privately; {_OPEN}"
+                f"{self._mode}operator {node.name!r} ({node.op}){where} reads raw inputs in the middle of the model, "
+                f"so the model cannot be cut privately; {_OPEN}"
             )
         return descendants(self._graph, self._heads(readers or loss) | readers | loss)
 

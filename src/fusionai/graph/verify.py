@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 
 import msgspec
 
 from fusionai.errors import GraphError
 from fusionai.graph.dependencies import reads
-from fusionai.graph.model import Input, Node, OpDag, Size, SubDag, TensorType, Transfer, ValueName, Weight
+from fusionai.graph.evaluation import as_graph, face
+from fusionai.graph.model import (
+    EvaluationGraph,
+    Input,
+    Node,
+    OpDag,
+    Size,
+    SubDag,
+    TensorType,
+    Transfer,
+    ValueName,
+    Weight,
+)
 from fusionai.graph.sizes import LARGEST_TENSOR_BYTES, concrete, is_symbol, symbols_of
 from fusionai.graph.vocabulary import VOCABULARY, VOCABULARY_VERSION, operator
 from fusionai.tensor import FLOATING, tensor_bytes
@@ -237,7 +250,7 @@ DEFAULT_LIMITS = GraphLimits()
 
 
 def verify(graph: OpDag, limits: GraphLimits = DEFAULT_LIMITS) -> None:
-    """Check an OP-DAG. Raises GraphError with a list of its problems."""
+    """Check an OP-DAG and its evaluation graph. Raises GraphError with a list of its problems."""
     if graph.vocabulary != VOCABULARY_VERSION:
         raise GraphError(
             f"the OP-DAG {graph.name[:80]!r} is of operator vocabulary {graph.vocabulary}, this FusionAI knows "
@@ -247,14 +260,44 @@ def verify(graph: OpDag, limits: GraphLimits = DEFAULT_LIMITS) -> None:
     for symbol, (name, axis) in graph.symbols.items():
         if name not in inputs:
             raise GraphError(f"symbol {symbol[:80]!r} stands for axis {axis} of {name[:80]!r}, which is no input")
-    view = _View(graph.symbols, graph.inputs, graph.weights, graph.nodes, graph.types, (), (), graph.loss, limits)
-    _check(view, f"the OP-DAG {graph.name[:80]!r}")
+    what = f"the OP-DAG {graph.name[:80]!r}"
+    _check(_view_of(graph, limits), what)
+    if graph.evaluation is not None:
+        _check_places(graph, graph.evaluation, what)
+        _check(_view_of(as_graph(graph, graph.evaluation), limits), f"the evaluation graph of {what}")
+
+
+def _view_of(graph: OpDag, limits: GraphLimits) -> _View:
+    return _View(graph.symbols, graph.inputs, graph.weights, graph.nodes, graph.types, (), (), graph.loss, limits)
+
+
+def _check_places(graph: OpDag, evaluation: EvaluationGraph, what: str) -> None:
+    places, last = evaluation.places, len(graph.nodes) - 1
+    if len(places) != len(evaluation.nodes):
+        raise GraphError(
+            f"the evaluation graph of {what} has {len(evaluation.nodes)} operators, and places of {len(places)}"
+        )
+    if any(later < earlier for earlier, later in pairwise((0, *places, last))):
+        raise GraphError(f"the places in the evaluation graph of {what} must rise within 0 to {last}")
+    for weight in evaluation.weights:
+        if weight.trainable:
+            raise GraphError(f"the weight {weight.key[:80]!r} of {what} is trainable, but only evaluation reads it")
 
 
 def verify_subdag(subdag: SubDag, limits: GraphLimits = DEFAULT_LIMITS) -> None:
-    """Check a sub-DAG. Raises GraphError with a list of its problems."""
+    """Check a sub-DAG, with what it runs in evaluation. Raises GraphError with a list of its problems."""
     if subdag.index < 0:
         raise GraphError(f"a sub-DAG has the index {subdag.index}")
+    _check_stage(subdag, limits, f"sub-DAG {subdag.index}")
+    if subdag.evaluation is not None:
+        evaluation = face(subdag, train=False)
+        for transfer in (*evaluation.receives, *evaluation.sends):
+            if transfer.gradient:
+                raise GraphError(f"in evaluation the value {transfer.value[:80]!r} is said to have a gradient")
+        _check_stage(evaluation, limits, f"the evaluation of sub-DAG {subdag.index}")
+
+
+def _check_stage(subdag: SubDag, limits: GraphLimits, what: str) -> None:
     for transfer in (*subdag.receives, *subdag.sends):
         if not 0 <= transfer.source < transfer.target <= limits.nodes:
             raise GraphError(
@@ -275,4 +318,4 @@ def verify_subdag(subdag: SubDag, limits: GraphLimits = DEFAULT_LIMITS) -> None:
         subdag.loss,
         limits,
     )
-    _check(view, f"sub-DAG {subdag.index}")
+    _check(view, what)

@@ -121,7 +121,7 @@ def train(
                 "another folder to go on in"
             )
         example = dict(batch(0, 0))
-        captured = _capture(module, example, loss, roles, title)
+        captured = _capture(module, example, loss, roles, title, evaluation=bool(heldout))
         if callable(cuts):
             cuts = (cuts(captured.graph),)
         training = TrainingConfig(
@@ -183,6 +183,8 @@ def _capture(
     loss: Callable[[Any, Any], torch.Tensor] | None,
     roles: Mapping[str, Role] | None,
     name: str,
+    *,
+    evaluation: bool,
 ) -> Captured:
     if not example:
         raise DataError("batch(0, 0) is empty; return tensors by the names of the module's arguments")
@@ -191,8 +193,8 @@ def _capture(
     if loss is None and not chosen and set(example) == set(usual) and _is_transformers(module):
         masked = "MaskedLM" in type(module).__name__
         model: Any = module
-        return capture_transformers(model, "masked" if masked else "causal", name=name)
-    return capture(module, example, loss=loss, roles=roles, name=name)
+        return capture_transformers(model, "masked" if masked else "causal", name=name, evaluation=evaluation)
+    return capture(module, example, loss=loss, roles=roles, name=name, evaluation=evaluation)
 
 
 def _is_transformers(module: nn.Module) -> bool:

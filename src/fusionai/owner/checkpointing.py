@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fusionai.execution.plane import OptimizerConfig
 from fusionai.graph.encoding import content_hash
+from fusionai.graph.evaluation import evaluated
 from fusionai.graph.model import OpDag, Weight, WeightKey
 from fusionai.graph.sizes import concrete
 from fusionai.tensor import TensorData, tensor_bytes
@@ -61,7 +62,8 @@ async def save_checkpoint(
 
     Raises StorageError when the disk refuses; earlier checkpoints stay as they are.
     """
-    weights = list({each.key: each for each in graph.weights if each.kind != "constant"}.values())
+    every = evaluated(graph).weights
+    weights = list({each.key: each for each in every if each.kind != "constant"}.values())
     shards = dict(_shards(weights, ()))
     trainable = [each for each in weights if each.trainable]
     if optimizer.states and trainable:

@@ -57,7 +57,7 @@ def captured(name: str, fields: dict[str, Any] | None = None) -> Model:
     config = transformers.AutoConfig.for_model(kind, **{**own, **(fields or {})})
     with torch.device("meta"):
         module = MODEL_CLASSES[task].from_config(config, dtype=torch.bfloat16)
-    graph = capture_transformers(module, task, name=name).graph
+    graph = capture_transformers(module, task, name=name, evaluation=False).graph
     # Every symbol is an axis of a batch of token sequences.
     return Model(
         name=name,

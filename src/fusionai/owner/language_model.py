@@ -60,7 +60,8 @@ def prepare_language_model(job: JobConfig, folder: RunFolder, *, resume: Checkpo
         masking=masking(tokenizer) if job.model.task == "masked" else None,
     )
     model, weights = _model(job, config, source)
-    captured = captured_model(job, model)
+    evaluation = job.training.evaluation_batches > 0 and job.data.heldout_fraction > 0
+    captured = captured_model(job, model, evaluation=evaluation)
     if resume is not None:
         check_same_model(captured.graph, job.optimizer, resume)
         weights = CheckpointWeights(resume, captured)

@@ -159,15 +159,15 @@ def empty_model(job: JobConfig, config: Any) -> Any:
         raise cannot_be_made(job.model, config, error) from error
 
 
-def captured_model(job: JobConfig, model: Any) -> Captured:
-    """Return the graph of a configuration's module, with its weights.
+def captured_model(job: JobConfig, model: Any, *, evaluation: bool) -> Captured:
+    """Return the graph of a configuration's module, with its weights. `evaluation` as in `capture_transformers`.
 
     Raises:
         ConfigError: the module was made, but does not run: its fields contradict each other.
         GraphError: it cannot become an OP-DAG.
     """
     try:
-        return capture_transformers(model, job.model.task, name=job.name)
+        return capture_transformers(model, job.model.task, name=job.name, evaluation=evaluation)
     except FusionError:
         raise
     except Exception as error:

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from fusionai.errors import ConfigError, GraphError, JobError, PlacementError, ProtocolError
 from fusionai.graph.cuts import cut
 from fusionai.graph.encoding import encode_subdag
+from fusionai.graph.evaluation import evaluated, face
 from fusionai.graph.model import SubDag
 from fusionai.graph.privacy import raw_values
 from fusionai.network.identity import PeerId, public_key_bytes
@@ -259,12 +260,14 @@ def _check_private(terms: PlanTerms, stages: Sequence[StagePlan], subdags: Seque
     By the way in which the graph was arranged this follows from who holds which stage. It is checked all the same,
     because everything that a private job promises rests on it.
     """
-    raw = raw_values(terms.graph)
+    raw = {True: raw_values(terms.graph), False: raw_values(evaluated(terms.graph))}
     for stage, subdag in zip(stages, subdags, strict=True):
-        values = [*(item.name for item in subdag.inputs), *(transfer.value for transfer in subdag.receives)]
-        shown = next((value for value in values if value in raw), None)
-        if shown is not None and stage.peer != who.me:
-            raise _refused(f"stage {stage.stage} on {who(stage.peer)} would get {shown!r}, which shows raw data")
+        for train, shown in raw.items():
+            part = face(subdag, train)
+            values = [*(item.name for item in part.inputs), *(transfer.value for transfer in part.receives)]
+            found = next((value for value in values if value in shown), None)
+            if found is not None and stage.peer != who.me:
+                raise _refused(f"stage {stage.stage} on {who(stage.peer)} would get {found!r}, which shows raw data")
 
 
 def _refused(problem: str) -> JobError:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fusionai.errors import CheckpointError, ConfigError, JobError
 from fusionai.execution.plane import OptimizerConfig
+from fusionai.graph.evaluation import evaluated
 from fusionai.graph.model import OpDag
 from fusionai.owner.run_folder import JOB_FILE
 from fusionai.tensor import TensorData
@@ -107,7 +108,7 @@ def check_same_model(graph: OpDag, optimizer: OptimizerConfig, reader: Checkpoin
 
     Raises CheckpointError naming the first tensor that is missing, of another type, or without a place.
     """
-    weights = {weight.key: weight for weight in graph.weights if weight.kind != "constant"}
+    weights = {weight.key: weight for weight in evaluated(graph).weights if weight.kind != "constant"}
     held, states = dict.fromkeys(reader.weights), dict.fromkeys(reader.states)
     for key, weight in weights.items():
         if key not in held:

@@ -45,9 +45,11 @@ class TrainingLoop:
         stop: StopRequest,
         observer: Observer,
         weights: LossWeights,
+        heldout_weights: LossWeights,
     ) -> None:
+        """`weights` weigh the microbatches of steps, `heldout_weights` those of evaluations."""
         self._job, self._graph, self._running, self._member = job, graph, running, member
-        self._weights = weights
+        self._weights, self._heldout_weights = weights, heldout_weights
         self._folder, self._stop, self._observer = folder, stop, observer
         stop.heard = observer.stopping
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)
@@ -162,7 +164,7 @@ class TrainingLoop:
 
         def make() -> tuple[list[Batch], Sequence[float]]:
             batches = list(self._job.batches.heldout())[: self._job.training.evaluation_batches]
-            return batches, self._weights.weigh(batches, "the held-out batch") if batches else ()
+            return batches, self._heldout_weights.weigh(batches, "the held-out batch") if batches else ()
 
         batches, shares = await asyncio.to_thread(make)
         if not batches:

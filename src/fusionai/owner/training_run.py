@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from fusionai.errors import FusionError
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.encoding import content_hash, encode
+from fusionai.graph.evaluation import evaluated
 from fusionai.graph.privacy import arrange_private
 from fusionai.owner.membership import OwnerMember
 from fusionai.owner.plan_terms import PlanTerms
@@ -41,6 +42,11 @@ async def train(
     observer = observer or Observer()
     # Before anything is planned: a choice of shares that the model does not allow is refused at once.
     weights = await asyncio.to_thread(LossWeights, job.graph, job.training.loss_share, member.plane, job.weights)
+    heldout_weights = weights
+    if job.graph.evaluation is not None:
+        heldout_weights = await asyncio.to_thread(
+            LossWeights, evaluated(job.graph), job.training.loss_share, member.plane, job.weights
+        )
     launched, terms = await _submit(job, member)
     state: Literal["finished", "failed", "cancelled"] = "failed"
     reason = "the owner stopped"
@@ -67,7 +73,9 @@ async def train(
         resumed = job.optimizer.states if job.first_step else ()
         await running.driver.prepare(job.weights, optimizer_states=resumed, optimizer_step=job.first_step)
         observer.ready()
-        result = await TrainingLoop(job, terms.graph, running, member, folder, stop, observer, weights).run()
+        result = await TrainingLoop(
+            job, terms.graph, running, member, folder, stop, observer, weights, heldout_weights
+        ).run()
         state, reason = "finished", ""
         return result
     except (asyncio.CancelledError, JobStopped):
@@ -120,6 +128,7 @@ async def _submit(job: TrainingJob, member: OwnerMember) -> tuple[JobLaunched, P
         machines=submit.machines,
         cuts=submit.cuts,
         steps=job.training.steps,
+        microbatches=submit.microbatches,
         # Cuts that the owner chose stay.
         allowed=job.placement.replan and job.placement.cuts is None,
     )

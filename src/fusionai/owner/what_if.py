@@ -68,7 +68,7 @@ def request_of(job: JobConfig) -> Request:
     """Return the request that planners get for a job: the graph is captured and arranged as in training."""
     source = model_folder(job.model, CONFIGURATION_FILES)
     config = configuration(job.model, job.data, _vocabulary(job, source), source)
-    graph = captured_model(job, empty_model(job, config)).graph
+    graph = captured_model(job, empty_model(job, config), evaluation=False).graph
     front, back = 0, len(graph.nodes)
     if job.placement.privacy == "private":
         graph, front, back = arrange_private(graph)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from fusionai.errors import JobError
 from fusionai.graph.cost import stage_cost
+from fusionai.graph.evaluation import face
 from fusionai.graph.model import Sizes
 from fusionai.graph.shared_weights import repeated
 from fusionai.graph.sizes import type_bytes
@@ -33,7 +34,7 @@ def check_round(share: Share, sizes: Sizes, *, train: bool, limit_bytes: int) ->
     need = working = 0
     here = [0] * len(share.subdags)
     for subdag, again in zip(share.subdags, repeated(share.subdags, here), strict=True):
-        cost = stage_cost(subdag, sizes)
+        cost = stage_cost(face(subdag, train), sizes)
         in_flight = share.in_flight.get(subdag.index, 1) if train else 0
         need += cost.training_bytes(in_flight, states) - cost.transient_bytes
         need -= (2 + states) * again.trainable + again.other

@@ -7,6 +7,7 @@ import msgspec
 from fusionai.errors import ProtocolError
 from fusionai.execution.plane import ProgramOptions
 from fusionai.graph.encoding import decode_subdag, encode_subdag
+from fusionai.graph.evaluation import faces
 from fusionai.pool.contacts import Contact
 from fusionai.pool.identifiers import JobEpoch
 from fusionai.training.roster import Roster
@@ -92,7 +93,7 @@ def _check(assignment: Assignment) -> None:
     for subdag in share.subdags:
         if not 0 <= subdag.index < stages or share.in_flight.get(subdag.index, 0) < 1:
             raise ProtocolError(f"the assignment's stage {subdag.index} has no place in its job of {stages} stages")
-        for transfer in (*subdag.receives, *subdag.sends):
+        for transfer in (each for part in faces(subdag) for each in (*part.receives, *part.sends)):
             if not (0 <= transfer.source < stages and 0 <= transfer.target < stages):
                 raise ProtocolError(f"the assignment moves {transfer.value!r} to or from a stage that does not exist")
     if any(not holders for holders in assignment.roster.sums.values()):

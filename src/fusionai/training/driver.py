@@ -16,6 +16,7 @@ from typing import Literal
 
 from fusionai.errors import DataError, JobError, NetworkError, ProtocolError
 from fusionai.execution.plane import Clipping
+from fusionai.graph.evaluation import face
 from fusionai.graph.model import OpDag, Sizes, ValueName
 from fusionai.network.clock import now_s
 from fusionai.network.identity import PeerId
@@ -100,19 +101,25 @@ class Driver:
         """Inputs that are sent to nobody."""
         self._clip = gradient_clip
         self._clipping = clipping
-        self._readers = [
-            (machine.peer, subdag.index, item.name)
-            for machine in machines
-            for subdag in machine.subdags
-            for item in subdag.inputs
-            if item.role != "positions"
-        ]
-        for peer, stage, name in self._readers:
+        self._readers = {
+            train: [
+                (machine.peer, subdag.index, item.name)
+                for machine in machines
+                for subdag in machine.subdags
+                for item in face(subdag, train).inputs
+                if item.role != "positions"
+            ]
+            for train in (True, False)
+        }
+        """By mode, training or evaluation: who is fed what."""
+        for peer, stage, name in (*self._readers[True], *self._readers[False]):
             self._check_may_get(peer, stage, name)
         self._order = tuple(dict.fromkeys(weight.key for weight in graph.weights if weight.trainable))
         self._round = 0
         self._fed_bytes: dict[str, int] = {}
         self._microbatches = 0
+        self._training = True
+        """Whether the round in progress trains."""
         self._longest_s = 0.0
         self._reports: dict[str, RoundReport] = {}
         self._reported = asyncio.Event()
@@ -135,7 +142,8 @@ class Driver:
         if isinstance(message, RoundReport):
             if message.round == self._round and peer not in self._reports:
                 others = {self._wire.me, *(each.peer for each in self.machines)}
-                problem = flaw(message, machine.subdags, self._microbatches, others)
+                stages = [face(subdag, self._training) for subdag in machine.subdags]
+                problem = flaw(message, stages, self._microbatches, others)
                 if problem is not None:
                     self.happened(Misreported(peer, problem))
                     return b""
@@ -208,7 +216,10 @@ class Driver:
         return f" (gradients of {', '.join(names)})" if 0 < len(names) < len(self.machines) else ""
 
     async def evaluate(self, batch: Sequence[Batch], weights: Sequence[float]) -> RoundResult:
-        """Return the loss on held-out microbatches, weighed as in `train_step`; changes nothing."""
+        """Return the loss on held-out microbatches, weighed as in `train_step`.
+
+        Only buffers change that the model writes to in evaluation mode.
+        """
         result = await self._run_round(0, batch, weights, train=False)
         self._at_rest = True
         return result
@@ -224,12 +235,12 @@ class Driver:
             raise DataError(f"none of the {len(batch)} microbatches has a share in the loss")
         batch, weights = [microbatch for microbatch, _ in run], [weight for _, weight in run]
         self._reports.clear()
-        self._microbatches = len(batch)
+        self._microbatches, self._training = len(batch), train
         self._fed_bytes.clear()
         begin = BeginRound(self.job, self.epoch, self._round, step, train, sizes, tuple(weights))
         self._at_rest = False
         await self.watch.tell(begin)
-        feeding = asyncio.ensure_future(self._feed(batch))
+        feeding = asyncio.ensure_future(self._feed(batch, train=train))
         try:
             await self.watch.guard(feeding)
             await self.watch.guard(self._all_reported())
@@ -253,10 +264,10 @@ class Driver:
             microbatches=len(batch),
         )
 
-    async def _feed(self, batch: Sequence[Batch]) -> None:
+    async def _feed(self, batch: Sequence[Batch], *, train: bool) -> None:
         """Give every stage the graph inputs that it reads."""
         for index, microbatch in enumerate(batch):
-            for peer, stage, name in self._readers:
+            for peer, stage, name in self._readers[train]:
                 self._check_may_get(peer, stage, name)
                 tensor = microbatch[name]
                 header = Boundary(

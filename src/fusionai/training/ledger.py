@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from fusionai.errors import ProtocolError
+from fusionai.graph.evaluation import face
 from fusionai.graph.model import SubDag, ValueName
 from fusionai.tensor import TensorData
 from fusionai.training.schedule import StageTurns, Turn
@@ -61,7 +62,7 @@ class RoundLedger:
     def __init__(self, subdags: Sequence[SubDag], microbatches: int, in_flight: dict[int, int], *, train: bool) -> None:
         self.microbatches = microbatches
         self.train = train
-        self._needs = {subdag.index: _needs(subdag) for subdag in subdags}
+        self._needs = {subdag.index: _needs(face(subdag, train)) for subdag in subdags}
         if not train:
             self._needs = {stage: _Needs(needs.forward, ()) for stage, needs in self._needs.items()}
         self._turns = {stage: StageTurns(microbatches, in_flight.get(stage, 1), train=train) for stage in self._needs}

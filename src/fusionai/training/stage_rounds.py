@@ -10,6 +10,7 @@ from typing import Any
 
 from fusionai.errors import FusionError, ProtocolError
 from fusionai.execution.program import RoundProgram
+from fusionai.graph.evaluation import face
 from fusionai.graph.model import Transfer, ValueName, WeightKey
 from fusionai.network.clock import now_s
 from fusionai.network.identity import PeerId
@@ -167,7 +168,7 @@ class StageRounds:
         subdag = self._share.subdag(header.target)
         if subdag is None:
             raise ProtocolError(f"stage {header.target} is not on this machine")
-        check_type(subdag, header, tensor, current.sizes)
+        check_type(face(subdag, current.train), header, tensor, current.sizes)
         slot = Slot(header.target, header.index, header.value, header.gradient, header.source)
         self._compute.deliver(slot, tensor, limit_bytes=limit_bytes)
 
@@ -176,8 +177,9 @@ class StageRounds:
     def pass_done(self, current: Round, task: ReadyPass, outputs: dict[ValueName, TensorData]) -> None:
         """Send what a pass gave to the stages that need it."""
         roster = self._roster()
-        subdag = self._share.subdag(task.stage)
-        assert subdag is not None, "the ledger has this share's stages"
+        held = self._share.subdag(task.stage)
+        assert held is not None, "the ledger has this share's stages"
+        subdag = face(held, current.train)
         forward = task.turn.direction == "forward"
         if forward and subdag.loss is not None:
             self._losses[task.turn.index] = _scalar(outputs[subdag.loss])

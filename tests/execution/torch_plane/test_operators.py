@@ -15,10 +15,11 @@ from fusionai.execution.plane import OptimizerConfig
 from fusionai.execution.program import MicrobatchKey
 from fusionai.execution.torch_plane.attention import attention, needs_mask, window_mask
 from fusionai.execution.torch_plane.experts import grouped_matmul
-from fusionai.execution.torch_plane.operators import in_inference, torch_callable
+from fusionai.execution.torch_plane.operators import torch_callable
 from fusionai.execution.torch_plane.optimizers import Optimizer
 from fusionai.execution.torch_plane.randomness import random_seed
 from fusionai.execution.torch_plane.tensors import from_data, to_data
+from fusionai.graph.inference import in_inference
 from fusionai.graph.model import Node, Ref, ValueName, WeightKey
 from fusionai.graph.vocabulary import VOCABULARY
 from fusionai.tensor import ITEM_BYTES, TensorData

@@ -19,13 +19,12 @@ from fusionai.errors import GraphError
 from fusionai.execution.torch_plane.attention import needs_mask, window_mask
 from fusionai.execution.torch_plane.operators import (
     ATTENTION,
-    draws,
-    in_inference,
-    mutated_values,
     shape_callable,
     torch_callable,
 )
 from fusionai.execution.torch_plane.tensors import TORCH_DTYPES
+from fusionai.graph.evaluation import faces
+from fusionai.graph.inference import draws, in_inference, written_values
 from fusionai.graph.model import Argument, Keyword, Node, Ref, Size, Sizes, SubDag, TensorType, ValueName, WeightKey
 from fusionai.graph.sizes import concrete, evaluate
 from fusionai.graph.vocabulary import operator
@@ -69,14 +68,14 @@ class StageFunction:
 
 
 def mutated_keys(subdag: SubDag) -> frozenset[WeightKey]:
-    """Return the keys of the buffers that a stage writes to in training.
+    """Return the keys of the buffers that a stage writes to, in training or in evaluation.
 
     Raises GraphError when an operator writes to anything else: a kept activation must not change.
     """
     buffers = {weight.name: weight.key for weight in subdag.weights if not weight.trainable}
     found = set()
-    for node in subdag.nodes:
-        for value in mutated_values(node):
+    for node in (node for part in faces(subdag) for node in part.nodes):
+        for value in written_values(node):
             if value not in buffers:
                 raise GraphError(f"operator {node.op!r} at {node.name!r} writes to {value!r}, which is no buffer")
             found.add(buffers[value])
@@ -96,7 +95,8 @@ def specialise(
 ) -> StageFunction:
     """Build a stage for `sizes`.
 
-    `mutable` are the buffers that some stage of the program writes to. `linear` stands in for `aten.linear` at the
+    `train`: the operators as they stand; otherwise in inference mode. `mutable` are the buffers that some stage of the
+    program writes to. `linear` stands in for `aten.linear` at the
     nodes named in `deferred`. Raises GraphError for an operator that
     is not in the vocabulary, a missing size, a reference to a value that the stage does not have, or an operator that
     does not give what the sub-DAG says it does.
@@ -161,7 +161,7 @@ class _Builder:
         mutated: set[ValueName] = set()
         for node in remaining:
             self._emit(graph, node, names)
-            mutated |= mutated_values(node)
+            mutated |= written_values(node)
         graph.output(tuple(self._value(names, output, "the stage's outputs") for output in outputs))
         return StageFunction(
             module=fx.GraphModule(torch.nn.Module(), graph),
@@ -226,7 +226,7 @@ class _Builder:
             for node in self._nodes:
                 depends = set(_references(node))
                 operator(node.op).bind(node)  # refuses arguments that do not fit the schema
-                if depends <= self._fixed.keys() and not draws(node) and not mutated_values(node):
+                if depends <= self._fixed.keys() and not draws(node) and not written_values(node):
                     self._run(node)
                 else:
                     self._add_mask(node)

@@ -1,4 +1,4 @@
-"""Operators of the vocabulary as torch callables, in training and in inference mode.
+"""Operators of the vocabulary as torch callables.
 
 An operator is looked up in torch's registry only after the vocabulary has admitted its name: the registry also holds
 operators that a peer must never be able to run.
@@ -16,7 +16,6 @@ from torch import Tensor
 from fusionai.errors import GraphError
 from fusionai.execution.torch_plane.attention import attention
 from fusionai.execution.torch_plane.experts import grouped_matmul
-from fusionai.graph.model import Argument, Node, Ref, ValueName
 from fusionai.graph.vocabulary import operator
 
 ATTENTION = "fusion.attention"
@@ -57,16 +56,6 @@ _SHAPES: Mapping[str, Callable[..., Any]] = {
 }
 """Functions that give the result's type of operators which torch cannot run on tensors without values."""
 
-_INFERENCE: Mapping[str, tuple[str, Argument]] = {
-    "aten.dropout.default": ("train", False),
-    "aten.feature_dropout.default": ("train", False),
-    "aten.alpha_dropout.default": ("train", False),
-    "aten.scaled_dot_product_attention.default": ("dropout_p", 0.0),
-    "aten.batch_norm.default": ("training", False),
-    "aten.instance_norm.default": ("use_input_stats", False),
-}
-"""The argument that puts an operator into inference mode, and its value there."""
-
 
 @cache
 def torch_callable(name: str) -> Callable[..., Any]:
@@ -88,46 +77,3 @@ def torch_callable(name: str) -> Callable[..., Any]:
 def shape_callable(name: str) -> Callable[..., Any]:
     """Resolve an operator for tensors without memory. Raises GraphError like `torch_callable`."""
     return _SHAPES.get(name) or torch_callable(name)
-
-
-def mutated_values(node: Node) -> frozenset[ValueName]:
-    """Return the values that a call writes to."""
-    kind = operator(node.op)
-    if not kind.mutates or _is_inference(node):
-        return frozenset()
-    bound = kind.bind(node)
-    found = (bound[name] for name in kind.mutates)
-    return frozenset(item.name for item in found if isinstance(item, Ref))
-
-
-def draws(node: Node) -> bool:
-    """Whether a call's result depends on random numbers."""
-    return operator(node.op).random and not _is_inference(node)
-
-
-def in_inference(node: Node) -> Node | None:
-    """Return the form of a call in inference mode, or None for a call that only serves training.
-
-    Dropout does nothing, normalisation uses the running statistics where the model keeps them, and those stay as
-    they are.
-    """
-    if node.op not in _INFERENCE:
-        return None if mutated_values(node) else node
-    kind = operator(node.op)
-    if kind.mutates and not mutated_values(node):
-        return node  # a normalisation without running statistics
-    name, value = _INFERENCE[node.op]
-    positions = [parameter.name for parameter in kind.parameters if not parameter.keyword_only]
-    position = positions.index(name)
-    if position < len(node.args):
-        args, kwargs = (*node.args[:position], value, *node.args[position + 1 :]), node.kwargs
-    else:
-        args, kwargs = node.args, {**node.kwargs, name: value}
-    return Node(node.name, node.op, args, kwargs, node.outputs, node.scope)
-
-
-def _is_inference(node: Node) -> bool:
-    if node.op not in _INFERENCE:
-        return False
-    name, value = _INFERENCE[node.op]
-    return operator(node.op).bind(node)[name] == value

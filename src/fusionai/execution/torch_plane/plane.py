@@ -20,6 +20,7 @@ from fusionai.execution.torch_plane.calibration import convolution_flops_per_s
 from fusionai.execution.torch_plane.operators import torch_callable
 from fusionai.execution.torch_plane.program import TorchProgram
 from fusionai.graph.abilities import PlaneAbilities
+from fusionai.graph.evaluation import faces
 from fusionai.graph.model import SubDag
 from fusionai.graph.vocabulary import VOCABULARY
 from fusionai.tensor import DType
@@ -75,7 +76,7 @@ class TorchPlane(Plane):
 
     def load(self, subdags: Sequence[SubDag], options: ProgramOptions) -> RoundProgram:
         for subdag in subdags:
-            for name in {node.op for node in subdag.nodes}:
+            for name in {node.op for part in faces(subdag) for node in part.nodes}:
                 torch_callable(name)  # raises GraphError that names the operator
         return TorchProgram(subdags, options)
 

@@ -20,6 +20,7 @@ from fusionai.execution.torch_plane.stage_functions import StageFunctions
 from fusionai.execution.torch_plane.tensors import from_data, storage_address, to_data
 from fusionai.execution.torch_plane.tied import TiedGradientShares
 from fusionai.execution.torch_plane.weights import Weights
+from fusionai.graph.evaluation import face
 from fusionai.graph.model import Sizes, SubDag, ValueName, WeightKey
 from fusionai.tensor import TensorData
 
@@ -132,9 +133,10 @@ class TorchProgram(RoundProgram):
                 if key not in self._buffers_before:
                     self._buffers_before[key] = self._weights.tensors[key].clone()
         outputs = self._functions.run(ready, arguments, stage, microbatch, train)
+        loss = face(subdag, train).loss
         result = {}
         for name, output in zip(function.outputs, outputs, strict=True):
-            result[name] = self._sent(output if name != subdag.loss else output.float())
+            result[name] = self._sent(output if name != loss else output.float())
         if train:
             roots = dict(zip(function.outputs, outputs, strict=True))
             self._kept[stage, microbatch] = _Kept(leaves, roots)

@@ -20,6 +20,7 @@ from fusionai.execution.torch_plane.randomness import random_seed, seeded
 from fusionai.execution.torch_plane.tied import TiedGradientShares
 from fusionai.execution.torch_plane.weights import Weights
 from fusionai.graph.dependencies import deferrable, reads
+from fusionai.graph.evaluation import face
 from fusionai.graph.model import Sizes, SubDag, WeightKey
 
 _FUNCTIONS_KEPT = 8
@@ -76,12 +77,13 @@ class StageFunctions:
         key = (subdag.index, train, *sorted(sizes.items()))
         ready = self._functions.get(key)
         if ready is None:
+            part = face(subdag, train)
             function = specialise(
-                subdag,
+                part,
                 sizes,
                 self._weights.tensors,
                 mutable=self._mutable,
-                train=train,
+                train=train or part is not subdag,  # what was captured for evaluation runs as it stands
                 device=self._device,
                 deferred=self._deferred_calls(subdag) if train else frozenset(),
                 linear=self._linear,

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
 
 from fusionai.errors import GraphError
 from fusionai.graph.capture.inputs import ExampleInput
 from fusionai.graph.capture.listing import Listing, node_reads, rewrite_values
 from fusionai.graph.capture.state import ModuleState, value_name
-from fusionai.graph.model import Input, Node, OpDag, ValueName, Weight
+from fusionai.graph.evaluation_places import placed
+from fusionai.graph.model import EvaluationGraph, Input, Node, OpDag, TensorType, ValueName, Weight, WeightKey
 from fusionai.graph.vocabulary import VOCABULARY, VOCABULARY_VERSION, operator
 
 ATTENTION = "fusion.attention"
@@ -40,14 +44,70 @@ def check_operators(listing: Listing) -> None:
         raise GraphError(f"{place} uses an operator that FusionAI does not have{more}: {error}") from None
 
 
-def assemble(name: str, listing: Listing, inputs: Sequence[ExampleInput], state: ModuleState) -> OpDag:
-    """Return the OP-DAG of a listing: only used values, canonical names, attentions numbered in order."""
-    read = {each for node in listing.nodes for each in node_reads(node)}
-    weights = _weights(listing, state, read)
+def assemble(
+    name: str,
+    listing: Listing,
+    inputs: Sequence[ExampleInput],
+    state: ModuleState,
+    evaluation: Listing | None = None,
+) -> OpDag:
+    """Return the OP-DAG of a listing: only used values, canonical names, attentions numbered in order.
+
+    With `evaluation`, the listing of the module in evaluation mode, the OP-DAG has an evaluation graph.
+    """
+    if evaluation is not None and evaluation.symbols != listing.symbols:
+        raise GraphError(
+            "the sizes that may change are others in evaluation than in training; leave axes out of dynamic={...}"
+        )
+    listings = [listing] if evaluation is None else [listing, evaluation]
+    reads = [{each for node in part.nodes for each in node_reads(node)} for part in listings]
+    weights = _weights(listings, state, set().union(*reads))
     definers = {source for source, _ in listing.symbols.values()}
-    kept = [item for item in inputs if item.name in read | definers]
+    kept = [item for item in inputs if item.name in definers.union(*reads)]
     names = {ValueName(item.name): ValueName(item.name) for item in kept}
     names |= _weight_names(weights, set(names))
+    parts = [_named(part, names) for part in listings]
+    known = [
+        Weight(names[each.name], each.key, each.type, each.kind, each.trainable, each.aliases)
+        for each in weights
+        if each.name in reads[0]
+    ]
+    graph = OpDag(
+        vocabulary=VOCABULARY_VERSION,
+        name=name,
+        symbols=listing.symbols,
+        inputs=tuple(
+            Input(ValueName(item.name), listing.types[ValueName(item.name)], item.role, item.private) for item in kept
+        ),
+        weights=tuple(known),
+        nodes=parts[0].nodes,
+        types=parts[0].types,
+        loss=parts[0].loss,
+    )
+    if evaluation is None:
+        return graph
+    further = tuple(
+        # No gradient reaches it, and as in torch no optimizer changes it.
+        Weight(names[each.name], each.key, each.type, each.kind, False, each.aliases)
+        for each in weights
+        if each.name not in reads[0]
+    )
+    own = EvaluationGraph(further, parts[1].nodes, (0,) * len(parts[1].nodes), parts[1].types, parts[1].loss)
+    return msgspec.structs.replace(graph, evaluation=placed(graph, own))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The operators of one listing with canonical names."""
+
+    nodes: tuple[Node, ...]
+    types: dict[ValueName, TensorType]
+    loss: ValueName
+
+
+def _named(listing: Listing, outside: Mapping[ValueName, ValueName]) -> _Part:
+    """Return a listing's operators with canonical names; `outside` are the names of inputs and weights."""
+    names = dict(outside)
     taken = set(names.values())
     nodes, attentions = [], 0
     counts: Counter[str] = Counter()
@@ -68,26 +128,15 @@ def assemble(name: str, listing: Listing, inputs: Sequence[ExampleInput], state:
             attentions += 1
         outputs = tuple(names[output] for output in node.outputs)
         nodes.append(Node(own, node.op, args, moved.kwargs, outputs, node.scope))
-    return OpDag(
-        vocabulary=VOCABULARY_VERSION,
-        name=name,
-        symbols=listing.symbols,
-        inputs=tuple(
-            Input(ValueName(item.name), listing.types[ValueName(item.name)], item.role, item.private) for item in kept
-        ),
-        weights=tuple(
-            Weight(names[each.name], each.key, each.type, each.kind, each.trainable, each.aliases) for each in weights
-        ),
-        nodes=tuple(nodes),
-        types={names[output]: listing.types[output] for node in listing.nodes for output in node.outputs},
-        loss=names[listing.loss],
-    )
+    types = {names[output]: listing.types[output] for node in listing.nodes for output in node.outputs}
+    return _Part(tuple(nodes), types, names[listing.loss])
 
 
-def _weights(listing: Listing, state: ModuleState, read: set[ValueName]) -> list[Weight]:
+def _weights(listings: Sequence[Listing], state: ModuleState, read: set[ValueName]) -> list[Weight]:
     rank = state.rank()
+    mutated = set[WeightKey]().union(*(listing.mutated for listing in listings))
     return [
-        state.weight(key, mutated=key in listing.mutated)
+        state.weight(key, mutated=key in mutated)
         for key in sorted(state.entries, key=rank.__getitem__)
         if value_name(key) in read
     ]

@@ -11,11 +11,13 @@ import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusionai.errors import GraphError
 from fusionai.graph.capture.call_state import Change
-from fusionai.graph.capture.layer_classes import on_fake_tensors
+from fusionai.graph.capture.layer_classes import as_if_exporting
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +59,19 @@ def set_before_read(
     """
     first: dict[tuple[int, str], bool] = {}
     try:
-        with _watched(modules, attributes, first), on_fake_tensors():
+        with _watched(modules, attributes, first), _on_fake_tensors():
             run()
     except Exception:
         log.debug("no run on fake tensors; every attribute counts as read", exc_info=True)
         return frozenset()
     return frozenset((path, name) for path, name in attributes if first.get((id(modules[path]), name)))
+
+
+@contextmanager
+def _on_fake_tensors() -> Iterator[None]:
+    """Have what is called run as in a trace, on tensors without values, so that nothing is computed."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), as_if_exporting():
+        yield
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fusionai.graph.capture.state import ModuleState
@@ -34,7 +33,7 @@ def layer_classes(
 ) -> dict[str, list[Hashable]]:
     """Return a class for each layer of each list, by the list's path; lists with irregular layers are left out.
 
-    `run` calls the module that holds the lists on example inputs; it is called once, with fake tensors.
+    `run` calls the module that holds the lists on example inputs without data; it is called once.
     """
     calls = _watch_calls(lists, run)
     if calls is None:
@@ -158,7 +157,7 @@ def _watch_calls(lists: Mapping[str, Layers], run: Callable[[], object]) -> dict
             for number, layer in enumerate(layers):
                 _attach(hooks, layer, number, watched[path], alive)
         try:
-            with on_fake_tensors():
+            with torch.no_grad(), as_if_exporting():
                 run()
         except Exception:
             log.debug("no run on fake tensors; blocks are traced one by one", exc_info=True)
@@ -167,14 +166,7 @@ def _watch_calls(lists: Mapping[str, Layers], run: Callable[[], object]) -> dict
 
 
 @contextmanager
-def on_fake_tensors() -> Iterator[None]:
-    """Have what is called run as in a trace, on tensors without values, so that nothing is computed."""
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _as_if_exporting():
-        yield
-
-
-@contextmanager
-def _as_if_exporting() -> Iterator[None]:
+def as_if_exporting() -> Iterator[None]:
     """Tell models that they are being traced, so that they take the same path as in the trace."""
     flags = ("_is_compiling_flag", "_is_exporting_flag")
     before = {flag: getattr(torch.compiler, flag, False) for flag in flags}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -22,9 +22,14 @@ from fusionai.graph.capture.inputs import ExampleInput, Role, example_inputs
 from fusionai.graph.capture.kept_state import refuse_kept_state
 from fusionai.graph.capture.listing import Listing
 from fusionai.graph.capture.lowering import lower
+from fusionai.graph.capture.mode_differences import may_differ
+from fusionai.graph.capture.modes import evaluating, training
 from fusionai.graph.capture.repeats import NotRepeatedError, instantiate, repeated_layers, shortened
 from fusionai.graph.capture.state import ModuleState
-from fusionai.graph.capture.tracing import MODULE_PREFIX, LossFunction, LossOf, trace, training
+from fusionai.graph.capture.tracing import MODULE_PREFIX, LossFunction, LossOf, trace
+from fusionai.graph.evaluation import evaluated
+from fusionai.graph.model import OpDag
+from fusionai.graph.structure import structure
 from fusionai.graph.verify import verify
 
 log = logging.getLogger(__name__)
@@ -42,6 +47,7 @@ def capture(
     fixed: Mapping[str, object] | None = None,
     repeats: bool = True,
     validate_values: bool | None = None,
+    evaluation: bool = True,
     tracing: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Captured:
     """Trace a module with its loss into an OP-DAG. Nothing of the module is computed or changed.
@@ -59,28 +65,61 @@ def capture(
     size, and with `validate_values` (by default up to 50 million parameters) the loss computed by the graph is
     compared to the module's own there. `tracing` is entered while the module is traced, and only then.
 
+    With `evaluation`, the graph has an evaluation graph if the module computes something else in evaluation mode than
+    in training mode, apart from operators that have an inference mode, such as dropout. Without, the graph is for
+    training and planning only: its evaluation may be another than the module's.
+
     Raises GraphError when the module cannot become an OP-DAG; the text names the operator or input and the cause.
     """
     started_s = time.perf_counter()
     _refuse_uninitialised(module)
     inputs = example_inputs(_beside(module, example), roles, private, dynamic)
     root = LossOf(module, loss, inputs, fixed or {})
+    title = name or type(module).__name__
     with training(module):
         state = ModuleState.of(module)
-        with tracing():
-            listing = _operators(root, inputs, state, repeats=repeats)
-        graph = assemble(name or type(module).__name__, listing, inputs, state)
-        verify(graph)
-        check_shapes(graph, inputs, state)
         if validate_values is None:
             validate_values = state.parameter_count() <= MOST_PARAMETERS
-        if validate_values and not state.on_meta(weight.key for weight in graph.weights):
-            check_values(graph, root, inputs, state)
+        with tracing():
+            listing = _operators(root, inputs, state, repeats=repeats)
+        graph = assemble(title, listing, inputs, state)
+        verify(graph)
+        _check(graph, root, inputs, state, values=validate_values)
+    arguments = {item.name: item.tensor for item in inputs}
+    if evaluation and may_differ(module, lambda: root(arguments), tracing):
+        with _named_evaluation(title), evaluating(module):
+            with tracing():
+                other = _operators(root, inputs, state, repeats=repeats)
+            alone = assemble(title, other, inputs, state)
+            if not structure(graph, inference=True).computes(structure(alone, inference=False)):
+                graph = assemble(title, listing, inputs, state, other)
+                verify(graph)
+                _check(alone, root, inputs, state, values=validate_values)
     log.info(
-        "captured %s: %d operators, %d weights in %.1f s",
-        graph.name, len(graph.nodes), len(graph.weights), time.perf_counter() - started_s,
+        "captured %s: %d operators%s, %d weights in %.1f s",
+        graph.name, len(graph.nodes), " and others in evaluation" if graph.evaluation else "", len(graph.weights),
+        time.perf_counter() - started_s,
     )  # fmt: skip
-    return Captured(graph, {weight.key: state.entries[weight.key].tensor for weight in graph.weights})
+    return Captured(graph, {weight.key: state.entries[weight.key].tensor for weight in evaluated(graph).weights})
+
+
+def _check(graph: OpDag, root: LossOf, inputs: Sequence[ExampleInput], state: ModuleState, *, values: bool) -> None:
+    """Check a graph against the module in its present mode, at a second size."""
+    check_shapes(graph, inputs, state)
+    if values and not state.on_meta(weight.key for weight in graph.weights):
+        check_values(graph, root, inputs, state)
+
+
+@contextmanager
+def _named_evaluation(name: str) -> Iterator[None]:
+    """Say in errors that they are about evaluation, and what to do."""
+    try:
+        yield
+    except GraphError as error:
+        raise GraphError(
+            f"in evaluation mode {name} cannot be captured, though in training mode it can: {error}. Or train it "
+            "without held-out data"
+        ) from error
 
 
 def _refuse_uninitialised(module: nn.Module) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from fusionai.graph.capture.layer_classes import Layers, layer_classes
 from fusionai.graph.capture.listing import Listing, node_reads, rewrite_values
+from fusionai.graph.capture.modes import without_data
 from fusionai.graph.capture.state import ModuleState, value_name
 from fusionai.graph.model import Argument, Atom, Node, Ref, TensorType, ValueName, WeightKey
 
@@ -58,7 +59,9 @@ def repeated_layers(module: nn.Module, run: Callable[[], object], state: ModuleS
     if not lists:
         return ()
     found = []
-    for path, keys in layer_classes(lists, run, state).items():
+    with without_data(module):
+        classes_of = layer_classes(lists, run, state)
+    for path, keys in classes_of.items():
         numbers: dict[Hashable, int] = {}
         classes = tuple(numbers.setdefault(key, len(numbers)) for key in keys)
         traced = _prefix(classes)

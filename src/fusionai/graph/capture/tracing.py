@@ -102,30 +102,6 @@ def _scalar_loss(output: Any) -> Tensor:
 
 
 @contextmanager
-def training(module: nn.Module) -> Iterator[None]:
-    """Put an evaluating module into training mode, and restore everything about it afterwards.
-
-    A module that is already training is left alone, so submodules that were frozen on purpose stay frozen. Attributes
-    that forward sets while it is traced, such as a cache of masks, are removed: they would hold tensors without data.
-    """
-    tables = ("_parameters", "_buffers", "_modules")
-    before = [
-        (each, dict(vars(each)), {table: dict(vars(each)[table]) for table in tables}) for each in module.modules()
-    ]
-    try:
-        if not module.training:
-            module.train()
-        yield
-    finally:
-        for each, attributes, contents in before:
-            vars(each).clear()
-            vars(each).update(attributes)
-            for table, content in contents.items():
-                attributes[table].clear()
-                attributes[table].update(content)
-
-
-@contextmanager
 def _quiet() -> Iterator[None]:
     """Hide what torch logs and prints to stderr about a failed export. The error says it in a line."""
     levels = [(logger, logger.level) for logger in map(logging.getLogger, _TALKATIVE)]

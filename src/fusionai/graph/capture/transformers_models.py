@@ -17,9 +17,9 @@ from fusionai.graph.capture import trace_operators
 from fusionai.graph.capture.attention_masks import AttentionKind, attention_kind
 from fusionai.graph.capture.captured import Captured
 from fusionai.graph.capture.inputs import Role
+from fusionai.graph.capture.modes import training
 from fusionai.graph.capture.modules import capture
 from fusionai.graph.capture.own_positions import POSITIONS, takes_counted_positions
-from fusionai.graph.capture.tracing import training
 
 IMPLEMENTATION = "fusion_trace"
 """The name of our attention and experts in transformers' registries, during a capture only."""
@@ -40,13 +40,14 @@ def capture_transformers(
     name: str = "",
     repeats: bool = True,
     validate_values: bool | None = None,
+    evaluation: bool = True,
 ) -> Captured:
     """Capture a language model from transformers with its own loss.
 
     Inputs of the graph are `input_ids` and `labels`, int64 (batch, length), and `position_ids` where the model numbers
     its tokens 0..T-1 by itself (see `own_positions`). There is no attention mask: sequences are packed. Labels of -100
     do not count. With task "causal" the model shifts the labels itself; with "masked" a label stands where its token
-    must be guessed.
+    must be guessed. `evaluation` as in `capture`.
 
     Raises GraphError when the model cannot become an OP-DAG.
     """
@@ -70,6 +71,7 @@ def capture_transformers(
         fixed=fixed,
         repeats=repeats,
         validate_values=validate_values,
+        evaluation=evaluation,
         tracing=lambda: _traceable(model),
     )
 
