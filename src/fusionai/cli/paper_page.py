@@ -228,6 +228,12 @@ def _assumptions(found: Headline) -> Iterator[str]:
         "bounds how many stages are of use."
     )
     yield (
+        "- Plans come from a search of this analysis' own (`src/fusionai/simulation/headline/plan_search.py`), not "
+        "from the planner of jobs. That one is for unlike machines, plans training only, and lets each link of a "
+        "machine carry all that it can. Here machines are alike, inference is planned too, and all links of a card "
+        "share its uplink."
+    )
+    yield (
         "- The pipelines of a plan are alike. Where they are cut is searched for, not proven best; a plan of unlike "
         "pipelines may use cards that are left over here."
     )
