@@ -1,7 +1,8 @@
 """A transformers model from a configuration: a small Llama learns to write Python, byte by byte.
 
 Run it with `python examples/train_llama.py`. A private job: token ids, labels and logits stay in this process, and the
-compnodes see the hidden states between. For a tokenizer, packed text and a job file see `jobs/llama.toml`.
+compnodes see the hidden states between, from which they could reconstruct the text. For a tokenizer, packed text and a
+job file see `jobs/llama.toml`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fusionai.scheduling.plan import PRIVATE_LINE
 from fusionai.simulation.forecast.alone import Alone
 from fusionai.simulation.forecast.forecast import USD_PER_KWH, Assumed, Change, Forecast
 from fusionai.simulation.forecast.offload import BUS_BYTES_PER_S
@@ -53,6 +54,8 @@ def sentences(found: Forecast) -> Iterator[str]:
             "other's way through the machines. More of them a step (training.microbatches), more memory to hold them "
             "or fewer machines (placement.compnodes) may help more than a faster one."
         )
+    if found.plan.privacy == "private":
+        yield f"{PRIVATE_LINE.capitalize()}."
     yield from _left_out(found)
     if found.alone:
         yield _alone(found)

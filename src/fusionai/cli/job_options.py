@@ -26,11 +26,18 @@ def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
     )
 
 
+PRIVACY_NOTE = (
+    "A private job (placement.privacy, the default) sends no tokens and no labels to compnodes, but a compnode can "
+    "reconstruct them from what it gets: use machines that you trust, or data that may be read."
+)
+
+
 def add_job_and_pool(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of commands that plan without a pool: a job file, a pool file, and overrides."""
     parser.add_argument("job", type=Path, help="job file (TOML); neither weights nor text are read")
     parser.add_argument("--pool", type=Path, required=True, metavar="POOL", help="pool file (TOML)")
     add_overrides(parser, "training.microbatches=64")
+    parser.epilog = PRIVACY_NOTE
 
 
 def job_and_pool(arguments: argparse.Namespace) -> tuple[JobConfig, WhatIfPool]:

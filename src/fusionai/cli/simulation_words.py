@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fusionai.cli.forecast_words import assumed_line, named
+from fusionai.scheduling.plan import PRIVATE_LINE
 from fusionai.simulation.forecast.simulated_job import SimulatedJob
 from fusionai.units.byte_counts import bytes_text
 from fusionai.units.durations import duration_text, seconds_text
@@ -45,6 +46,8 @@ def sentences(found: SimulatedJob) -> Iterator[str]:
             f"At this pace the job's {job.steps:,} steps take {duration_text(job.elapsed_s)}, {job.energy_kwh:,.3g} "
             f"kWh ({usd_text(job.electricity_usd)} of electricity){rent}, and {bytes_text(job.sent_bytes)} sent."
         )
+    if found.plan.privacy == "private":
+        yield f"{PRIVATE_LINE.capitalize()}."
     if report.unpriced:
         yield f"Without power or price: {named(tuple(found.names.get(each, each) for each in report.unpriced))}."
     if found.unrented:

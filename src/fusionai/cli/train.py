@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fusionai.cli.job_options import add_overrides
+from fusionai.cli.job_options import PRIVACY_NOTE, add_overrides
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
-    parser = subparsers.add_parser("train", help="train the job of a job file on a pool")
+    parser = subparsers.add_parser("train", help="train the job of a job file on a pool", epilog=PRIVACY_NOTE)
     parser.add_argument("job", type=Path, nargs="?", help="job file (TOML); optional with --resume")
     parser.add_argument("--broker", required=True, metavar="TOKEN", help="join token of the pool")
     parser.add_argument("--run", type=Path, help="run folder (default: runs/NAME-DATE)")

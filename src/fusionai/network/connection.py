@@ -109,7 +109,9 @@ class Connection(asyncio.BufferedProtocol, Channel):
         if self._failure is None:
             cause = f"was reset ({exc})" if exc is not None else "was closed by the other side"
             self._failure = PeerLost(f"the connection to {self.peer[:12] or 'the peer'} {cause}")
-        self._decoder.close()  # at once: a peer may have sent most of a large frame
+        # At once: the peer may have sent most of a large frame, and the TLS layer has large buffers of its own.
+        self._decoder.close()
+        self._transport = self._receive = None
         self._gone.set()
         self._greeted.set()
         self._writable.set()

@@ -32,10 +32,6 @@ Any FusionError it raises refuses the peer, whose `connect` raises the same clas
 
 _DUPLICATE_PATIENCE_S = 0.5
 
-_MOST_NOT_ENDED = 8
-"""Most links of one peer that have not ended altogether. A peer that dials again and again faster than its earlier
-links are taken down, each with what it holds, is refused; an honest one has two."""
-
 
 class Endpoint:
     """All links of one node. For one event loop; make it inside that loop.
@@ -206,8 +202,6 @@ class Endpoint:
         if peer == self.peer_id:
             raise ProtocolError("this node dialled itself; its address is listed under another node's name")
         await self._authorise(peer, hello.credential)
-        if len(self._not_gone.get(peer, ())) >= _MOST_NOT_ENDED:
-            raise PeerLost("earlier links of this peer are still being taken down; dial again in a few seconds")
         if self._closing:
             raise PeerLost("the node shuts down")
         present = self.link(peer)

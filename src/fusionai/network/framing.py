@@ -157,6 +157,7 @@ class FrameDecoder:
         self._broken = True
         self._body = None
         self._staging = bytearray()
+        self._admit = None
         self._start = self._end = 0
 
     def _next(self) -> Frame | None:

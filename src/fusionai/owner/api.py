@@ -86,7 +86,8 @@ def train(
         loss_share: what a microbatch counts for in a step. "auto": what the loss says; where that cannot be told, as
             much as any other, and the plan says so. "labels": by its labels that count. "equal": as any other.
         precision: "bf16" computes under autocast; weights stay in fp32.
-        privacy: "private" keeps every operator that touches raw inputs or labels on this machine.
+        privacy: "private" keeps every operator that touches raw inputs or labels on this machine, so these are not
+            sent. A compnode can reconstruct them all the same: use machines that you trust, or data that may be read.
         compnodes: how many to use; 0: as many as serve best.
         cuts: cut positions, or a function from the OP-DAG to one, instead of the planner's.
         machines: names of the only compnodes to use. With `cuts`, they take the shares in this order.

@@ -25,7 +25,7 @@ from fusionai.owner.plan_terms import PlanTerms
 from fusionai.pool.identifiers import Epoch, JobId
 from fusionai.pool.messages import PlanPrepared
 from fusionai.pool.names import check_name
-from fusionai.scheduling.plan import Plan, StagePlan
+from fusionai.scheduling.plan import PRIVATE_LINE, Plan, StagePlan
 from fusionai.training.assignment_parcels import Assignment
 from fusionai.training.reports import printable
 from fusionai.training.roster import tied_holders
@@ -62,6 +62,8 @@ def accepted(terms: PlanTerms, plan: Plan, names: Mapping[str, str], me: PeerId)
     if terms.privacy == "private":
         _check_private(terms, stages, subdags, who)
     lines = tuple(map(printable, plan.explanation[:_MOST_LINES]))
+    if terms.privacy == "private" and PRIVATE_LINE not in lines:
+        lines = (*lines, PRIVATE_LINE)
     return replace(plan, bottleneck=printable(plan.bottleneck), explanation=lines)
 
 

@@ -16,7 +16,7 @@ from fusionai.scheduling.end_of_step import EndOfStep, end_of_step
 from fusionai.scheduling.estimator import training_memory_bytes, update_s
 from fusionai.scheduling.explain import Bottleneck, explanation
 from fusionai.scheduling.links import Indices
-from fusionai.scheduling.plan import PipelinePlan, Plan, StagePlan, StagePrediction
+from fusionai.scheduling.plan import PRIVATE_LINE, PipelinePlan, Plan, StagePlan, StagePrediction
 from fusionai.scheduling.problem import TrainingProblem
 from fusionai.scheduling.stage_costs import TrainedWeights
 from fusionai.scheduling.worked_pipeline import PipelineChoice, WorkedPipeline, as_it_is, needs_bytes, worked_through
@@ -168,6 +168,7 @@ def _plan(found: Evaluated, bound_step_s: float | None, notes: Sequence[str]) ->
                 found.end.seconds,
                 bottleneck,
             ),
+            *([PRIVATE_LINE] if problem.privacy == "private" else []),
             *notes,
         ),
     )

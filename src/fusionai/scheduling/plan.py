@@ -15,6 +15,12 @@ import msgspec
 from fusionai.errors import PlacementError
 from fusionai.graph.model import Sizes
 
+PRIVATE_LINE = (
+    "private: tokens and labels are not sent, but a compnode can reconstruct them; use machines that you trust, or "
+    "data that may be read"
+)
+"""What is said wherever a plan of a private job is shown (docs/guarantees.md has the figures)."""
+
 
 class StagePrediction(msgspec.Struct, frozen=True):
     """What the estimator says of a stage: seconds per microbatch (the update: per step) and bytes."""

@@ -144,7 +144,8 @@ class PlacementConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Which machines run which operators."""
 
     privacy: Literal["private", "open"] = "private"
-    """`private`: every operator that touches raw inputs or labels stays on the owner's machine."""
+    """`private`: every operator that touches raw inputs or labels stays on the owner's machine, so these are not sent.
+    A compnode can reconstruct them all the same (docs/guarantees.md)."""
     compnodes: int = 0
     """How many compnodes to use; 0: as many as serve the job best."""
     cuts: tuple[int, ...] | None = None
