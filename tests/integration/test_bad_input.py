@@ -362,6 +362,57 @@ def test_a_disk_that_refuses_a_checkpoint(here: Here, free_pool: LocalPool, dama
     assert here("generate", damaged, "--prompt", "alpha", "--tokens", "3").succeeded()["text"].startswith("alpha")
 
 
+# --- runs that cannot go on as it is asked ---------------------------------------------------------------------------
+
+
+def contents(run_folder: Path) -> dict[str, bytes]:
+    """Return all files of a run but its lock."""
+    files = (path for path in run_folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(run_folder)): path.read_bytes() for path in files}
+
+
+def test_a_refused_override_leaves_the_run_as_it_was(here: Here, free_pool: LocalPool, damaged: Path) -> None:
+    before = contents(damaged)
+
+    def resumed(*overrides: str) -> Ended:
+        words = [word for override in overrides for word in ("--set", override)]
+        return here("train", "--resume", damaged, "--broker", free_pool.token, "--set", "training.steps=6", *words)
+
+    ended = resumed("data.text=other.txt", "model.config.num_hidden_layers=9")
+    layers = "model.config.num_hidden_layers is 3 in the run and 9 here"
+    remedy = f"begin a new run with the weights of this one and a new optimizer state: model.path = '{newest(damaged)}'"
+    ended.failed(2, "ConfigError", layers, "data.text is", "and 'other.txt' here", remedy)
+    resumed("training.microbatches=3").failed(2, "ConfigError", "is 2 x 2 in the run and 2 x 3 here")
+    resumed("placement.compnodes=99").failed(3, "PlacementError")
+    resumed("placement.machines=['nobody']").failed(3, "PlacementError", "nobody")
+    resumed("training.steps=4").failed(6, "JobError", "has 4 steps done and training.steps is 4: raise training.steps")
+    job = damaged.parent / "other-job.toml"
+    job.write_text((damaged / "job.toml").read_text(encoding="utf-8").replace("seed = 0", "seed = 1"), encoding="utf-8")
+    given = here("train", job, "--resume", damaged, "--broker", free_pool.token, "--set", "training.steps=6")
+    given.failed(2, "ConfigError", "training.seed is 0 in the run and 1 here")
+    here("train", job, "--run", damaged, "--broker", free_pool.token).failed(
+        2, "ConfigError", f"{damaged} holds a run already", f"--resume {damaged}"
+    )
+    assert contents(damaged) == before
+    assert resumed().succeeded()["steps"] == 2
+    assert contents(damaged)["job.toml"] == before["job.toml"].replace(b"steps = 4", b"steps = 6")
+
+
+def test_a_run_whose_text_is_gone(here: Here, free_pool: LocalPool, damaged: Path) -> None:
+    (damaged / "data" / "text.npy").unlink()
+    before = contents(damaged)
+    resume(here, free_pool, damaged).failed(2, "DataError", f"is missing: {damaged / 'data' / 'text.npy'}; put it back")
+    assert contents(damaged) == before
+
+
+def test_a_folder_that_is_no_run(here: Here, damaged: Path) -> None:
+    for wrong in (newest(damaged), newest(damaged).parent, damaged.parent):
+        before = sorted(wrong.iterdir())
+        ended = here("train", "--resume", wrong, "--broker", "unused")
+        ended.failed(2, "ConfigError", str(wrong), "give a run folder" if wrong != newest(damaged) else f"({damaged})")
+        assert sorted(wrong.iterdir()) == before
+
+
 # --- numbers that are none --------------------------------------------------------------------------------------------
 
 

@@ -14,9 +14,10 @@ from models import ConvolutionalNet, image_batch, language_model, token_batch
 from torch import nn
 
 import fusionai
-from fusionai.errors import CheckpointError, JobError
+from fusionai.errors import CheckpointError, ConfigError, JobError
 from fusionai.execution.plane import OptimizerConfig
 from fusionai.owner.local_pool import LocalPool
+from fusionai.owner.run_folder import RunFolder
 from fusionai.owner.training_job import Observer, StepEvent, TrainingResult
 from fusionai.training.checkpoint import CheckpointReader, latest
 from fusionai.training.data.packed import PackedText
@@ -52,16 +53,16 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_same_run(found: Path, expected: Path) -> None:
+def assert_same_run(found: Path, expected: Path, *, within: float = TOLERANCE) -> None:
     """Require that two runs ended at the same weights and optimizer state, by the same losses."""
-    assert dict(losses(found)) == pytest.approx(dict(losses(expected)), rel=TOLERANCE)
+    assert dict(losses(found)) == pytest.approx(dict(losses(expected)), rel=within)
     last = expected / "checkpoints" / f"step-{WHOLE:06d}"
     reference = tensors(last)
     ours = tensors(found / "checkpoints" / last.name)
     assert ours.keys() == reference.keys()
     assert any("::" in name for name in ours), "the optimizer's state is there too"
     for name, tensor in ours.items():
-        assert relative(tensor, reference[name]) <= TOLERANCE, name
+        assert relative(tensor, reference[name]) <= within, name
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,34 @@ def test_a_run_whose_owner_was_killed_goes_on_from_its_last_checkpoint(
     assert after[: len(before)] == before
     assert [step for step, _ in after[len(before) :]] == list(range(done + 1, WHOLE + 1))
     assert_same_run(ours, reference)
+
+
+def test_a_run_goes_on_in_another_folder_with_its_own_text(
+    pool: LocalPool, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Another split of a step has the same sequences. That the source of the text has changed does not matter."""
+    reference, _ = whole
+    first, second, text = tmp_path / "first", tmp_path / "second", tmp_path / "text.txt"
+    job = tiny_job(
+        tmp_path,
+        training={"steps": PART, "checkpoint_every": EVERY},
+        schedule={"kind": "constant"},
+        placement={"compnodes": 2},
+    )
+    run("train", job, "--broker", pool.token, "--run", first, "--json").succeeded()
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    text.write_text("something else altogether\n" * 1000, encoding="utf-8")
+    (second / "data").mkdir(parents=True)
+    (second / "data" / "text.npy").write_bytes(b"what an attempt left that was refused")
+    split = {"steps": WHOLE, "batch_size": 4, "microbatches": 1}
+    more = [word for name, value in split.items() for word in ("--set", f"training.{name}={value}")]
+    into = ["--resume", first, "--run", second]
+    result = run("train", *into, "--broker", pool.token, "--json", *more).succeeded()
+    assert (result["steps"], result["run"]) == (WHOLE - PART, str(second))
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    with (second / "metrics.jsonl").open("ab") as file:
+        file.write((first / "metrics.jsonl").read_bytes())
+    assert_same_run(second, reference, within=1e-5)  # sums over a step's tokens go in another order
 
 
 def test_transformers_opens_a_checkpoint_and_computes_the_same_loss(whole: tuple[Path, dict[str, Any]]) -> None:
@@ -226,19 +255,63 @@ def test_resuming_from_python(
     assert names == ["step-000008", "step-000020"]
 
 
+class Deeper(Dropping):
+    """Has a layer more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle = nn.Linear(16, 16)
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the cross-entropy loss."""
+        hidden = self.middle(torch.relu(self.first(features)))
+        return nn.functional.cross_entropy(self.second(hidden), labels)
+
+
+class Frozen(Dropping):
+    """Trains its second layer only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.requires_grad_(False)
+
+
 def test_what_cannot_be_resumed(pool: LocalPool, tmp_path: Path) -> None:
     def train(module: nn.Module, steps: int, **options: Any) -> None:
         fixed: dict[str, Any] = {"broker": pool.token, "privacy": "open", "run": tmp_path / "run"}
-        fusionai.train(module, feature_batch, steps=steps, **fixed, **options)
+        fusionai.train(module, feature_batch, steps=steps, **{**fixed, **options})
 
     train(Dropping(), 2)
+    train(Deeper(), 1, run=tmp_path / "deeper")
+    train(Frozen(), 1, run=tmp_path / "frozen")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(Dropping(), 2)
     made = tmp_path / "run" / "checkpoints" / "step-000002"
     with pytest.raises(JobError, match=r"has 2 steps done and training\.steps is 2: raise training\.steps"):
         train(Dropping(), 2, resume=tmp_path / "run")
     with pytest.raises(CheckpointError, match=rf"shape \[16, 6\] in {made}, but \[20, 6\] in the model"):
         train(Dropping(20), 4, resume=tmp_path / "run")
     with pytest.raises(CheckpointError, match="nowhere holds no complete checkpoint"):
-        train(Dropping(), 4, resume=tmp_path / "nowhere")
+        train(Dropping(), 4, resume=tmp_path / "nowhere", run=None)
+    assert not (tmp_path / "nowhere").exists()
+    with pytest.raises(CheckpointError, match=rf"{made} is a checkpoint and no run: give .*\({tmp_path / 'run'}\)"):
+        train(Dropping(), 4, resume=made, run=None)
+    with pytest.raises(CheckpointError, match=rf"{made} lacks the weight 'middle\.\w+'"):
+        train(Deeper(), 4, resume=tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"holds the weight 'middle\.\w+', which has no place in the model"):
+        train(Dropping(), 4, resume=tmp_path / "deeper", run=None)
+    with pytest.raises(
+        CheckpointError, match=r"holds the optimizer state 'first\.\w+::exp_avg\w*', for which adamw has no"
+    ):
+        train(Frozen(), 4, resume=tmp_path / "run")
+    with pytest.raises(
+        CheckpointError, match=r"no optimizer state 'first\.\w+::exp_avg\w*'.*or that weight was frozen"
+    ):
+        train(Dropping(), 4, resume=tmp_path / "frozen", run=None)
+    with pytest.raises(CheckpointError, match=r"holds the optimizer state '.*::exp_avg\w*', for which sgd has no use"):
+        train(Dropping(), 4, resume=tmp_path / "run", optimizer=OptimizerConfig(kind="sgd"))
+    with RunFolder(tmp_path / "run"), pytest.raises(ConfigError, match="another owner trains in the run folder"):
+        train(Dropping(), 4, resume=tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"no optimizer state '\w+\.\w+::momentum\w*'"):
         train(Dropping(), 4, resume=tmp_path / "run", optimizer=SGD)
     assert latest(tmp_path / "run") == made
