@@ -53,6 +53,20 @@ def test_heldout_microbatches() -> None:
     assert [batch["x"].dtype for batch in data.heldout()] == ["float32", "float32"]
 
 
+def test_inputs_that_the_model_was_captured_without_are_refused() -> None:
+    first = {"x": torch.ones(2)}
+    data = TensorBatches(
+        lambda step, index: {**first, "mask": torch.ones(2)} if step else first,
+        [{**first, "y": first["x"]}],
+        names=first,
+    )
+    assert data.microbatch(0, 3).keys() == {"x"}
+    with pytest.raises(DataError, match="microbatch 0 of step 2 has the input 'mask', which microbatch 0 of step 0"):
+        data.microbatch(2, 0)
+    with pytest.raises(DataError, match="held-out microbatch 0 has the input 'y'"):
+        data.heldout()
+
+
 @pytest.mark.parametrize(
     ("returned", "message"),
     [

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import masking_utils
 
 from fusionai.errors import GraphError
@@ -35,12 +37,26 @@ def attention_kind(*, mask_function: Callable[..., Any], attention_mask: Any = N
             causal = True
         elif name in ("sliding_window_overlay", "sliding_window_bidirectional_overlay"):
             windows.add(int(cells["sliding_window"]))
-        elif name not in ("bidirectional_mask_function", "packed_sequence_mask_function"):
+        elif name == "packed_sequence_mask_function":
+            _refuse_divided(cells["packed_sequence_mask"])
+        elif name != "bidirectional_mask_function":
             raise GraphError(
                 f"the model's attention uses the mask {name!r}, which fusion.attention cannot express; "
                 "set its attention implementation to 'sdpa' and capture it with capture()"
             )
     return AttentionKind(causal, min(windows, default=0))
+
+
+def _refuse_divided(sequences: Tensor) -> None:
+    """Refuse sequences that positions divide. A trace asks for such a mask always, because it knows no values.
+
+    Where the values are known (see `own_positions`), the mask asks for the division only if there is one.
+    """
+    if not isinstance(sequences, FakeTensor) and not sequences.is_meta and bool((sequences != 0).any()):
+        raise GraphError(
+            "the model divides its sequences wherever its positions do not rise by one, such as at padding, which "
+            "fusion.attention cannot express; set its attention implementation to 'sdpa' and capture it with capture()"
+        )
 
 
 def _parts(function: Callable[..., Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -17,6 +17,8 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusionai.errors import GraphError
+
 log = logging.getLogger(__name__)
 
 POSITIONS = "position_ids"
@@ -28,15 +30,19 @@ _PADDED_EVERY = 5
 """Every such token of the example is padding. Models that derive positions from padding then differ from 0..T-1."""
 
 
-def takes_counted_positions(model: nn.Module, example: Mapping[str, Tensor], fixed: Mapping[str, object]) -> bool:
+def takes_counted_positions(
+    model: nn.Module, example: Mapping[str, Tensor], fixed: Mapping[str, object], *, argument: bool
+) -> bool:
     """Return whether a model computes the same with positions 0..T-1 as without any.
 
     Args:
         model: a language model of transformers, on any device; the meta device too.
         example: `input_ids` and `labels`, int64 (batch, length), without positions.
         fixed: further arguments of the model.
+        argument: whether the model has the argument at all.
 
-    Both calls run without the weights' values: see `_Following`. The answer is False for whatever fails.
+    Both calls run without the weights' values: see `_Following`. The answer is False for whatever fails, except
+    that GraphError of a model that cannot be captured is raised.
     """
     # Of one sequence: a model may make the positions of a single row, for all rows of the batch.
     given = {name: tensor[:1].to("cpu", copy=True) for name, tensor in example.items()}
@@ -48,7 +54,11 @@ def takes_counted_positions(model: nn.Module, example: Mapping[str, Tensor], fix
     try:
         state = _without_weights(model)
         without = _followed(model, state, {**fixed, **given})
+        if not argument:
+            return False
         with_them = _followed(model, state, {**fixed, **given, POSITIONS: counted})
+    except GraphError:
+        raise
     except Exception:
         log.debug("positions stay the model's own: a call without weights failed", exc_info=True)
         return False

@@ -60,7 +60,7 @@ def capture_transformers(
     fixed: dict[str, object] = {"use_cache": False} if task == "causal" else {}
     example = _example(model)
     roles: dict[str, Role] = {}
-    if POSITIONS in arguments and _counts_positions(model, example, fixed):
+    if _counts_positions(model, example, fixed, argument=POSITIONS in arguments):
         example[POSITIONS] = torch.arange(example["input_ids"].shape[1]).expand_as(example["input_ids"]).contiguous()
         roles[POSITIONS] = "positions"
     return capture(
@@ -76,9 +76,11 @@ def capture_transformers(
     )
 
 
-def _counts_positions(model: PreTrainedModel, example: Mapping[str, Tensor], fixed: Mapping[str, object]) -> bool:
+def _counts_positions(
+    model: PreTrainedModel, example: Mapping[str, Tensor], fixed: Mapping[str, object], *, argument: bool
+) -> bool:
     with training(model), _traceable(model):
-        return takes_counted_positions(model, example, fixed)
+        return takes_counted_positions(model, example, fixed, argument=argument)
 
 
 def _example(model: PreTrainedModel) -> dict[str, Tensor]:
