@@ -224,6 +224,12 @@ COUNTED: dict[str, Loss] = {
         (of_tokens(scores, labels)[..., None] * scores.sigmoid() * (labels != 0)[..., None]).sum()
         / ((labels != 0)[..., None].expand_as(scores) * torch.full_like(scores, 0.5)).sum()
     ),
+    "l1, weighed": lambda model, scores, labels: F.l1_loss(
+        scores, probabilities(labels), weight=(labels != 0).float()[..., None].expand_as(scores)
+    ),
+    "mse, weighed": lambda model, scores, labels: F.mse_loss(
+        scores, probabilities(labels), weight=(labels != 0).float()[..., None].expand_as(scores)
+    ),
     "number from a size": masked_mean(lambda loss, mask: loss.sum() / (mask.mean() * mask.numel())),
     "twice": lambda model, scores, labels: (
         entropy(ignore_index=0)(model, scores, labels)
@@ -554,3 +560,17 @@ def test_labels_that_do_not_exist_cannot_be_counted() -> None:
     with pytest.raises(ConfigError, match="no input of int64 labels"):
         loss_shares(found.graph, "labels")
     assert loss_shares(found.graph) == Equal()
+
+
+def test_microbatches_of_one_step_have_one_shape() -> None:
+    _, weights = shares_of(COUNTED, "ignored")
+    batch = joined()
+    parts = [batch, {name: tensor[:1] for name, tensor in batch.items()}]
+    with pytest.raises(DataError, match="the microbatches of step 2 must all have one shape"):
+        weights.weigh([as_data(part) for part in parts], "step 2")
+
+
+def test_the_weight_of_an_l1_loss_is_not_lost_in_the_trace() -> None:
+    """torch itself loses it while it traces. The capture compares the losses of graph and module, at padded labels."""
+    found = capture(Model(COUNTED["l1, weighed"]), parts_of(joined())[1], validate_values=True)
+    assert "aten.l1_loss.default" not in {node.op for node in found.graph.nodes}

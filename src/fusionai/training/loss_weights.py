@@ -8,6 +8,7 @@ of labels that count, from the step's inputs. They are counted on the owner's ma
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -33,7 +34,7 @@ larger tolerance lets a penalty on weights count for more or less than it should
 
 
 class LossWeights:
-    """Weighs the microbatches of steps and evaluations. `weigh` may run in any thread, one call at a time."""
+    """Weighs the microbatches of steps and evaluations."""
 
     def __init__(self, graph: OpDag, choice: LossShare, plane: Plane, weights: WeightSource) -> None:
         """Find out from the graph how to weigh, and prepare the counting. Blocks for milliseconds.
@@ -49,6 +50,8 @@ class LossWeights:
         self._graph = graph
         self._shares = loss_shares(graph, choice)
         self._choice = choice
+        self._counting = threading.Lock()
+        """A program takes one call at a time, and a step is prepared while another one is evaluated."""
         self._program = None if not isinstance(self._shares, Counted) else _program(self._shares, plane, weights)
 
     @property
@@ -64,6 +67,8 @@ class LossWeights:
     def weigh(self, batch: Sequence[Batch], what: str) -> tuple[float, ...]:
         """Return the shares of microbatches. The loss of a microbatch with share 0 must not be looked at.
 
+        Blocks; any thread may call it.
+
         Args:
             batch: all microbatches of a step, of one shape.
             what: names them in errors, such as "step 5".
@@ -75,7 +80,8 @@ class LossWeights:
         if isinstance(self._shares, Equal):
             return (1.0 / len(batch),) * len(batch)
         assert self._program is not None
-        return _Weighing(self._graph, self._shares, self._program, batch, what).weights()
+        with self._counting:
+            return _Weighing(self._graph, self._shares, self._program, batch, what).weights()
 
 
 class _Weighing:
@@ -87,6 +93,8 @@ class _Weighing:
         self._count = len(batch)
         self._what = what
         sizes = sizes_of(graph, batch[0])
+        if any(sizes_of(graph, microbatch) != sizes for microbatch in batch[1:]):
+            raise DataError(f"the microbatches of {what} must all have one shape")
         self._parts = [self._counted(microbatch, sizes, index) for index, microbatch in enumerate(batch)]
         self._whole = self._merged(sizes)
 
@@ -114,9 +122,10 @@ class _Weighing:
     def _divisor(self, name: ValueName) -> float:
         value = float(self._whole[name].item())
         if not math.isfinite(value) or value == 0:
+            what = "nothing counts in the loss" if value == 0 else "it cannot be told what counts in the loss"
             raise DataError(
-                f"nothing counts in the loss of {self._what}: what the loss divides by is {value:g} over all "
-                f"{self._count} microbatches; leave such batches out, or make steps of more microbatches"
+                f"{what} of {self._what}: what the loss divides by is {value:g} over all {self._count} microbatches; "
+                "leave such batches out, or make steps of more microbatches"
             )
         return value
 

@@ -18,6 +18,7 @@ from fusionai.errors import GraphError
 from fusionai.graph.capture.assigned_buffers import tensor_memory, write_back
 from fusionai.graph.capture.call_state import CallChanges, Snapshot
 from fusionai.graph.capture.inputs import ExampleInput
+from fusionai.graph.capture.lost_arguments import keeping_arguments
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def trace(root: LossOf, inputs: Sequence[ExampleInput]) -> ExportedProgram:
     arguments = {item.name: item.tensor for item in inputs}
     axes = {item.name: dict.fromkeys(item.axes, Dim.DYNAMIC) for item in inputs}
     try:
-        with _quiet():
+        with _quiet(), keeping_arguments():
             return torch.export.export(root, (arguments,), dynamic_shapes=(axes,), strict=False)
     except GraphError:
         raise
