@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from fusionai.graph.capture.layer_classes import Layers, layer_classes
 from fusionai.graph.capture.listing import Listing, node_reads, rewrite_values
@@ -57,8 +57,10 @@ def repeated_layers(module: nn.Module, run: Callable[[], object], state: ModuleS
                 lists[path] = each
     if not lists:
         return ()
+    with _copied_buffers(module):
+        classified = layer_classes(lists, run, state)
     found = []
-    for path, keys in layer_classes(lists, run, state).items():
+    for path, keys in classified.items():
         numbers: dict[Hashable, int] = {}
         classes = tuple(numbers.setdefault(key, len(numbers)) for key in keys)
         traced = _prefix(classes)
@@ -66,6 +68,23 @@ def repeated_layers(module: nn.Module, run: Callable[[], object], state: ModuleS
             holder = module.get_submodule(path.rpartition(".")[0])
             found.append(RepeatedLayers(path, holder, lists[path], classes, traced))
     return tuple(found)
+
+
+@contextmanager
+def _copied_buffers(module: nn.Module) -> Iterator[None]:
+    """Let a module write to copies of its buffers: a run on fake tensors changes real ones that hold one number."""
+    held = [(each, dict(each._buffers)) for each in module.modules()]
+    copies: dict[int, Tensor] = {}
+    try:
+        for each, buffers in held:
+            for name, tensor in buffers.items():
+                if tensor is not None:
+                    each._buffers[name] = copies.setdefault(id(tensor), tensor.detach().clone())
+        yield
+    finally:
+        for each, buffers in held:
+            each._buffers.clear()
+            each._buffers.update(buffers)
 
 
 def _prefix(classes: Sequence[int]) -> int | None:
