@@ -20,6 +20,7 @@ from fusionai.graph.capture.lowering import lower
 from fusionai.graph.capture.repeats import NotRepeatedError, instantiate, repeated_layers, shortened
 from fusionai.graph.capture.state import ModuleState
 from fusionai.graph.capture.tracing import LossFunction, LossOf, trace, training
+from fusionai.graph.capture.unseen import refuse_gradient_hooks, refusing_unseen
 from fusionai.graph.verify import verify
 
 log = logging.getLogger(__name__)
@@ -59,9 +60,10 @@ def capture(
     started_s = time.perf_counter()
     inputs = example_inputs(_beside(module, example), roles, private, dynamic)
     root = LossOf(module, loss, inputs, fixed or {})
+    refuse_gradient_hooks(module)
     with training(module):
         state = ModuleState.of(module)
-        with tracing():
+        with tracing(), refusing_unseen(type(module).__name__):
             listing = _operators(root, inputs, state, repeats=repeats)
         graph = assemble(name or type(module).__name__, listing, inputs, state)
         verify(graph)
