@@ -101,11 +101,16 @@ def test_every_folder_has_a_place() -> None:
 
 
 def test_only_execution_touches_autograd_and_devices() -> None:
-    """Capture needs torch.export and fake tensors; nothing but execution differentiates or moves tensors."""
+    """Capture needs torch.export and fake tensors; nothing but execution differentiates or moves tensors.
+
+    Only `unseen` names torch.autograd, to refuse modules that have their own backward passes.
+    """
     for path in FILES:
         if folder(path) == "execution":
             continue
         text = path.read_text(encoding="utf-8")
+        if path.name == "unseen.py":
+            text = text.replace("torch.autograd.Function", "")
         for forbidden in ("torch.autograd", ".backward(", "torch.cuda", "torch.backends", 'device="cuda'):
             if forbidden == ".backward(" and "program.backward(" in text:
                 text = text.replace("program.backward(", "")

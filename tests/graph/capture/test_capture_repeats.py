@@ -162,3 +162,34 @@ def test_alternating_layers(traced: list[int]) -> None:
         if number % 3 == 2:
             layer.norm = nn.Identity()
     assert both(net, traced) == (True, 1)
+
+
+class Counting(nn.Module):
+    """Layers whose list is long enough, beside numbers that forward counts up in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("seen", torch.zeros(1))
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(6)])
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        self.seen.add_(1)
+        hidden = self.norm(x)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return functional.cross_entropy(hidden, labels)
+
+
+def test_a_capture_changes_no_buffer(traced: list[int]) -> None:
+    """The first run finds out how layers are called. It went over the real buffers, and counted one batch too many."""
+    net = Counting()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    held = dict(net.named_buffers())
+    example = {"x": torch.randn(4, 4), "labels": torch.tensor([0, 1, 2, 3])}
+    graph = capture(net, example).graph
+    assert min(traced) < len(list(net.modules()))
+    assert {"norm.num_batches_tracked", "seen"} <= {weight.key for weight in graph.weights}
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(tensor is held[name] for name, tensor in net.named_buffers())

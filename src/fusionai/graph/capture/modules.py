@@ -27,6 +27,7 @@ from fusionai.graph.capture.modes import evaluating, training
 from fusionai.graph.capture.repeats import NotRepeatedError, instantiate, repeated_layers, shortened
 from fusionai.graph.capture.state import ModuleState
 from fusionai.graph.capture.tracing import MODULE_PREFIX, LossFunction, LossOf, trace
+from fusionai.graph.capture.unseen import refuse_gradient_hooks, refusing_unseen
 from fusionai.graph.evaluation import evaluated
 from fusionai.graph.model import OpDag
 from fusionai.graph.structure import structure
@@ -75,12 +76,13 @@ def capture(
     _refuse_uninitialised(module)
     inputs = example_inputs(_beside(module, example), roles, private, dynamic)
     root = LossOf(module, loss, inputs, fixed or {})
+    refuse_gradient_hooks(module)
     title = name or type(module).__name__
     with training(module):
         state = ModuleState.of(module)
         if validate_values is None:
             validate_values = state.parameter_count() <= MOST_PARAMETERS
-        with tracing():
+        with tracing(), refusing_unseen(type(module).__name__):
             listing = _operators(root, inputs, state, repeats=repeats)
         graph = assemble(title, listing, inputs, state)
         verify(graph)
@@ -88,7 +90,7 @@ def capture(
     arguments = {item.name: item.tensor for item in inputs}
     if evaluation and may_differ(module, lambda: root(arguments), tracing):
         with _named_evaluation(title), evaluating(module):
-            with tracing():
+            with tracing(), refusing_unseen(type(module).__name__):
                 other = _operators(root, inputs, state, repeats=repeats)
             alone = assemble(title, other, inputs, state)
             if not structure(graph, inference=True).computes(structure(alone, inference=False)):
