@@ -86,7 +86,8 @@ def without_data(module: nn.Module) -> Iterator[None]:
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, ExitStack() as restore:
         for each in module.modules():
-            for table in (each._parameters, each._buffers):
+            tables: list[dict[str, Any]] = [each._parameters, each._buffers]
+            for table in tables:
                 restore.callback(table.update, dict(table))
                 for name, tensor in list(table.items()):
                     with suppress(UnsupportedFakeTensorException):  # sparse tensors, for example
