@@ -416,7 +416,10 @@ def test_a_folder_that_is_no_run(here: Here, damaged: Path) -> None:
 # --- numbers that are none --------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_turns_nan(free_pool: LocalPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_loss_that_turns_nan(free_pool: LocalPool, tmp_path: Path, every: int) -> None:
+    """The state before it is kept, whether a checkpoint was due or not."""
+
     def batch(step: int, index: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(10 * step + index)
         features = torch.randn(4, 8, generator=generator)
@@ -425,7 +428,7 @@ def test_a_loss_that_turns_nan(free_pool: LocalPool, tmp_path: Path) -> None:
         return {"features": features, "labels": torch.ones(4, 8)}
 
     def train(steps: int, folder: str) -> None:
-        fixed: dict[str, Any] = {"privacy": "open", "compnodes": 2, "microbatches": 2, "checkpoint_every": 1}
+        fixed: dict[str, Any] = {"privacy": "open", "compnodes": 2, "microbatches": 2, "checkpoint_every": every}
         fusionai.train(Plain(), batch, broker=free_pool.token, steps=steps, run=tmp_path / folder, **fixed)
 
     with pytest.raises(JobError, match="the loss is nan at step 4; the step was not applied") as caught:

@@ -312,6 +312,11 @@ def test_what_cannot_be_resumed(pool: LocalPool, tmp_path: Path) -> None:
         train(Dropping(), 4, resume=tmp_path / "run", optimizer=OptimizerConfig(kind="sgd"))
     with RunFolder(tmp_path / "run"), pytest.raises(ConfigError, match="another owner trains in the run folder"):
         train(Dropping(), 4, resume=tmp_path / "run")
+    (tmp_path / "deeper" / "job.toml").write_text('name = "x"\n[model]\npath = "y"\n', encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match="deeper was made from a job file: go on with it by `fusionai train --resume`"
+    ):
+        train(Deeper(), 4, resume=tmp_path / "deeper", run=None)
     with pytest.raises(CheckpointError, match=r"no optimizer state '\w+\.\w+::momentum\w*'"):
         train(Dropping(), 4, resume=tmp_path / "run", optimizer=SGD)
     assert latest(tmp_path / "run") == made

@@ -51,7 +51,8 @@ def test_a_folder_that_holds_a_run_takes_no_other(tmp_path: Path, found: str) ->
     run = tmp_path / "run"
     (run / found).mkdir(parents=True)
     before = sorted(run.rglob("*"))
-    with pytest.raises(ConfigError, match=f"holds a run already .*go on with that run by --resume {run}, or give"):
+    remedy = f"go on with that run by --resume {run}, or give" if "step" in found else "and no checkpoint: give --run"
+    with pytest.raises(ConfigError, match=f"holds a run already.*{remedy}"):
         open_run(run, None, name="t")
     with pytest.raises(ConfigError, match="holds a run already"):
         open_run(run, tmp_path / "old", name="t")

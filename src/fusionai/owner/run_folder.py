@@ -160,11 +160,16 @@ def open_run(run: Path | None, resume: Path | None, *, name: str) -> RunFolder:
 def _refuse_a_run(path: Path) -> None:
     """Raise ConfigError when a folder holds a run, or a file that a run would replace."""
     found = [name for name in (JOB_FILE, _METRICS) if (path / name).exists()]
-    found += sorted(each.name for each in path.glob("checkpoints/step-*"))
+    checkpoints = sorted(each.name for each in path.glob("checkpoints/step-*"))
+    if checkpoints:
+        raise ConfigError(
+            f"the run folder {path} holds a run already ({checkpoints[-1]}): go on with that run by --resume {path}, "
+            "or give --run another folder"
+        )
     if found:
         raise ConfigError(
-            f"the run folder {path} holds a run already ({found[0]}): go on with that run by --resume {path}, or give "
-            "--run another folder"
+            f"the run folder {path} holds a run already, or a file that a run would replace ({found[0]}), and no "
+            "checkpoint: give --run another folder, or delete what is in this one"
         )
 
 
