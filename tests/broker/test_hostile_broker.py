@@ -332,6 +332,8 @@ def test_a_new_plan_that_shows_private_data_ends_the_job(
     text, steps = refused(tmp_path, wiretap, compnodes=1)
     assert "stage 0 (operators 0 to 2) would run on" in text
     assert 1 <= len(steps.losses) < 4, "it trained by the plan before"
+    for order in ("train.inherit_weights", "train.hand_over_weights"):
+        assert order.encode() not in wiretap.sent, "no weight was to go by it either"
     assert wiretap.found() == set()
 
 

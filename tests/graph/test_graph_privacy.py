@@ -14,7 +14,7 @@ from fusionai.graph.capture import capture
 from fusionai.graph.cuts import cut
 from fusionai.graph.dependencies import reads
 from fusionai.graph.model import OpDag, SubDag
-from fusionai.graph.privacy import arrange_private
+from fusionai.graph.privacy import arrange_private, raw_values
 from fusionai.graph.verify import verify
 from fusionai.tensor import FLOATING
 
@@ -165,3 +165,128 @@ def test_stages_for_others_read_no_private_value() -> None:
         assert not (touched and front <= place < back)
         if touched:
             shown |= {output for output in node.outputs if arranged.types[output].dtype not in FLOATING}
+
+
+# --- frozen weights, and weights that are made of others --------------------------------------------------------------
+
+
+def frozen(model: nn.Module, *trained: str) -> nn.Module:
+    """Freeze all weights but those whose names contain one of these."""
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(any(each in name for each in trained))
+    return model
+
+
+@pytest.mark.parametrize("trained", [("second", "head"), ("first", "second"), ("second",), ("head",)])
+def test_frozen_weights_hide_and_weigh_as_much(trained: tuple[str, ...]) -> None:
+    whole = arrange_private(graph_of(Model()))
+    partly = arrange_private(graph_of(frozen(Model(), *trained)))
+    assert partly[1:] == whole[1:]
+    assert [node.op for node in partly[0].nodes] == [node.op for node in whole[0].nodes]
+
+
+def test_buffers_do_not_hide_their_input() -> None:
+    """A fixed projection may be anything: a filter bank, a permutation, the identity."""
+
+    class Projected(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("filters", torch.eye(8))
+
+        def enter(self, data: Tensor) -> Tensor:
+            return nn.functional.linear(data, self.get_buffer("filters"))
+
+    front, _ = names(graph_of(Projected()))
+    assert front == ["linear", "linear"]
+
+
+class Encoded(Model):
+    """A learned shift that does not depend on the data."""
+
+    def enter(self, data: Tensor) -> Tensor:
+        return data + torch.exp(self.scale)
+
+
+def test_what_is_mixed_with_weights_alone_is_still_raw() -> None:
+    front, _ = names(graph_of(Encoded()))
+    assert front == ["exp", "add", "linear"]
+
+
+class Penalised(Model):
+    """Every weight is penalised in the loss."""
+
+    def leave(self, hidden: Tensor, data: Tensor, labels: Tensor) -> Tensor:
+        penalty = sum((weight.square().sum() for weight in self.parameters()), torch.zeros(()))
+        return super().leave(hidden, data, labels) + 1e-3 * penalty
+
+
+def held_by(graph: OpDag) -> tuple[set[str], set[str]]:
+    """Return the trained weights of the owner's stages, and those of compnodes."""
+    arranged, front, back = arrange_private(graph)
+    first, middle, last = cut(arranged, [front, back])
+    keys = [{weight.key for weight in stage.weights if weight.trainable} for stage in (first, middle, last)]
+    return set(keys[0] | keys[2]), set(keys[1])
+
+
+def test_penalties_on_weights_do_not_bring_them_to_others() -> None:
+    owner, others = held_by(graph_of(Penalised()))
+    assert {"first.weight", "head.weight", "head.bias"} <= owner
+    assert "second.weight" in others
+    assert not owner & others
+
+
+class MergedHead(Model):
+    """The head's weight is made of two, before the data comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.ones(4, 2)), nn.Parameter(torch.ones(2, 16))
+
+    def leave(self, hidden: Tensor, data: Tensor, labels: Tensor) -> Tensor:
+        logits = nn.functional.linear(hidden, self.head.weight + self.up @ self.down, self.head.bias)
+        return nn.functional.cross_entropy(logits, labels)
+
+
+def test_what_the_heads_weight_is_made_of_stays() -> None:
+    owner, others = held_by(graph_of(MergedHead()))
+    assert {"head.weight", "up", "down"} <= owner
+    assert not owner & others
+
+
+class Shared(Model):
+    """The head uses a weight of the middle too."""
+
+    def leave(self, hidden: Tensor, data: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(nn.functional.linear(hidden, self.second.weight), labels)
+
+
+class SharedThroughAProduct(Model):
+    """The head's weight is made of one of the middle."""
+
+    def leave(self, hidden: Tensor, data: Tensor, labels: Tensor) -> Tensor:
+        weight = self.head.weight @ self.second.weight
+        return nn.functional.cross_entropy(nn.functional.linear(hidden, weight), labels)
+
+
+@pytest.mark.parametrize("kind", [Shared, SharedThroughAProduct])
+def test_a_weight_whose_gradient_would_show_the_labels_is_refused(kind: type[Model]) -> None:
+    """Compnodes that train the same weight would get the owner's gradient of it."""
+    with pytest.raises(
+        GraphError, match=r"'second\.weight' .* trained by operators that read raw data or are the head"
+    ):
+        arrange_private(graph_of(kind()))
+    arrange_private(graph_of(frozen(kind(), "first", "head")))
+
+
+def test_the_values_that_show_raw_data() -> None:
+    graph = llama_graph(layers=2)
+    raw = raw_values(graph)
+    assert {item.name for item in graph.inputs if item.private} <= raw
+    assert graph.loss in raw
+    arranged, front, back = arrange_private(graph)
+    assert raw_values(arranged) == raw
+    first, *others, last = cut(arranged, [front, (front + back) // 2, back])
+    for stage in others:
+        assert not raw & {each.value for each in stage.receives}
+        assert not raw & {item.name for item in stage.inputs}
+    assert raw & {item.name for item in (*first.inputs, *last.inputs)}

@@ -172,7 +172,7 @@ def _check_key(peer: str, what: str) -> None:
     try:
         public_key_bytes(peer)
     except ProtocolError as error:
-        raise _refused(f"{what} is {printable(peer)[:12]!r}'s, which is no key of a machine") from error
+        raise _refused(f"{what} belongs to {printable(peer)[:12]!r}, which is no key of a machine") from error
 
 
 def _check_as_submitted(terms: PlanTerms, plan: Plan, me: PeerId) -> None:
