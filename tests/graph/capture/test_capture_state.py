@@ -164,6 +164,23 @@ def normalised_twice(self: Net, x: Tensor) -> Tensor:
     return self.norm(self.norm(x))
 
 
+def statistics_taken_over(self: Net, x: Tensor) -> Tensor:
+    self.other.copy_(self.norm.running_mean)
+    x = self.norm(x)
+    self.mean.copy_(self.norm.running_mean)
+    return x * self.mean - self.other
+
+
+def counted_by_size(self: Net, x: Tensor) -> Tensor:
+    self.count += x.shape[0]
+    return x / self.count
+
+
+def first_in_first_out(self: Net, x: Tensor) -> Tensor:
+    self.mean = torch.cat([self.mean[1:], x.detach().mean()[None]])
+    return x * self.mean
+
+
 def set_before_read(self: Net, x: Tensor) -> Tensor:
     self.stash, self.items = x.mean(), []
     self.items.append(x)
@@ -188,6 +205,9 @@ def set_before_read(self: Net, x: Tensor) -> Tensor:
         handed_on,
         through_an_earlier_view,
         normalised_twice,
+        statistics_taken_over,
+        counted_by_size,
+        first_in_first_out,
         set_before_read,
     ],
 )

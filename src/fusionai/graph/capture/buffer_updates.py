@@ -92,6 +92,7 @@ def _key(buffer: ValueName) -> str:
 class _Rewriting:
     def __init__(self, listing: Listing, state: ModuleState, written: frozenset[ValueName]) -> None:
         self._listing, self._state, self._written = listing, state, written
+        self._weights = {value_name(key) for key in state.entries}
         self._nodes: list[Node] = []
         self._old: dict[ValueName, ValueName] = {}
         """By buffer: its value before the first write."""
@@ -136,6 +137,8 @@ class _Rewriting:
         source = node.args[1]
         assert isinstance(source, Ref)
         value, wanted = self._now(source.name, node.scope), types[buffer]
+        if value in self._weights:
+            value = self._copy_of(value, node.scope, output)  # a normalisation may write to it later
         if types[value].dtype != wanted.dtype:
             value = self._add(
                 f"{output}.cast", "aten.to.dtype", value, Keyword("dtype", wanted.dtype), buffer, node.scope
@@ -164,7 +167,7 @@ class _Rewriting:
         name = self._same.get(name, name)
         if name in self._written:
             if name not in self._current:
-                self._current[name] = self._old[name] = self._copy_of(name, scope)
+                self._current[name] = self._old[name] = self._copy_of(name, scope, ValueName(f"{name}.old"))
             return self._current[name]
         if name not in self._views:
             return name
@@ -187,8 +190,7 @@ class _Rewriting:
             self._shown.update({(output, now): renamed[output] for output in node.outputs})
         return self._shown[name, now]
 
-    def _copy_of(self, buffer: ValueName, scope: str) -> ValueName:
-        output = ValueName(f"{buffer}.old")
+    def _copy_of(self, buffer: ValueName, scope: str, output: ValueName) -> ValueName:
         self._listing.types[output] = self._listing.types[buffer]
         self._nodes.append(Node(output, "aten.clone.default", (Ref(buffer),), {}, (output,), scope))
         return output

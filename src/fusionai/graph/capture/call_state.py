@@ -43,7 +43,7 @@ _OPAQUE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class AttributeChange:
     """Something that a call changed."""
 
     path: str
@@ -87,7 +87,7 @@ class Snapshot:
             for name, value in content.items():
                 self._take(value, _joined(path, name), path, name, _DEEPEST if name not in TABLES else 1)
 
-    def changes(self) -> Iterator[Change]:
+    def changes(self) -> Iterator[AttributeChange]:
         """Yield what is different now, except for parameters, buffers and submodules."""
         for held in self._held:
             if held.attribute in TABLES:
@@ -95,9 +95,9 @@ class Snapshot:
             for name in _differences(held.content, held.holder):
                 if held.whole:
                     if name not in TABLES:
-                        yield Change(_joined(held.path, name), held.module, name, True)
+                        yield AttributeChange(_joined(held.path, name), held.module, name, True)
                 else:
-                    yield Change(_inside(held, name), held.module, held.attribute, False)
+                    yield AttributeChange(_inside(held, name), held.module, held.attribute, False)
 
     def table_changes(self, table: str) -> Iterator[tuple[str, nn.Module, str, Any, Any]]:
         """Yield (path, module, name, before, now) of each entry of a table that is another object now, or None."""
@@ -230,4 +230,4 @@ def _is_same(before: Any, now: Any) -> bool:
 class CallChanges:
     """What the last call of a module changed of its attributes."""
 
-    last: tuple[Change, ...] = ()
+    last: tuple[AttributeChange, ...] = ()

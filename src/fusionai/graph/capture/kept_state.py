@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusionai.errors import GraphError
-from fusionai.graph.capture.call_state import Change
+from fusionai.graph.capture.call_state import AttributeChange
 from fusionai.graph.capture.layer_classes import as_if_exporting
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,9 @@ _NAMED = 3
 """Changes that an error names; a model with one mistake often makes it in every layer."""
 
 
-def refuse_kept_state(changes: Sequence[Change], modules: Mapping[str, nn.Module], run: Callable[[], object]) -> None:
+def refuse_kept_state(
+    changes: Sequence[AttributeChange], modules: Mapping[str, nn.Module], run: Callable[[], object]
+) -> None:
     """Raise GraphError, naming the attributes, if a call changes attributes that the next call may read.
 
     `modules` are the modules of the changes by path; `run` makes a call, as for `set_before_read`.
