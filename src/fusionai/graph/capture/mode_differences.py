@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fusionai.graph.capture.layer_classes import as_if_exporting
-from fusionai.graph.capture.modes import evaluating, training, without_data
+from fusionai.graph.capture.modes import evaluating, on_meta, training
 
 log = logging.getLogger(__name__)
 
@@ -44,21 +44,25 @@ _ATTENTION = "fusion_trace.attention.default"
 
 
 def may_differ(
-    module: nn.Module, run: Callable[[], Tensor], tracing: Callable[[], AbstractContextManager[None]]
+    module: nn.Module,
+    run: Callable[[dict[str, Tensor]], Tensor],
+    arguments: Mapping[str, Tensor],
+    tracing: Callable[[], AbstractContextManager[None]],
 ) -> bool:
     """Return whether a module may compute something else in evaluation mode than operators in inference mode.
 
-    `run` calls the module on example inputs and returns its loss; `tracing` is entered for it. The module is as it was
+    `run` calls the module on `arguments` and returns its loss; `tracing` is entered for it. The module is as it was
     afterwards.
     """
+    bare = {name: tensor.to("meta") for name, tensor in arguments.items()}
     kept: list[object] = []  # in both runs, so that two objects never have one identity
     try:
-        with training(module), tracing(), without_data(module):
-            found = _Calls(module, kept, evaluating=False).of(run)
-        with evaluating(module), tracing(), without_data(module):
-            return _Calls(module, kept, evaluating=True).of(run) != found
+        with training(module), tracing(), on_meta(module):
+            found = _Calls(module, kept, evaluating=False).of(lambda: run(bare))
+        with evaluating(module), tracing(), on_meta(module):
+            return _Calls(module, kept, evaluating=True).of(lambda: run(bare)) != found
     except Exception:
-        log.debug("no run on fake tensors; evaluation is traced too", exc_info=True)
+        log.debug("no run on the meta device; evaluation is traced too", exc_info=True)
         return True
 
 

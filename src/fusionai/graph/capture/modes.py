@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedFakeTensorException
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,15 +85,37 @@ def without_data(module: nn.Module) -> Iterator[None]:
 
     Its parameters and buffers are exchanged meanwhile. Of real ones torch would change those of a single number.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, ExitStack() as restore:
-        for each in module.modules():
-            tables: list[dict[str, Any]] = [each._parameters, each._buffers]
-            for table in tables:
-                restore.callback(table.update, dict(table))
-                for name, tensor in list(table.items()):
-                    with suppress(UnsupportedFakeTensorException):  # sparse tensors, for example
-                        if tensor is not None:
-                            table[name] = mode.from_tensor(tensor)  # one tensor gives one
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _exchanged(module, mode.from_tensor):
+        yield
+
+
+@contextmanager
+def on_meta(module: nn.Module) -> Iterator[None]:
+    """Let the module be computed on the meta device: faster than `without_data`, but code that names a device fails."""
+    moved: dict[int, Tensor] = {}
+
+    def move(tensor: Tensor) -> Tensor:
+        if id(tensor) not in moved:
+            bare = tensor.detach().to("meta")
+            moved[id(tensor)] = nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
+        return moved[id(tensor)]
+
+    with torch.device("meta"), _exchanged(module, move):
+        yield
+
+
+@contextmanager
+def _exchanged(module: nn.Module, exchange: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Exchange the parameters and buffers of a module for others; `exchange` gives one tensor for one tensor."""
+    with ExitStack() as restore:
+        tables: list[dict[str, Any]] = [
+            table for each in module.modules() for table in (each._parameters, each._buffers)
+        ]
+        for table in tables:
+            restore.callback(_refill, table, table.copy())
+            for name, tensor in table.items():
+                with suppress(UnsupportedFakeTensorException):  # sparse tensors, for example
+                    table[name] = None if tensor is None else exchange(tensor)
         yield
 
 

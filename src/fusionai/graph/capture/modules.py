@@ -88,7 +88,7 @@ def capture(
         verify(graph)
         _check(graph, root, inputs, state, values=validate_values)
     arguments = {item.name: item.tensor for item in inputs}
-    if evaluation and may_differ(module, lambda: root(arguments), tracing):
+    if evaluation and may_differ(module, root, arguments, tracing):
         with _named_evaluation(title), evaluating(module):
             with tracing(), refusing_unseen(type(module).__name__):
                 other = _operators(root, inputs, state, repeats=repeats)
