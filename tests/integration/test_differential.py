@@ -1,4 +1,4 @@
-"""Random modules train on two compnodes as in a plain loop of torch: a score of the seeds of `benchmarks/differential.py`.
+"""Random modules train on two compnodes as in a plain loop of torch: some seeds of `benchmarks/differential.py`.
 
 One command shows a seed's module and repeats it: `python benchmarks/differential.py --seed 17`.
 """
