@@ -115,6 +115,7 @@ def examples() -> list[Example]:
         ("aten.var.correction", [x, [1]], {"correction": 1}),
         ("aten.std.correction", [x, [1]], {"correction": 1}),
         ("aten.var_mean.correction", [x, [1]], {"correction": 1}),
+        ("aten.var_mean.dim", [x, [1], True, True], {}),
         ("aten.logsumexp.default", [x, [1]], {}),
         ("aten.linalg_vector_norm.default", [x, 2, [1]], {}),
         ("aten.max.dim", [x, 1], {}),

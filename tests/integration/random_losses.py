@@ -269,7 +269,7 @@ def _sequence_targets(writer: Writer) -> _Term:
 
 
 def _masked_targets(writer: Writer) -> _Term:
-    """A mean over what a mask keeps: nothing in the graph says so, and each microbatch's mean counts alike."""
+    """A mean over what a mask keeps, written as a quotient."""
     if not writer.mask:
         return _manual_tokens(writer)
     if writer.length is None:
@@ -285,8 +285,8 @@ def _masked_targets(writer: Writer) -> _Term:
         writer.inputs[name] = f"torch.randn({shape}, 3, generator=g)"
         each = f"(out - {name}).square().mean(-1)"
     kept = f"{writer.mask}.float()"
-    writer.decomposes = False
-    return _Term([f"each = {each}", f"loss = (each * {kept}).sum() / {kept}.sum()"], EQUAL, [name])
+    counts = 'float(batch["mask"].sum())'
+    return _Term([f"each = {each}", f"loss = (each * {kept}).sum() / {kept}.sum()"], counts, [name])
 
 
 def _picture_target(writer: Writer) -> _Term:

@@ -94,8 +94,6 @@ class Writer:
     """Arguments of forward, with the expression that makes one microbatch of each from `g`, a generator."""
     roles: dict[str, str] = field(default_factory=dict)
     features: list[str] = field(default_factory=list)
-    decomposes: bool = True
-    """Whether the loss of a step follows from those of its microbatches and what they count for."""
     coupled: bool = False
     """Whether samples of a microbatch influence one another, or microbatches do by state."""
     embedding: str = ""
@@ -248,6 +246,5 @@ def _settings(writer: Writer) -> dict[str, Any]:
         "evaluate_every": draw.choice((0, 1)) if heldout else 0,
         "roles": dict(writer.roles),
         "coupled": writer.coupled,
-        "decomposes": writer.decomposes,
         "cut": draw.random(),
     }

@@ -1,4 +1,4 @@
-"""Random modules train on two compnodes as in a plain loop of torch: a score of the seeds of the benchmark of that name.
+"""Random modules train on two compnodes as in a plain loop of torch: some seeds of `benchmarks/differential.py`.
 
 One command shows a seed's module and repeats it: `python benchmarks/differential.py --seed 17`.
 """

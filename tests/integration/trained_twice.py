@@ -153,8 +153,6 @@ def _loss(case: Loaded, module: nn.Module, part: Mapping[str, Tensor], *, double
 
 def _check_counts(case: Loaded, module: nn.Module) -> None:
     """Raise AssertionError unless the first step's loss is that of its microbatches as one batch."""
-    if not case.case.settings["decomposes"]:
-        return
     parts = [case.batch(0, index) for index in range(case.case.settings["microbatches"])]
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     with torch.no_grad():

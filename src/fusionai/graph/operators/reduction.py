@@ -58,6 +58,11 @@ OPERATORS = (
         saves=("self", "output"),
     ),
     *define(
+        "aten.var_mean.dim(self: tensor, dim: ints?, unbiased: bool = true, keepdim: bool = false) -> 2",
+        "reduction",
+        saves=("self",),
+    ),
+    *define(
         "aten.var_mean.correction(self: tensor, dim: ints? = none, *, correction: number? = none, "
         "keepdim: bool = false) -> 2",
         "reduction",
@@ -83,6 +88,7 @@ OPERATORS = (
         aten.any.dim(self: tensor, dim: int, keepdim: bool = false)
         aten.all.default(self: tensor)
         aten.all.dim(self: tensor, dim: int, keepdim: bool = false)
+        aten.count_nonzero.default(self: tensor, dim: int? = none)
         aten.count_nonzero.dim_IntList(self: tensor, dim: ints)
         aten.histc.default(self: tensor, bins: int = 100, min: number = 0, max: number = 0)
         """,
