@@ -82,8 +82,8 @@ def train(
         machines: names of the only compnodes to use. With `cuts`, they take the shares in this order.
         replan: whether the job may go over to a better plan when a machine becomes slower or faster than planned.
         seed: of dropout.
-        heldout: microbatches to evaluate on, every `evaluate_every` steps and at the end, as after `module.eval()`. Without
-            them the module is captured in training mode only.
+        heldout: microbatches to evaluate on as after `module.eval()`, every `evaluate_every` steps and at the end.
+            Without them the module is captured in training mode only.
         checkpoint_every: steps between checkpoints; one is always made at the end.
         run: run folder; by default a new one under "runs".
         resume: a run folder to go on from, with the optimizer's state.
