@@ -115,6 +115,23 @@ def test_layers_that_are_traced_once_may_differ_in_evaluation() -> None:
     assert loss_of(evaluated(short.graph), short, inputs) == pytest.approx(float(expected), rel=1e-6)
 
 
+def test_capture_counts_no_batch_of_many_layers() -> None:
+    class Deep(Net):
+        def prepare(self) -> None:
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(10, 10), nn.BatchNorm1d(WIDTH)) for _ in range(6)])
+
+        def step(self, number: int, hidden: Tensor, layer: nn.Module) -> Tensor:
+            moved: Tensor = layer(hidden.transpose(1, 2)).transpose(1, 2)
+            return moved
+
+    net = Deep()
+    example = {name: tensor.expand(3, 10) for name, tensor in batch(0, rows=1).items()}
+    lengths = {"tokens": {0: "batch"}, "labels": {0: "batch"}}
+    before = copy.deepcopy(net.state_dict())
+    capture(net, example, roles=ROLES, dynamic=lengths)  # type: ignore[arg-type]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
 def test_dropout_that_stays_on_is_evaluated() -> None:
     class MonteCarlo(Net):
         def step(self, number: int, hidden: Tensor, layer: nn.Module) -> Tensor:

@@ -93,7 +93,7 @@ def train(
         machines: names of the only compnodes to use. With `cuts`, they take the shares in this order.
         replan: whether the job may go over to a better plan when a machine becomes slower or faster than planned.
         seed: of dropout.
-        heldout: microbatches to evaluate on, every `evaluate_every` steps and at the end, as after `module.eval()`.
+        heldout: microbatches to evaluate on as after `module.eval()`, every `evaluate_every` steps and at the end.
             Without them the module is captured in training mode only.
         checkpoint_every: steps between checkpoints; one is always made at the end.
         checkpoint_minutes: minutes after which a checkpoint is due when none was made; 0: none by time.
