@@ -119,7 +119,8 @@ def test_nothing_of_fifty_links_is_left(make: MakeNode) -> None:
             await come_and_go(make, node, 50)
             await until(lambda: not any(tables(node).values()))
             await until(lambda: psutil.Process().num_fds() <= before[2])
-            assert (living(*kinds), len(asyncio.all_tasks())) <= before[:2]
+            assert living(*kinds) <= before[0]
+            assert len(asyncio.all_tasks()) <= before[1]
 
     run(main())
 
@@ -163,6 +164,8 @@ async def leave_waiting(dialler: Node, node: Node) -> None:
 
 
 def test_messages_that_nobody_took_are_freed(make: MakeNode) -> None:
+    before = living(Link)  # of other tests
+
     async def main() -> None:
         async with listening(make) as node:
             never = asyncio.Event()
@@ -182,7 +185,7 @@ def test_messages_that_nobody_took_are_freed(make: MakeNode) -> None:
                 for each in (dialler, node):
                     each.got.links.clear()
                     each.got.closed.clear()
-                assert living(Link) == 0
+                assert living(Link) <= before
                 held, most = tracemalloc.get_traced_memory()
             finally:
                 tracemalloc.stop()

@@ -81,6 +81,8 @@ class JobWatch:
         finally:
             task.cancel()
             await asyncio.wait({task})
+            if not task.cancelled():
+                task.exception()  # where the job has ended first, nobody else asks for it
 
     async def patiently(self, awaited: asyncio.Event, stalled: Stalled) -> None:
         """Wait for what machines owe, as long as the policy has patience. Raises JobError then."""
