@@ -46,6 +46,7 @@ def run(seeds: Iterable[int], results: Path | None) -> list[dict[str, Any]]:
                 row = asdict(compare(seed, pool.token))
             rows.append(row)
             if results is not None:
+                results.parent.mkdir(parents=True, exist_ok=True)
                 with results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
             if row["outcome"] not in GOOD:
@@ -103,7 +104,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--results", type=Path, default=Path("differential.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path("runs/differential.jsonl"))
     parser.add_argument("--seed", type=int)
     parser.add_argument("--source", action="store_true")
     parser.add_argument("--summary", action="store_true")

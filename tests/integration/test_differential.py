@@ -11,7 +11,8 @@ from trained_twice import TOLERANCE, compare
 
 from fusionai.owner.local_pool import LocalPool
 
-SEEDS = (1, 2, 5, 6, 10, 11, 12, 14, 22, 25)
+SEEDS = (0, 10, 16, 20, 30, 42, 53, 71, 79, 81, 82, 85, 92, 101, 108, 123, 124, 258, 262, 263)
+"""Equal ones that have most of the operators and kinds of blocks between them."""
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's, about what the modules do

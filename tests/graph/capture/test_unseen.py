@@ -137,6 +137,47 @@ def test_numbers_from_other_generators(draw: Callable[[], float]) -> None:
         operators(Net(lambda net, h: h * draw()))
 
 
+def shared(change: Callable[[Net], None]) -> str:
+    """Return why a net is refused after a change."""
+    net = Net()
+    change(net)
+    with pytest.raises(GraphError, match="so training changes both") as refused:
+        operators(net)
+    return str(refused.value).partition(", so training")[0]
+
+
+def test_memory_that_two_tensors_share() -> None:
+    def by_data(net: Net) -> None:
+        net.add_module("other", nn.Linear(4, 4))
+        net.other.weight.data = net.first.weight.data  # type: ignore[union-attr, assignment]
+
+    def transposed(net: Net) -> None:
+        net.register_parameter("turned", nn.Parameter(net.first.weight.data.t()))
+
+    def buffer(net: Net) -> None:
+        net.register_buffer("row", net.last.weight.detach()[1])
+
+    def attribute(net: Net) -> None:
+        net.kept = net.last.bias.detach()  # type: ignore[assignment]
+
+    assert shared(by_data) == "'other.weight' lies in the memory of the parameter 'first.weight'"
+    assert "memory of the parameter" in shared(transposed)
+    assert shared(buffer) == "'row' lies in the memory of the parameter 'last.weight'"
+    assert shared(attribute) == "'kept' lies in the memory of the parameter 'last.bias'"
+
+
+def test_memory_that_is_shared_without_harm() -> None:
+    net = Net()
+    net.again = net.first  # one parameter under two names
+    flat = torch.zeros(8)
+    net.one, net.two = nn.Parameter(flat[:4]), nn.Parameter(flat[4:])  # parts of one storage
+    net.register_buffer("table", flat.clone())
+    net.register_buffer("part", net.table[:4])  # never trained
+    net.last.weight.requires_grad_(False)
+    net.register_buffer("frozen", net.last.weight.detach())
+    assert operators(net)
+
+
 def test_nothing_stays_changed() -> None:
     before = (torch.autograd.Function.__dict__["apply"], Tensor.register_hook, torch.inference_mode.__enter__)
     with pytest.raises(GraphError):

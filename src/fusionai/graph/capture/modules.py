@@ -27,7 +27,7 @@ from fusionai.graph.capture.modes import evaluating, training
 from fusionai.graph.capture.repeats import NotRepeatedError, instantiate, repeated_layers, shortened
 from fusionai.graph.capture.state import ModuleState
 from fusionai.graph.capture.tracing import MODULE_PREFIX, LossFunction, LossOf, trace
-from fusionai.graph.capture.unseen import refuse_gradient_hooks, refusing_unseen
+from fusionai.graph.capture.unseen import refuse_gradient_hooks, refuse_shared_memory, refusing_unseen
 from fusionai.graph.evaluation import evaluated
 from fusionai.graph.model import OpDag
 from fusionai.graph.structure import structure
@@ -77,6 +77,7 @@ def capture(
     inputs = example_inputs(_beside(module, example), roles, private, dynamic)
     root = LossOf(module, loss, inputs, fixed or {})
     refuse_gradient_hooks(module)
+    refuse_shared_memory(module)
     title = name or type(module).__name__
     with training(module):
         state = ModuleState.of(module)

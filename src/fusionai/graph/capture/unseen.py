@@ -1,7 +1,8 @@
-"""Refuses what leaves no operator in a trace: own backward passes, hooks on gradients, and Python's random numbers.
+"""Refuses what a trace does not show: own backward passes, hooks on gradients, Python's random numbers, shared memory.
 
-A trace records the operators that forward runs. How a gradient is changed on its way back is not among them, and a
-number that Python draws becomes a constant. The captured graph would have the module's loss and train something else.
+A trace records the operators that forward runs. How a gradient is changed on its way back is not among them, a number
+that Python draws becomes a constant, and an update of one tensor changes no other. The captured graph would have the
+module's loss and train something else.
 """
 
 from __future__ import annotations
@@ -37,6 +38,40 @@ def refuse_gradient_hooks(module: nn.Module) -> None:
                 f"{f'module {path!r}' if path else 'the model itself'} has a backward hook, which compnodes would not "
                 "run; remove it"
             )
+
+
+def refuse_shared_memory(module: nn.Module) -> None:
+    """Raise GraphError for a trained parameter in whose memory another tensor of the module lies, too.
+
+    torch's update of the parameter changes both. One parameter under two names is tied, and that is seen.
+    """
+    named: dict[int, tuple[str, Tensor]] = {}
+    for path, each in module.named_modules():
+        own = {**each._parameters, **each._buffers, **vars(each)}
+        for name, value in own.items():
+            if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta and value.numel():
+                named.setdefault(id(value), (f"{path}.{name}" if path else name, value))
+    ranges = sorted((*_memory(tensor), name, tensor) for name, tensor in named.values())
+    furthest: tuple[int, str, Tensor] | None = None
+    for start, stop, name, tensor in ranges:
+        if furthest is not None and start < furthest[0]:
+            pair = (furthest[1:], (name, tensor))
+            trained = [each for each in pair if isinstance(each[1], nn.Parameter) and each[1].requires_grad]
+            if trained:
+                other = next(each[0] for each in pair if each is not trained[0])
+                raise GraphError(
+                    f"{other!r} lies in the memory of the parameter {trained[0][0]!r}, so training changes both, which "
+                    "a trace does not show; assign the parameter itself to tie two weights, or give the tensor its own "
+                    "memory with .clone()"
+                )
+        if furthest is None or stop > furthest[0]:
+            furthest = stop, name, tensor
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Return the addresses from the first to the last byte of a tensor, the end excluded."""
+    extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
 
 
 @contextmanager
