@@ -105,6 +105,7 @@ class Party:
             compnodes=self._compnodes,
             machines=self._machines,
             steps=100,
+            microbatches=2,
             allowed=self._allowed,
         )
         self._monkeypatch.setattr("fusionai.scheduling.recovery.PATIENCE", Patience(least_left_s=0.0, pause_steps=0))

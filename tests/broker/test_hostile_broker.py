@@ -36,6 +36,7 @@ from fusionai.owner import running_job, training_run
 from fusionai.owner.checkpointing import CheckpointFiles
 from fusionai.owner.membership import OwnerMember
 from fusionai.owner.run_folder import RunFolder
+from fusionai.owner.stop_request import StopRequest
 from fusionai.owner.training_job import Observer, StepEvent, TrainingJob, TrainingResult
 from fusionai.pool.identifiers import FIRST_EPOCH, JobEpoch
 from fusionai.pool.messages import JobLaunched
@@ -158,7 +159,7 @@ class Scene:
             optimizer=OptimizerConfig(kind="sgd"),
             placement=PlacementConfig(**placement),
         )
-        return await training_run.train(job, self.owner, RunFolder(self.folder / "run"), self.steps)
+        return await training_run.train(job, self.owner, RunFolder(self.folder / "run"), StopRequest(), self.steps)
 
 
 @asynccontextmanager

@@ -134,7 +134,8 @@ def weight_values(graph: OpDag) -> frozenset[ValueName]:
     or the product of two adapters.
     """
     made = {weight.name for weight in graph.weights if weight.kind == "parameter" or weight.trainable}
-    known = {weight.name for weight in graph.weights}
+    # What is written to a buffer comes of the inputs.
+    known = {weight.name for weight in graph.weights} - mutated_values(graph.nodes)
     for node in graph.nodes:
         taken = set(reads(node))
         if taken <= known:
