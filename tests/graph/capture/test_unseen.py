@@ -191,3 +191,31 @@ def test_a_mean_of_nothing_at_the_second_size() -> None:
     """No label counts in the rows that are left there: graph and module agree that the loss is not a number."""
     labels = torch.tensor([0, -100, -100, -100])
     assert capture(Net(), {"x": EXAMPLE["x"], "labels": labels}).graph.nodes
+
+
+def test_weights_outside_of_the_module() -> None:
+    """They would become constants: torch trains them where they are given to the optimizer, and here nothing would."""
+    scale, frozen = torch.full((4,), 2.0, requires_grad=True), torch.full((4,), 2.0)
+    outside = nn.Linear(4, 4)
+    for between in (lambda net, h: h * scale, lambda net, h: outside(h), lambda net, h: h * nn.Parameter(frozen)):
+        with pytest.raises(GraphError, match="requires a gradient and is none of its parameters"):
+            operators(Net(between))
+    assert operators(Net(lambda net, h: h * frozen + scale.detach()))
+
+
+def test_a_loss_with_weights_of_its_own() -> None:
+    class Balanced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, output: Tensor, labels: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(output * self.scale, labels)
+
+    loss = Balanced()
+    example = {"input": EXAMPLE["x"], "labels": EXAMPLE["labels"]}
+    for given in (loss, lambda output, labels: loss(output, labels)):
+        with pytest.raises(GraphError, match="a loss with weights of its own, for example"):
+            capture(nn.Linear(4, 3), example, loss=given)
+    loss.requires_grad_(False)
+    assert capture(nn.Linear(4, 3), example, loss=loss).graph.nodes

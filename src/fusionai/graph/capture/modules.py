@@ -83,7 +83,7 @@ def capture(
         state = ModuleState.of(module)
         if validate_values is None:
             validate_values = state.parameter_count() <= MOST_PARAMETERS
-        with tracing(), refusing_unseen(type(module).__name__):
+        with tracing(), refusing_unseen(module):
             listing = _operators(root, inputs, state, repeats=repeats)
         graph = assemble(title, listing, inputs, state)
         verify(graph)
@@ -91,7 +91,7 @@ def capture(
     arguments = {item.name: item.tensor for item in inputs}
     if evaluation and may_differ(module, root, arguments, tracing):
         with _named_evaluation(title), evaluating(module):
-            with tracing(), refusing_unseen(type(module).__name__):
+            with tracing(), refusing_unseen(module):
                 other = _operators(root, inputs, state, repeats=repeats)
             alone = assemble(title, other, inputs, state)
             if not structure(graph, inference=True).computes(structure(alone, inference=False)):

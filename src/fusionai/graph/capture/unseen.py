@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any, NoReturn
@@ -17,6 +17,9 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from fusionai.errors import GraphError
 
@@ -74,9 +77,37 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
 
 
+class _Strangers(TorchFunctionMode):
+    """Refuses tensors that require a gradient and are no parameters of the module: a trace takes them for constants."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__()
+        self._name = name
+        self._own = {id(parameter) for parameter in module.parameters()}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        harmless = func is Tensor.detach or getattr(func, "__name__", "") == "__get__"
+        for leaf in () if harmless else pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) and self._stranger(leaf):
+                raise GraphError(
+                    f"{self._name} computes with a tensor of shape {list(leaf.shape)} that requires a gradient and is "
+                    f"none of its parameters{_user_line()}, so nothing would train it; put it into the module, as a "
+                    "parameter or with the module that holds it (a loss with weights of its own, for example), or "
+                    "detach() it"
+                )
+        return func(*args, **(kwargs or {}))
+
+    def _stranger(self, tensor: Tensor) -> bool:
+        with torch._C.DisableTorchFunction():
+            return tensor.requires_grad and id(tensor) not in self._own
+
+
 @contextmanager
-def refusing_unseen(name: str) -> Iterator[None]:
-    """Raise GraphError when the module called `name` does, while it is traced here, what a trace does not show."""
+def refusing_unseen(module: nn.Module) -> Iterator[None]:
+    """Raise GraphError when a module does, while it is traced here, what a trace does not show."""
+    name = type(module).__name__
     function, inference = torch.autograd.Function, torch.inference_mode
     apply, enter = function.__dict__["apply"], inference.__enter__
 
@@ -103,6 +134,7 @@ def refusing_unseen(name: str) -> Iterator[None]:
 
     drawn = _generators()
     with ExitStack() as restore:
+        restore.enter_context(_Strangers(name, module))
         for place, attribute, ours in (
             (function, "apply", classmethod(applied)),
             (Tensor, "register_hook", hooked),
