@@ -39,6 +39,9 @@ _NORMS: Mapping[Any, tuple[str, int]] = {
 }
 """Calls with an inference mode: the keyword and the position of the argument that decides."""
 
+_LOOKS = frozenset({"__get__", "untyped_storage"})
+"""Functions that only look at a tensor, unless they give another one."""
+
 _SDPA = functional.scaled_dot_product_attention
 _ATTENTION = "fusion_trace.attention.default"
 
@@ -103,7 +106,7 @@ class _Calls(TorchFunctionMode):
         call = self._call(func, args, kwargs)  # before it runs: it may write to its arguments
         result = func(*args, **kwargs)
         tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        if tensors or getattr(func, "__name__", "") != "__get__":
+        if tensors or getattr(func, "__name__", "") not in _LOOKS:
             self._noted.append((call, len(tensors)))
         for place, tensor in enumerate(tensors):
             self._kept.append(tensor)

@@ -88,20 +88,25 @@ class _Strangers(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        harmless = func is Tensor.detach or getattr(func, "__name__", "") == "__get__"
-        for leaf in () if harmless else pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) and self._stranger(leaf):
-                raise GraphError(
-                    f"{self._name} computes with a tensor of shape {list(leaf.shape)} that requires a gradient and is "
-                    f"none of its parameters{_user_line()}, so nothing would train it; put it into the module, as a "
-                    "parameter or with the module that holds it (a loss with weights of its own, for example), or "
-                    "detach() it"
-                )
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func is not Tensor.detach and any(map(_passes_gradient, pytree.tree_leaves(result))):
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) and self._stranger(leaf):
+                    raise GraphError(
+                        f"{self._name} computes with a tensor of shape {list(leaf.shape)} that requires a gradient and "
+                        f"is none of its parameters{_user_line()}, so nothing would train it; put it into the module, "
+                        "as a parameter or with the module that holds it (a loss with weights of its own, for "
+                        "example), or detach() it"
+                    )
+        return result
 
     def _stranger(self, tensor: Tensor) -> bool:
-        with torch._C.DisableTorchFunction():
-            return tensor.requires_grad and id(tensor) not in self._own
+        return _passes_gradient(tensor) and id(tensor) not in self._own
+
+
+def _passes_gradient(value: object) -> bool:
+    with torch._C.DisableTorchFunction():
+        return isinstance(value, Tensor) and value.requires_grad
 
 
 @contextmanager
