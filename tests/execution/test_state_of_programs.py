@@ -1,4 +1,4 @@
-"""Buffers that forward assigns: they follow training, evaluation too where the model does, and go back when a step is dropped."""
+"""Buffers that forward assigns follow training and evaluation as in torch, and go back when a step is dropped."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from fusionai.owner.model_configuration import (
     MODEL_CLASSES,
     cannot_be_made,
     captured_model,
+    check_length,
     configuration,
     empty_model,
     model_folder,
@@ -60,6 +61,7 @@ def prepare_language_model(job: JobConfig, folder: RunFolder, *, resume: Checkpo
         masking=masking(tokenizer) if job.model.task == "masked" else None,
     )
     model, weights = _model(job, config, source)
+    check_length(model, job.data)
     evaluation = job.training.evaluation_batches > 0 and job.data.heldout_fraction > 0
     captured = captured_model(job, model, evaluation=evaluation)
     if resume is not None:

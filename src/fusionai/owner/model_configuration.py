@@ -113,6 +113,26 @@ def configuration(model: ModelConfig, data: DataConfig, vocabulary: Vocabulary |
     return config
 
 
+def most_tokens(model: Any) -> int | None:
+    """Return how many tokens of a sequence a model takes, None where there is no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        # RoBERTa and its kin count positions from behind the padding's index.
+        if isinstance(table, torch.nn.Embedding) and table.padding_idx is not None:
+            limit = table.num_embeddings - table.padding_idx - 1
+    return limit if isinstance(limit, int) else None
+
+
+def check_length(model: Any, data: DataConfig) -> None:
+    """Raise ConfigError when a model has fewer positions than a sequence has tokens."""
+    longest = most_tokens(model)
+    if longest is not None and data.sequence_length > longest:
+        raise ConfigError(
+            f"data.sequence_length is {data.sequence_length}, but a sequence of this model has at most {longest} tokens"
+        )
+
+
 def _from_fields(fields: dict[str, Any], vocabulary: Vocabulary) -> Any:
     kind = str(fields.pop("model_type"))
     fields.setdefault("vocab_size", vocabulary.size)

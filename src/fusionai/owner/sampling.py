@@ -10,7 +10,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from fusionai.errors import CheckpointError, ConfigError
-from fusionai.owner.model_configuration import first_line
+from fusionai.owner.model_configuration import first_line, most_tokens
 from fusionai.training.checkpoint import CheckpointReader, WeightFiles, latest
 from fusionai.training.checkpoint.manifest import MANIFEST
 
@@ -130,7 +130,7 @@ def _check_tokens(folder: Path, model: Any, tokenizer: Any, ids: torch.Tensor, t
             f"the tokenizer of {folder} has {len(tokenizer)} tokens and the model {entries}: the prompt has token "
             f"{largest}; save the tokenizer there that the model was trained with"
         )
-    positions, given = _positions(model), ids.shape[1]
+    positions, given = most_tokens(model), ids.shape[1]
     if positions is not None and given + tokens > positions:
         room = positions - given
         remedy = f"ask for at most {room} (--tokens {room})" if room > 0 else "give a shorter prompt"
@@ -138,17 +138,6 @@ def _check_tokens(folder: Path, model: Any, tokenizer: Any, ids: torch.Tensor, t
             f"the prompt has {given} tokens and --tokens asks for {tokens} more, but the model has {positions} "
             f"positions: {remedy}"
         )
-
-
-def _positions(model: Any) -> int | None:
-    """Return how many tokens a model takes, None where there is no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for module in model.modules():
-        table = getattr(module, "position_embeddings", None)
-        # RoBERTa and its kin count positions from behind the padding's index.
-        if isinstance(table, torch.nn.Embedding) and table.padding_idx is not None:
-            limit = table.num_embeddings - table.padding_idx - 1
-    return limit if isinstance(limit, int) else None
 
 
 class _Finite(transformers.LogitsProcessor):  # type: ignore[misc]
