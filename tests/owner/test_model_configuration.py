@@ -23,9 +23,9 @@ def test_a_model_that_counts_positions_from_behind_the_padding_takes_fewer_token
     longest = torch.full((1, 18), 5)
     assert model(input_ids=longest).logits.shape[1] == 18
     check_length(model, DataConfig(sequence_length=18))
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=torch.full((1, 19), 5))
     with pytest.raises(
-        ConfigError, match="data.sequence_length is 19, but a sequence of this model has at most 18 tokens"
+        ConfigError, match=r"data\.sequence_length is 19, but a sequence of this model has at most 18 tokens"
     ):
         check_length(model, DataConfig(sequence_length=19))
