@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from network_nodes import Node, until
+from test_framing import feed
 
 from fusionai.errors import NetworkError, PeerLost
 from fusionai.network.connection import Connection
@@ -224,7 +225,7 @@ def test_a_peer_that_dials_again_and_again_has_one_link_at_work(make: MakeNode) 
 
 def test_a_decoder_that_is_closed_holds_nothing() -> None:
     decoder = FrameDecoder({FrameType.BULK: 8 * MIB}, 1024)
-    assert decoder.feed(frame_prefix(FrameType.BULK, 0, 8 * MIB) + bytes(3 * MIB)) == []
+    assert feed(decoder, frame_prefix(FrameType.BULK, 0, 8 * MIB) + bytes(3 * MIB)) == []
     assert decoder.held_bytes >= 3 * MIB
     decoder.close()
     assert decoder.held_bytes == 0

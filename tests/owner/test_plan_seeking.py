@@ -9,7 +9,8 @@ from decoder_graph import decoder, member, pool
 from every_plan import OWNER, planned
 
 from fusionai.execution.plane import ProgramOptions
-from fusionai.owner.plan_seeking import PlanSeeker, ReplanTerms
+from fusionai.owner.plan_seeking import PlanSeeker
+from fusionai.owner.plan_terms import PlanTerms
 from fusionai.pool.identifiers import FIRST_EPOCH, JobId
 from fusionai.scheduling.plan import Plan
 from fusionai.training.driver import RoundResult
@@ -44,8 +45,12 @@ def result(plan: Plan, microbatches: int) -> RoundResult:
 @pytest.mark.parametrize("microbatches", [8, 2])
 def test_a_step_of_fewer_microbatches_shows_no_faster_machine(microbatches: int) -> None:
     """Microbatches in which nothing counts are not run."""
-    terms = ReplanTerms(
+    terms = PlanTerms(
         graph=GRAPH,
+        graph_hash=PLAN.graph_hash,
+        sizes=PLAN.sizes,
+        privacy="open",
+        microbatches=microbatches,
         front=0,
         back=len(GRAPH.nodes),
         options=ProgramOptions(),

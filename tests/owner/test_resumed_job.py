@@ -30,6 +30,7 @@ OTHERS: dict[str, Any] = {
     "data.text": "other.txt",
     "data.field": "words",
     "data.tokenizer": "gpt2",
+    "training.loss_share": "equal",
     "training.precision": "bf16",
     "training.compile": True,
     "optimizer.kind": "sgd",

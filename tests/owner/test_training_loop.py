@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_plane import data
+from fake_plane import FakePlane, data
 from scripted_pool import JOB, Point, ScriptedPool
 from toy_pipelines import OPTIONS, OWNER, ROWS, WIDTH, Reference, Start, batch, three_machines
 
@@ -29,6 +29,7 @@ from fusionai.training.compute import ProgramCall
 from fusionai.training.config import TrainingConfig
 from fusionai.training.data.batches import Batch
 from fusionai.training.learning_rate import ScheduleConfig
+from fusionai.training.loss_weights import LossWeights
 
 MACHINES = (OWNER, "a", "b", "c")
 RATE = 0.125
@@ -120,10 +121,11 @@ class Run:
             schedule=ScheduleConfig(kind="constant"),
         )
         self.stop = StopRequest()
+        alike = LossWeights(pipeline.graph, "equal", FakePlane(), job.weights)
         try:
             with RunFolder(self.folder) as folder:
                 return await TrainingLoop(
-                    job, pipeline.graph, running, member, folder, self.stop, self.observer()
+                    job, pipeline.graph, running, member, folder, self.stop, self.observer(), alike, alike
                 ).run()
         finally:
             self.stop.close()

@@ -462,7 +462,7 @@ def drawn(self: Net, x: Tensor) -> Tensor:
         (new_submodule, "submodule 'late'"),
         (unregistered_in_place, "register it as a buffer"),
         (average_of_all_batches, "depends on the values in a tensor"),
-        (drawn, "the module itself"),
+        (drawn, "draws numbers from Python's random"),
     ],
 )
 def test_state_that_is_refused(middle: Middle, named: str) -> None:
