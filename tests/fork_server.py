@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -23,9 +24,10 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 AVAILABLE = hasattr(os, "fork") and hasattr(socket, "recv_fds") and sys.platform != "darwin"
 """macOS does not let its system libraries be used after a fork."""
@@ -240,7 +242,26 @@ def _run(request: dict[str, Any]) -> int:
     return main()
 
 
+def _end(request: dict[str, Any]) -> NoReturn:
+    """Be the command, and end as a program does, but without taking all that is imported to pieces: that is seconds."""
+    status = 1
+    try:
+        status = _run(request)
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            sys.stderr.write(f"{error.code}\n")
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
     _import_everything()
     assert threading.active_count() == 1, "a fork takes one thread along, and the locks of all"
-    raise SystemExit(_run(_serve(socket.socket(fileno=int(sys.argv[1])))))
+    gc.freeze()  # what is imported is never collected: looking at it would copy its pages into each process
+    _end(_serve(socket.socket(fileno=int(sys.argv[1]))))
