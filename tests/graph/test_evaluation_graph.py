@@ -347,3 +347,20 @@ def test_a_head_of_training_only_leaves_a_stage_without_evaluation() -> None:
     place = next(p for p, node in enumerate(graph.nodes) if node.scope == "auxiliary")
     subdags = cut(graph, [place, place + 1]) if 0 < place < len(graph.nodes) - 1 else cut(graph, [])
     assert any(not face(subdag, train=False).nodes for subdag in subdags)
+
+
+def test_evaluation_on_another_input_is_another_computation() -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(4, 4)
+            self.scales = [torch.full((4,), 1.0), torch.full((4,), 3.0)]
+
+        def forward(self, plain: Tensor, changed: Tensor, y: Tensor) -> Tensor:
+            hidden = self.layer(changed if self.training else plain)
+            return nn.functional.mse_loss(hidden * self.scales[0 if self.training else 1], y)
+
+    drawn = torch.Generator().manual_seed(1)
+    example = {name: torch.randn(6, 4, generator=drawn) for name in ("plain", "changed", "y")}
+    assert capture(Views(), example, roles={"y": "labels"}).graph.evaluation is not None

@@ -574,3 +574,25 @@ def test_the_weight_of_an_l1_loss_is_not_lost_in_the_trace() -> None:
     """torch itself loses it while it traces. The capture compares the losses of graph and module, at padded labels."""
     found = capture(Model(COUNTED["l1, weighed"]), parts_of(joined())[1], validate_values=True)
     assert "aten.l1_loss.default" not in {node.op for node in found.graph.nodes}
+
+
+@pytest.mark.parametrize("kind", ["einsum", "matmul", "filled"])
+def test_a_count_is_not_forgotten_in_a_product(kind: str) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 9)
+
+        def forward(self, x: Tensor, labels: Tensor, m: Tensor) -> Tensor:
+            logits = self.layer(x).flatten(0, 1)
+            per = nn.functional.cross_entropy(logits, labels.flatten(), reduction="none").view(labels.shape)
+            if kind == "einsum":
+                return torch.einsum("bt,bt->b", per, m / m.sum()).sum()
+            if kind == "matmul":
+                return ((per * m / m.sum()) @ torch.ones(5)).sum()
+            return (per.sum(1) / torch.full((per.shape[0],), per.shape[0])).sum()
+
+    example = {"x": torch.randn(2, 5, 4), "labels": torch.randint(0, 9, (2, 5)), "m": torch.ones(2, 5)}
+    found = loss_shares(capture(Masked(), example, dynamic={name: {0: "batch"} for name in example}).graph)
+    assert isinstance(found, Equal)
+    assert "divide" in found.reason

@@ -164,6 +164,8 @@ class BatchAnalysis:
         """Return the behaviour after an operator that need not be linear."""
         taken = [self.growth[name] for name in reads(call.node)]
         if rows and (self._renews(call) or self._picks_by_sample(call)):
+            if any(isinstance(each, Behaviour) and not each.plain for each in taken):
+                return Unknown(f"puts what was divided by a count or a size through {call.where}")
             return ROWS
         unknown = next((each for each in taken if isinstance(each, Unknown)), None)
         if unknown is not None:
@@ -196,19 +198,16 @@ class BatchAnalysis:
         )
 
     def _created(self, call: _Call, output: ValueName, rows: bool) -> Growth:
-        if rows:
-            if call.node.op in NUMBERING:
-                self._sample_numbers.add(output)
-                return Unknown(f"numbers the samples of a microbatch ({call.where})")
-            return ROWS
-        if call.node.op in ZEROS:
+        if rows and call.node.op in NUMBERING:
+            self._sample_numbers.add(output)
+            return Unknown(f"numbers the samples of a microbatch ({call.where})")
+        if not rows and call.node.op in ZEROS:
             self._zeros.add(output)
             return FIXED
         numbers = [call.bound[name] for name in ("s", "fill_value") if name in call.bound]
         sizes = [each.expression for each in numbers if isinstance(each, Size)]
-        if sizes:
-            return self._of_size(sizes[0], call)
-        return FIXED
+        found: Growth = self._of_size(sizes[0], call) if sizes else FIXED
+        return replace(found, base="rows") if rows and isinstance(found, Behaviour) else found
 
     def _of_size(self, expression: str, call: _Call) -> Growth:
         """Return the behaviour of a size: one that grows with the batch is n times as large in it."""

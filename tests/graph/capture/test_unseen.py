@@ -219,3 +219,17 @@ def test_a_loss_with_weights_of_its_own() -> None:
             capture(nn.Linear(4, 3), example, loss=given)
     loss.requires_grad_(False)
     assert capture(nn.Linear(4, 3), example, loss=loss).graph.nodes
+
+
+def test_a_parameter_that_forward_freezes() -> None:
+    def between(net: Net, h: Tensor) -> Tensor:
+        net.last.requires_grad_(False)
+        return h
+
+    def by_attribute(net: Net, h: Tensor) -> Tensor:
+        net.last.weight.requires_grad = False
+        return h
+
+    for freezing in (between, by_attribute):
+        with pytest.raises(GraphError, match="freezes a parameter while it computes"):
+            operators(Net(freezing))

@@ -61,9 +61,9 @@ def may_differ(
     kept: list[object] = []  # in both runs, so that two objects never have one identity
     try:
         with training(module), tracing(), on_meta(module):
-            found = _Calls(module, kept, evaluating=False).of(lambda: run(bare))
+            found = _Calls(module, bare, kept, evaluating=False).of(lambda: run(bare))
         with evaluating(module), tracing(), on_meta(module):
-            return _Calls(module, kept, evaluating=True).of(lambda: run(bare)) != found
+            return _Calls(module, bare, kept, evaluating=True).of(lambda: run(bare)) != found
     except Exception:
         log.debug("no run on the meta device; evaluation is traced too", exc_info=True)
         return True
@@ -72,16 +72,18 @@ def may_differ(
 class _Calls(TorchFunctionMode):
     """Notes the calls of torch; a tensor is told by where it comes from, not by its identity."""
 
-    def __init__(self, module: nn.Module, kept: list[object], *, evaluating: bool) -> None:
+    def __init__(
+        self, module: nn.Module, inputs: Mapping[str, Tensor], kept: list[object], *, evaluating: bool
+    ) -> None:
         super().__init__()
         self._module = module
         self._evaluating = evaluating
         self._buffers = dict(module.named_buffers())
         self._own = {id(tensor): name for name, tensor in (*module.named_parameters(), *self._buffers.items())}
-        self._names: dict[int, Hashable] = dict(self._own)
+        self._names: dict[int, Hashable] = {id(tensor): ("input", name) for name, tensor in inputs.items()}
+        self._names |= self._own
         self._kept = kept
         self._noted: list[Hashable] = []
-        self._strangers = 0
 
     def of(self, run: Callable[[], Tensor]) -> Hashable:
         """Return everything that a run calls, its result, and the buffers that it replaces."""
@@ -151,11 +153,10 @@ class _Calls(TorchFunctionMode):
         return ("attention", self._form(tensors), scale, bool(causal))
 
     def _name(self, tensor: Tensor) -> Hashable:
-        """Return where a tensor comes from: the module, a call, or, of one never seen, the order of coming."""
+        """Return where a tensor comes from: an input, the module, a call, or of one never seen the tensor itself."""
         if id(tensor) not in self._names:
             self._kept.append(tensor)
-            self._strangers += 1
-            self._names[id(tensor)] = ("new", self._strangers, tuple(tensor.shape), tensor.dtype)
+            self._names[id(tensor)] = ("new", id(tensor))
         return self._names[id(tensor)]
 
     def _form(self, value: Any) -> Hashable:

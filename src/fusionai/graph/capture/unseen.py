@@ -77,6 +77,9 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
 
 
+_FREEZING: tuple[Any, ...] = (Tensor.requires_grad_, vars(torch._C.TensorBase)["requires_grad"].__set__)
+
+
 class _Strangers(TorchFunctionMode):
     """Refuses tensors that require a gradient and are no parameters of the module: a trace takes them for constants."""
 
@@ -88,6 +91,8 @@ class _Strangers(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func in _FREEZING and isinstance(args[0], nn.Parameter) and args[0].requires_grad:
+            self._refuse_freezing((*args[1:], *(kwargs or {}).values()))
         result = func(*args, **(kwargs or {}))
         if func is not Tensor.detach and any(map(_passes_gradient, pytree.tree_leaves(result))):
             for leaf in pytree.tree_leaves((args, kwargs)):
@@ -99,6 +104,13 @@ class _Strangers(TorchFunctionMode):
                         "example), or detach() it"
                     )
         return result
+
+    def _refuse_freezing(self, given: Sequence[Any]) -> None:
+        if False in given:
+            raise GraphError(
+                f"{self._name} freezes a parameter while it computes{_user_line()}, which a trace does not show; "
+                "freeze it before the module is handed in, or use its detach()"
+            )
 
     def _stranger(self, tensor: Tensor) -> bool:
         return _passes_gradient(tensor) and id(tensor) not in self._own
