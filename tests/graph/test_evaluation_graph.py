@@ -21,7 +21,7 @@ from fusionai.graph.dependencies import local_nodes
 from fusionai.graph.encoding import content_hash, decode, decode_subdag, encode, encode_subdag
 from fusionai.graph.evaluation import evaluated, face
 from fusionai.graph.model import EvaluationGraph, OpDag, Ref, SubDag, TensorType, ValueName
-from fusionai.graph.privacy import arrange_private
+from fusionai.graph.privacy import arrange_private, raw_values
 from fusionai.graph.structure import structure
 from fusionai.graph.verify import verify
 from two_faced_models import (
@@ -364,3 +364,44 @@ def test_evaluation_on_another_input_is_another_computation() -> None:
     drawn = torch.Generator().manual_seed(1)
     example = {name: torch.randn(6, 4, generator=drawn) for name in ("plain", "changed", "y")}
     assert capture(Views(), example, roles={"y": "labels"}).graph.evaluation is not None
+
+
+@pytest.mark.parametrize("writing", ["training", "evaluation"])
+@pytest.mark.parametrize("source", ["tokens", "labels"])
+def test_a_buffer_of_one_mode_shows_raw_data_in_the_other(writing: str, source: str) -> None:
+    """Whatever reads it there stays with the owner, or the private job is refused; sent it is never."""
+
+    class Remembering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding, self.head = nn.Embedding(9, 8), nn.Linear(8, 9)
+            self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+            self.register_buffer("seen", torch.zeros(2, 5))
+
+        def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+            hidden = self.embedding(tokens)
+            if self.training == (writing == "training"):
+                self.seen.copy_((tokens if source == "tokens" else labels).float())
+            else:
+                hidden = hidden + (self.seen * 2).unsqueeze(-1)
+            for layer in self.layers:
+                hidden = torch.tanh(layer(hidden))
+            return nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), labels.flatten())
+
+    ids = torch.randint(0, 9, (2, 5))
+    example = {"tokens": ids, "labels": ids.clone()}
+    sizes: dict[str, dict[int, str]] = {"tokens": {}, "labels": {}}
+    graph = capture(Remembering(), example, roles={"tokens": "tokens"}, dynamic=sizes).graph
+    assert graph.evaluation is not None
+    assert "w_seen" in raw_values(graph, train=writing != "training")
+    try:
+        arranged, front, back = arrange_private(graph)
+    except GraphError as error:
+        assert "seen" in str(error) or "reads raw inputs" in str(error)
+        return
+    middle = cut(arranged, [front, back])[1]
+    for train in (True, False):
+        part = face(middle, train)
+        taken = {*(each.value for each in part.receives), *(each.name for each in (*part.inputs, *part.weights))}
+        assert taken.isdisjoint(raw_values(arranged, train=train))

@@ -280,11 +280,11 @@ def test_a_weight_whose_gradient_would_show_the_labels_is_refused(kind: type[Mod
 
 def test_the_values_that_show_raw_data() -> None:
     graph = llama_graph(layers=2)
-    raw = raw_values(graph)
+    raw = raw_values(graph, train=True)
     assert {item.name for item in graph.inputs if item.private} <= raw
     assert graph.loss in raw
     arranged, front, back = arrange_private(graph)
-    assert raw_values(arranged) == raw
+    assert raw_values(arranged, train=True) == raw
     first, *others, last = cut(arranged, [front, (front + back) // 2, back])
     for stage in others:
         assert not raw & {each.value for each in stage.receives}

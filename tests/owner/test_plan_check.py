@@ -200,7 +200,7 @@ def test_what_shows_raw_data_is_refused_even_if_the_front_is_said_to_be_smaller(
     nothing_pinned = terms(front=0, back=N)
     with pytest.raises(JobError, match=r"stage 0 on anna .aaaaaaaaaaaa. would get 'ids', which shows raw data"):
         accepted(nothing_pinned, plan_of((A, 0, BACK), (ME, BACK, N)), NAMES, ME)
-    assert {"ids", "labels", GRAPH.loss} <= raw_values(GRAPH)
+    assert {"ids", "labels", GRAPH.loss} <= raw_values(GRAPH, train=True)
 
 
 # --- a plan that follows another one ----------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def arrange_private(graph: OpDag) -> tuple[OpDag, int, int]:
     Raises GraphError when an operator in the middle reads raw inputs, in training or in evaluation, when nothing is
     left for compnodes, or when a trained weight is used on both sides, whose gradient would have to be exchanged.
     """
-    search = _RawDataReaders(graph)
+    search, evaluation = _readers(graph)
     front = search.front()
     behind = search.behind() - front
     while True:
@@ -66,8 +66,7 @@ def arrange_private(graph: OpDag) -> tuple[OpDag, int, int]:
     order = [*sorted(front), *sorted(middle), *sorted(behind)]
     arranged = msgspec.structs.replace(graph, nodes=tuple(graph.nodes[place] for place in order))
     back = len(front) + len(middle)
-    if graph.evaluation is not None:
-        evaluation = _RawDataReaders(evaluated(graph), mode="in evaluation mode ")
+    if graph.evaluation is not None and evaluation is not None:
         before = evaluation.front()
         pinned = Pinned(len(front), back, before, evaluation.behind() - before)
         arranged = msgspec.structs.replace(arranged, evaluation=placed(arranged, graph.evaluation, pinned))
@@ -75,9 +74,36 @@ def arrange_private(graph: OpDag) -> tuple[OpDag, int, int]:
     return arranged, len(front), back
 
 
-def raw_values(graph: OpDag) -> frozenset[ValueName]:
-    """Return the private inputs, and the values that show them: none of these is ever sent in a private job."""
-    return frozenset(_RawDataReaders(graph).raw)
+def raw_values(graph: OpDag, *, train: bool) -> frozenset[ValueName]:
+    """Return the private inputs, and the values that show them: none of these is ever sent in a private job.
+
+    Values are those of training, or of the evaluation graph where there is one.
+    """
+    training, evaluation = _readers(graph)
+    return frozenset(training.raw if train or evaluation is None else evaluation.raw)
+
+
+def _readers(graph: OpDag) -> tuple[_RawDataReaders, _RawDataReaders | None]:
+    """Return who reads raw data in training, and in evaluation where that has a graph of its own.
+
+    A buffer that raw data is written to in one mode shows it in the other mode too.
+    """
+    shown, labels = _Stored(), _Stored()
+    while True:
+        training = _RawDataReaders(graph, shown, labels)
+        evaluation = None
+        if graph.evaluation is not None:
+            evaluation = _RawDataReaders(evaluated(graph), shown, labels, mode="in evaluation mode ")
+        faces = [each for each in (training, evaluation) if each is not None]
+        more = frozenset().union(*(each.stored for each in faces))
+        more_labels = frozenset().union(*(each.stored_labels for each in faces))
+        if more <= shown and more_labels <= labels:
+            return training, evaluation
+        shown, labels = shown | more, labels | more_labels
+
+
+_Stored = frozenset[ValueName]
+"""Buffers that values are written to."""
 
 
 class _RawDataReaders:
@@ -86,8 +112,15 @@ class _RawDataReaders:
     All sets hold places of nodes.
     """
 
-    def __init__(self, graph: OpDag, mode: str = "") -> None:
-        """`mode` begins the errors."""
+    def __init__(self, graph: OpDag, shown: _Stored, shown_labels: _Stored, mode: str = "") -> None:
+        """Find the nodes.
+
+        Args:
+            graph: one mode's.
+            shown: buffers that show raw inputs of an earlier microbatch.
+            shown_labels: buffers that show its labels.
+            mode: begins the errors.
+        """
         self._graph = graph
         self._mode = mode
         self._made = producers(graph.nodes)
@@ -101,28 +134,15 @@ class _RawDataReaders:
         """Values that show raw data."""
         self._pinned: set[int] = set()
         self._of_labels: set[int] = set()
-        self._find_raw()
+        of_labels = self._mark_raw(shown, shown_labels)
+        stored = stored_values(graph)
+        self.stored = frozenset(buffer for buffer, values in stored if not values.isdisjoint(self.raw))
+        """Buffers that values which show raw data are written to."""
+        self.stored_labels = frozenset(buffer for buffer, values in stored if not values.isdisjoint(of_labels))
         # A node that depends on a compnode's product cannot be in front.
         self._late = descendants(graph, self.heavy - self._pinned)
 
-    def _find_raw(self) -> None:
-        """Find the nodes that read private inputs, or values that still show them.
-
-        A buffer that such a value is written to shows raw data to whatever reads it at the next microbatch.
-        """
-        shown: set[ValueName] = set()
-        labels: set[ValueName] = set()
-        while True:
-            of_labels = self._mark_raw(shown, labels)
-            stored = stored_values(self._graph)
-            more = {buffer for buffer, values in stored if not values.isdisjoint(self.raw)}
-            more_labels = {buffer for buffer, values in stored if not values.isdisjoint(of_labels)}
-            if more <= shown and more_labels <= labels:
-                return
-            shown |= more
-            labels |= more_labels
-
-    def _mark_raw(self, shown: set[ValueName], shown_labels: set[ValueName]) -> set[ValueName]:
+    def _mark_raw(self, shown: _Stored, shown_labels: _Stored) -> set[ValueName]:
         """Mark what shows private inputs or the buffers `shown`; return the values made from labels.
 
         The result of a product with weights no longer shows its input. Neither does a looked-up embedding, nor raw data
@@ -130,8 +150,8 @@ class _RawDataReaders:
         with what does not depend on it, such as an embedding of positions.
         """
         private = [item for item in self._graph.inputs if item.private]
-        labels = {item.name for item in private if item.role == "labels"} | shown_labels
-        self.raw = {item.name for item in private} | shown
+        labels = {item.name for item in private if item.role == "labels"}.union(shown_labels)
+        self.raw = {item.name for item in private}.union(shown)
         self._pinned, self._of_labels = set(), set()
         activations: set[ValueName] = set()
         """Values that depend on raw data and do not show it."""

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from fusionai.errors import ConfigError, GraphError, JobError, PlacementError, ProtocolError
 from fusionai.graph.cuts import cut
 from fusionai.graph.encoding import encode_subdag
-from fusionai.graph.evaluation import evaluated, face
+from fusionai.graph.evaluation import face
 from fusionai.graph.model import SubDag
 from fusionai.graph.privacy import raw_values
 from fusionai.network.identity import PeerId, public_key_bytes
@@ -262,7 +262,7 @@ def _check_private(terms: PlanTerms, stages: Sequence[StagePlan], subdags: Seque
     By the way in which the graph was arranged this follows from who holds which stage. It is checked all the same,
     because everything that a private job promises rests on it.
     """
-    raw = {True: raw_values(terms.graph), False: raw_values(evaluated(terms.graph))}
+    raw = {train: raw_values(terms.graph, train=train) for train in (True, False)}
     for stage, subdag in zip(stages, subdags, strict=True):
         for train, shown in raw.items():
             part = face(subdag, train)
