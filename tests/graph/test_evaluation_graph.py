@@ -398,8 +398,9 @@ def test_a_buffer_of_one_mode_shows_raw_data_in_the_other(writing: str, source: 
     try:
         arranged, front, back = arrange_private(graph)
     except GraphError as error:
-        assert "seen" in str(error) or "reads raw inputs" in str(error)
-        return
+        if "seen" in str(error) or "reads raw inputs" in str(error):
+            return
+        raise
     middle = cut(arranged, [front, back])[1]
     for train in (True, False):
         part = face(middle, train)
